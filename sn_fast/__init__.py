@@ -1,0 +1,35 @@
+"""sn_fast: fast, true spectral norms of neural-network layers, and adversarial training with them."""
+
+from ._version import __version__
+from .info import info
+from .spectral import (
+    ConvergenceWarning,
+    ConvOperator,
+    LinearOperator,
+    MatrixOperator,
+    apply_spectral_norm,
+    frozen_sigma,
+    operator_norm,
+    operator_of,
+    remove_spectral_norm,
+    sigmas,
+    spectral_norm,
+    update_spectral_norm,
+)
+
+__all__ = [
+    "ConvOperator",
+    "ConvergenceWarning",
+    "LinearOperator",
+    "MatrixOperator",
+    "__version__",
+    "apply_spectral_norm",
+    "frozen_sigma",
+    "info",
+    "operator_norm",
+    "operator_of",
+    "remove_spectral_norm",
+    "sigmas",
+    "spectral_norm",
+    "update_spectral_norm",
+]

@@ -1,0 +1,136 @@
+"""The linear map of a layer, its adjoint, and its derivative with respect to the weight, in plain PyTorch.
+
+Shapes: ``x`` (N, Cin, *input_size), ``y`` (N, Cout, *output_size); for a matrix (N, in) and (N, out). Everything is
+differentiable by autograd. Weights are those of the PyTorch layer, also for a transposed convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Axis, Geometry
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Precision in which norms are computed: that of the tensors, but float32 at least."""
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def matvec(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """A x."""
+    return _adjoint(x, weight, geometry) if geometry.transposed else _forward(x, weight, geometry)
+
+
+def rmatvec(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """A^T y."""
+    return _forward(y, weight, geometry) if geometry.transposed else _adjoint(y, weight, geometry)
+
+
+def weight_gradient(u: Tensor, v: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> Tensor:
+    """d<u, A v>/dW for ``u`` (Cout, *output_size), ``v`` (Cin, *input_size): the batch-1 weight gradient."""
+    if not geometry.axes:
+        return torch.outer(u, v)
+    x, y = (u, v) if geometry.transposed else (v, u)
+    padded, padding = _padded(x[None], geometry)
+    axes = geometry.axes
+    return torch.ops.aten.convolution_backward(
+        y[None],
+        padded,
+        y.new_empty(1).expand(list(weight_shape)),  # only its shape is read
+        None,
+        [a.stride for a in axes],
+        padding,
+        [a.dilation for a in axes],
+        False,
+        [0] * len(axes),
+        geometry.groups,
+        [False, True, False],
+    )[1]
+
+
+def _forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if not geometry.axes:
+        return x @ weight.T
+    padded, padding = _padded(x, geometry)
+    axes = geometry.axes
+    return _CONV[len(axes)](
+        padded,
+        weight,
+        None,
+        [a.stride for a in axes],
+        padding,
+        [a.dilation for a in axes],
+        geometry.groups,
+    )
+
+
+def _adjoint(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if not geometry.axes:
+        return y @ weight
+    axes = geometry.axes
+    native = _pads_natively(geometry)
+    x = _CONV_TRANSPOSE[len(axes)](
+        y,
+        weight,
+        None,
+        [a.stride for a in axes],
+        [a.before if native else 0 for a in axes],
+        [a.output_padding if native else 0 for a in axes],
+        geometry.groups,
+        [a.dilation for a in axes],
+    )
+    return x if native else _unpadded(x, geometry)
+
+
+def _pads_natively(geometry: Geometry) -> bool:
+    """Whether the convolution's own (symmetric, zero) padding does it, without a padded copy of the input."""
+    return geometry.mode == "zeros" and all(a.before >= 0 and 0 <= a.output_padding < a.stride for a in geometry.axes)
+
+
+def _padded(x: Tensor, geometry: Geometry) -> tuple[Tensor, list[int]]:
+    """The input as the convolution wants it, and the padding that the convolution itself has to add."""
+    axes = geometry.axes
+    if _pads_natively(geometry):
+        return x, [a.before for a in axes]
+    if geometry.mode == "zeros":
+        return F.pad(x, _reversed_pads(axes, sign=1)), [0] * len(axes)
+    for i, a in enumerate(axes):
+        x = x.index_select(2 + i, _positions(a, geometry.mode, x.device))
+    return x, [0] * len(axes)
+
+
+def _unpadded(x: Tensor, geometry: Geometry) -> Tensor:
+    """Adjoint of the padding: cut zeros off, add what a wrapped or mirrored border collected to where it came from."""
+    axes = geometry.axes
+    if geometry.mode == "zeros":
+        return F.pad(x, _reversed_pads(axes, sign=-1))
+    for i, a in enumerate(axes):
+        shape = list(x.shape)
+        shape[2 + i] = a.size
+        x = x.new_zeros(shape).index_add(2 + i, _positions(a, geometry.mode, x.device), x)
+    return x
+
+
+def _reversed_pads(axes: Sequence[Axis], sign: int) -> list[int]:
+    """Pads as F.pad takes them, last axis first."""
+    return [sign * p for a in reversed(axes) for p in (a.before, a.after)]
+
+
+def _positions(axis: Axis, mode: str, device: torch.device) -> Tensor:
+    """Input position of every position of the padded axis (see ``Axis.position``)."""
+    q = torch.arange(-axis.before, axis.size + axis.after, device=device)
+    if mode == "circular":
+        return q % axis.size
+    if mode == "replicate":
+        return q.clamp(0, axis.size - 1)
+    return axis.size - 1 - (axis.size - 1 - q.abs()).abs()

@@ -1,0 +1,367 @@
+"""Normalising layers and whole models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .norm import operator_norm
+from .operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, chain, check_weight, operator_of, per_axis, raw_weight
+from .parametrization import GRADIENTS, MODES, Group, SpectralNorm, advance, whole_window_size
+
+_DEFAULT_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def spectral_norm(
+    module: ModuleT,
+    name: str = "weight",
+    *,
+    input_size: int | Sequence[int] | str | None = None,
+    beta: float = 1.0,
+    mode: str = "cap",
+    n_power_iterations: int = 1,
+    operator: str = "conv",
+    gradient: str = "detached",
+    reduce: bool = True,
+) -> ModuleT:
+    """Normalise one layer's weight by the norm of its true linear map; equivalent to
+    ``W / max(1, sigma(W) / beta)`` in place of ``W`` (Farnia, Zhang, Tse 2019, section 4).
+
+    Args:
+        module: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, or any module whose ``name`` is 2-D.
+        input_size: spatial size of a convolution's input, e.g. ``(32, 32)``. None: taken from the first forward (until
+            then the weight is not normalised). "any": for layers whose norm is the same at every size (1x1, patches).
+        beta: the largest norm allowed ("cap") or the norm wanted ("scale"). Other libraries call it coeff,
+            norm_multiplier or k_coef_lip.
+        mode: "cap" divides by max(1, sigma / beta); "scale" by sigma / beta, as torch's spectral_norm with beta=1.
+        n_power_iterations: iterations per change of the weight. sigma starts from 15 Lanczos steps.
+        operator: "conv", the layer's true operator; "reshape", the Cout x (Cin k k) matrix, as torch does.
+        gradient: "detached" holds the singular vectors constant, as torch does; "full" differentiates through the last
+            power iteration, as the published code does.
+        reduce: iterate in the smallest space with the same norm (u and v of a 1x1 convolution are then those of its
+            matrix). False keeps u (Cout, *output_size) and v (Cin, *input_size) for every convolution.
+
+    Returns:
+        ``module``, its weight now a parametrization with buffers u, v and sigma.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or the module cannot be normalised; the message says why.
+    """
+    _register(module, name, Group(), input_size, beta, mode, n_power_iterations, operator, gradient, reduce)
+    return module
+
+
+def apply_spectral_norm(
+    model: ModuleT,
+    example_input: Tensor | tuple[Any, ...],
+    *,
+    beta: float | Mapping[str, float] = 1.0,
+    mode: str = "cap",
+    n_power_iterations: int = 1,
+    include: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+    exclude: str | None = None,
+    operator: str = "conv",
+    gradient: str = "detached",
+    reduce: bool = True,
+) -> ModuleT:
+    """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
+
+    Args:
+        model: changed in place and returned.
+        example_input: a tensor or a tuple of arguments; the model is run on it once, in eval mode and without
+            gradients, to learn every layer's input size. Batch size 1 is enough. A layer used at several sizes is
+            normalised for the size with the largest norm.
+        beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
+        include: module classes to normalise; None: Linear and all convolutions.
+        exclude: regular expression; layers whose name matches (re.search) are left alone.
+        mode, n_power_iterations, operator, gradient, reduce: see ``spectral_norm``.
+
+    Raises:
+        ValueError: no layer is left to normalise, or a pattern matches none, or none matches a layer.
+    """
+    classes = tuple(include) if isinstance(include, Sequence) else (include,) if include else _DEFAULT_LAYERS
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, classes) and not (exclude and re.search(exclude, name))
+    }
+    if not layers:
+        raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
+    betas = _betas(beta, layers)
+    sizes = _observed_sizes(model, layers, example_input) if operator == "conv" else {}
+    group = Group()
+    done: list[nn.Module] = []
+    try:
+        for name, module in layers.items():
+            size = _size_of_largest_norm(module, sizes.get(name, []))
+            _register(module, "weight", group, size, betas[name], mode, n_power_iterations, operator, gradient, reduce)
+            done.append(module)
+    except (ValueError, TypeError) as error:
+        for module in done:
+            _remove(module, "weight", keep_raw=True)
+        raise type(error)(f"layer {name!r}: {error}") from error
+    return model
+
+
+def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None) -> None:
+    """Advance u, v and sigma of every layer now, in one call.
+
+    Eager code needs no call: a layer refreshes itself when its weight has changed. Compiled code, and code that writes
+    weights through ``.data``, calls this after ``optimizer.step()``, or once and for all
+    ``optimizer.register_step_post_hook(lambda *_: update_spectral_norm(model))``.
+
+    Args:
+        n_power_iterations: None: each layer's own number.
+    """
+    if n_power_iterations is not None:
+        _check_iterations(n_power_iterations)
+    advance([m for _, m in _parametrizations(model) if m.geometry is not None], n_power_iterations)
+
+
+@contextmanager
+def frozen_sigma(model: nn.Module) -> Iterator[None]:
+    """Within this context every normalised weight is computed once, detached, and no state moves.
+
+    For many forwards with one weight, such as the steps of an attack. A change of weight inside is not seen.
+    """
+    frozen = [m for _, m in _parametrizations(model) if m.geometry is not None and m._frozen is None]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for m in frozen:
+                m.freeze()
+        yield
+    finally:
+        for m in frozen:
+            m._frozen = None
+
+
+def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
+    """Remove the normalisation from a layer, or from every layer of a model; the normalised weight stays in place.
+
+    Raises:
+        ValueError: nothing here is normalised by sn_fast, or another parametrization sits on the same weight.
+    """
+    found = list(_normalised_modules(module_or_model))
+    if not found:
+        raise ValueError("remove_spectral_norm: no layer here is normalised by sn_fast")
+    for _, module, name in found:
+        if len(chain(module, name)) > 1:
+            raise ValueError(
+                f"{type(module).__name__}.{name} has other parametrizations too; remove them first with "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+    for _, module, name in found:
+        _remove(module, name, keep_raw=False)
+    return module_or_model
+
+
+def sigmas(model: nn.Module) -> dict[str, float]:
+    """Current sigma of every normalised layer's raw weight, by layer name (a layer with an unknown size is left out).
+
+    The layer in use has norm min(sigma, beta) under mode "cap" and beta under "scale".
+    """
+    found = [(n, m) for n, m in _parametrizations(model) if m.geometry is not None]
+    for _, m in found:
+        m.refresh()
+    return {name: float(m.sigma) for name, m in found}
+
+
+def _register(
+    module: nn.Module,
+    name: str,
+    group: Group,
+    input_size: int | Sequence[int] | str | None,
+    beta: float,
+    mode: str,
+    n_power_iterations: int,
+    operator: str,
+    gradient: str,
+    reduce: bool,
+) -> None:
+    weight = _checked_weight(module, name)
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; choose 'cap' (at most beta) or 'scale' (exactly beta)")
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient={gradient!r} is unknown; choose 'detached' or 'full'")
+    if operator not in ("conv", "reshape"):
+        raise ValueError(f"operator={operator!r} is unknown; choose 'conv' (the true operator) or 'reshape'")
+    if not beta > 0 or (mode == "scale" and beta == float("inf")):
+        raise ValueError(f"beta={beta!r} must be > 0" + (" and finite with mode='scale'" if mode == "scale" else ""))
+    _check_iterations(n_power_iterations)
+    convolution = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) and name == "weight"
+    as_matrix = operator == "reshape" or not convolution
+    if as_matrix and operator == "conv" and weight.ndim != 2:
+        raise ValueError(
+            f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}; its operator is not known: "
+            "use operator='reshape' or a supported layer"
+        )
+    size = None if as_matrix else _input_size(module, weight.ndim - 2, input_size)
+    parametrization = SpectralNorm(
+        group,
+        beta=float(beta),
+        mode=mode,
+        n_power_iterations=n_power_iterations,
+        gradient=gradient,
+        as_matrix=as_matrix,
+        # As torch does it, rows are output channels.
+        matrix_dim=1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0,
+        reduce=reduce,
+    )
+    if size is not None:
+        operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
+    parametrization.train(module.training)
+    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    parametrization.attach(module, name)
+    if as_matrix or size is not None:
+        parametrization.start(size)
+    if not as_matrix:
+        module.register_forward_pre_hook(_observe_input, with_kwargs=True)
+
+
+def _checked_weight(module: nn.Module, name: str) -> Tensor:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; give a torch.nn.Module")
+    if parametrize.is_parametrized(module, name):
+        theirs = [type(p).__name__ for p in chain(module, name)]
+        raise ValueError(
+            f"{type(module).__name__}.{name} is already parametrized by {', '.join(theirs)}; remove that first "
+            "(remove_spectral_norm, or torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    weight = raw_weight(module, name)
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{type(module).__name__}.{name} is a lazy parameter without a shape; run one forward first")
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(f"{type(module).__name__} has no parameter {name!r}; give a layer with a weight, or name=")
+    check_weight(weight, dims=range(2, 6))
+    return weight
+
+
+def _check_iterations(n: int) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n_power_iterations={n!r} must be an integer >= 1")
+
+
+def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:
+    if input_size is None:
+        return None
+    if not isinstance(input_size, str):
+        return per_axis("input_size", input_size, n, minimum=1)
+    if input_size != "any":
+        raise ValueError(f"input_size={input_size!r}: give a spatial size such as (32, 32), None or 'any'")
+    whole = whole_window_size(module)
+    if any(w is None for w in whole):
+        raise ValueError(
+            f"input_size='any' needs a certified bound for this {type(module).__name__}, which this version does not "
+            "have (it works where windows do not overlap, such as 1x1 and patch convolutions); give the largest "
+            "input size instead"
+        )
+    return tuple(w for w in whole if w is not None)
+
+
+def _observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: tell the parametrization the spatial size of the input."""
+    x = args[0] if args else kwargs.get("input")
+    if isinstance(x, Tensor):
+        n = len(module.kernel_size)  # type: ignore[arg-type]
+        for parametrization in chain(module, "weight"):
+            if isinstance(parametrization, SpectralNorm):
+                parametrization.observe(tuple(x.shape[-n:]))
+
+
+def _observed_sizes(
+    model: nn.Module, layers: dict[str, nn.Module], example_input: Tensor | tuple[Any, ...]
+) -> dict[str, list[tuple[int, ...]]]:
+    """Spatial sizes of the inputs that each convolution sees in one forward."""
+    sizes: dict[str, list[tuple[int, ...]]] = {}
+
+    def watch(name: str, n: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            sizes.setdefault(name, []).append(tuple(x.shape[-n:]))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name, len(module.kernel_size)), with_kwargs=True)
+        for name, module in layers.items()
+        if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+    ]
+    training = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, flag in training.items():
+            m.training = flag
+    return sizes
+
+
+def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Of the sizes at which a layer is used, the one with the largest norm."""
+    distinct = list(dict.fromkeys(sizes))
+    if len(distinct) <= 1:
+        return distinct[0] if distinct else None
+    if getattr(module, "padding_mode", "zeros") == "zeros":
+        return tuple(map(max, zip(*distinct)))  # the norm grows with the size
+    norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
+    return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
+
+
+def _betas(beta: float | Mapping[str, float], layers: Mapping[str, nn.Module]) -> dict[str, float]:
+    if not isinstance(beta, Mapping):
+        return dict.fromkeys(layers, beta)
+    for pattern in beta:
+        if not any(re.search(pattern, name) for name in layers):
+            raise ValueError(f"beta: pattern {pattern!r} matches no layer; the layers are {', '.join(layers)}")
+    betas = {name: next((b for p, b in beta.items() if re.search(p, name)), None) for name in layers}
+    missing = [name for name, b in betas.items() if b is None]
+    if missing:
+        raise ValueError(f"beta: no pattern matches layer {missing[0]!r}; add one, e.g. '.*' as the last")
+    return {name: b for name, b in betas.items() if b is not None}
+
+
+def _normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(path, module, parameter name) of every normalised weight below ``model``."""
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for name in module.parametrizations:
+                if any(isinstance(p, SpectralNorm) for p in chain(module, name)):
+                    yield path, module, name
+
+
+def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
+    """(layer name, parametrization) of every normalised weight; the parameter's name is added unless "weight"."""
+    for path, module, name in _normalised_modules(model):
+        for p in chain(module, name):
+            if isinstance(p, SpectralNorm):
+                yield (path if name == "weight" else f"{path}.{name}".lstrip(".")), p
+
+
+def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
+    parametrization = chain(module, name)[0]
+    assert isinstance(parametrization, SpectralNorm)
+    parametrization.leave()
+    _own_class(module)
+    parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
+    hooks = module._forward_pre_hooks
+    for key in [k for k, hook in hooks.items() if hook is _observe_input]:
+        hooks.pop(key)
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give the module a class of its own: torch removes a property from the class, which deep copies share."""
+    shared = type(module)
+    namespace = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, namespace)

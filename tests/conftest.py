@@ -1,0 +1,35 @@
+"""Shared by all tests: the published outputs, and a fixed seed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile("sn_fast", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("sn_fast")
+
+REFERENCE = Path(os.environ.get("SN_FAST_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def published():
+    """Loader of one file of the published code's outputs; skips where they are absent (they are not distributed)."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        path = REFERENCE / name
+        if not path.exists():
+            pytest.skip(f"published outputs not found: {path} (set SN_FAST_REFERENCE to their folder)")
+        with np.load(path) as data:
+            return dict(data)
+
+    return load
