@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .norm import operator_norm
-from .operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, chain, check_weight, operator_of, per_axis, raw_weight
-from .parametrization import GRADIENTS, MODES, Group, SpectralNorm, advance, whole_window_size
+from .operators import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    chain,
+    check_weight,
+    operator_of,
+    per_axis,
+    raw_weight,
+    whole_window_size,
+)
+from .parametrization import Group, Options, SpectralNorm, advance, check_iterations
 
 _DEFAULT_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -54,7 +63,8 @@ def spectral_norm(
     Raises:
         ValueError, TypeError: an argument is out of range, or the module cannot be normalised; the message says why.
     """
-    _register(module, name, Group(), input_size, beta, mode, n_power_iterations, operator, gradient, reduce)
+    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce)
+    _register(module, name, Group(), input_size, options)
     return module
 
 
@@ -100,8 +110,10 @@ def apply_spectral_norm(
     done: list[nn.Module] = []
     try:
         for name, module in layers.items():
-            size = _size_of_largest_norm(module, sizes.get(name, []))
-            _register(module, "weight", group, size, betas[name], mode, n_power_iterations, operator, gradient, reduce)
+            used_at = sizes.get(name, [])
+            size = _size_of_largest_norm(module, used_at)
+            options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce)
+            _register(module, "weight", group, size, options).sizes.update(used_at)
             done.append(module)
     except (ValueError, TypeError) as error:
         for module in done:
@@ -121,7 +133,7 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
         n_power_iterations: None: each layer's own number.
     """
     if n_power_iterations is not None:
-        _check_iterations(n_power_iterations)
+        check_iterations(n_power_iterations)
     advance([m for _, m in _parametrizations(model) if m.geometry is not None], n_power_iterations)
 
 
@@ -174,48 +186,22 @@ def sigmas(model: nn.Module) -> dict[str, float]:
 
 
 def _register(
-    module: nn.Module,
-    name: str,
-    group: Group,
-    input_size: int | Sequence[int] | str | None,
-    beta: float,
-    mode: str,
-    n_power_iterations: int,
-    operator: str,
-    gradient: str,
-    reduce: bool,
-) -> None:
+    module: nn.Module, name: str, group: Group, input_size: int | Sequence[int] | str | None, options: Options
+) -> SpectralNorm:
     weight = _checked_weight(module, name)
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown; choose 'cap' (at most beta) or 'scale' (exactly beta)")
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient={gradient!r} is unknown; choose 'detached' or 'full'")
-    if operator not in ("conv", "reshape"):
-        raise ValueError(f"operator={operator!r} is unknown; choose 'conv' (the true operator) or 'reshape'")
-    if not beta > 0 or (mode == "scale" and beta == float("inf")):
-        raise ValueError(f"beta={beta!r} must be > 0" + (" and finite with mode='scale'" if mode == "scale" else ""))
-    _check_iterations(n_power_iterations)
     convolution = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) and name == "weight"
-    as_matrix = operator == "reshape" or not convolution
-    if as_matrix and operator == "conv" and weight.ndim != 2:
+    as_matrix = options.operator == "reshape" or not convolution
+    if as_matrix and options.operator == "conv" and weight.ndim != 2:
         raise ValueError(
             f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}; its operator is not known: "
             "use operator='reshape' or a supported layer"
         )
     size = None if as_matrix else _input_size(module, weight.ndim - 2, input_size)
-    parametrization = SpectralNorm(
-        group,
-        beta=float(beta),
-        mode=mode,
-        n_power_iterations=n_power_iterations,
-        gradient=gradient,
-        as_matrix=as_matrix,
-        # As torch does it, rows are output channels.
-        matrix_dim=1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0,
-        reduce=reduce,
-    )
     if size is not None:
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
+    # As torch does it, the rows of a reshaped kernel are output channels.
+    rows = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
+    parametrization = SpectralNorm(group, options, as_matrix=as_matrix, matrix_dim=rows)
     parametrization.train(module.training)
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     parametrization.attach(module, name)
@@ -223,6 +209,7 @@ def _register(
         parametrization.start(size)
     if not as_matrix:
         module.register_forward_pre_hook(_observe_input, with_kwargs=True)
+    return parametrization
 
 
 def _checked_weight(module: nn.Module, name: str) -> Tensor:
@@ -241,11 +228,6 @@ def _checked_weight(module: nn.Module, name: str) -> Tensor:
         raise ValueError(f"{type(module).__name__} has no parameter {name!r}; give a layer with a weight, or name=")
     check_weight(weight, dims=range(2, 6))
     return weight
-
-
-def _check_iterations(n: int) -> None:
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n_power_iterations={n!r} must be an integer >= 1")
 
 
 def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:

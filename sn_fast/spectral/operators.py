@@ -207,6 +207,21 @@ def _known_geometry(module: nn.Module) -> Geometry | None:
     return None
 
 
+def whole_window_size(module: nn.Module) -> tuple[int | None, ...]:
+    """Per axis, an input size at which some output sees every tap, if windows never overlap there; else None.
+
+    Along such an axis the norm does not depend on the input size.
+    """
+    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+    sizes: list[int | None] = []
+    for i, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation)):
+        extent = dilation * (kernel - 1) + 1
+        padding = 0 if isinstance(module.padding, str) else module.padding[i]
+        separate = extent <= stride and (padding == 0 or module.padding_mode == "zeros")
+        sizes.append(extent + stride + 2 * padding + 3 if separate else None)
+    return tuple(sizes)
+
+
 def check_weight(weight: Tensor, dims: Sequence[int]) -> None:
     """Raise unless ``weight`` is a floating-point tensor of one of these numbers of dimensions, and not empty."""
     if not isinstance(weight, Tensor):

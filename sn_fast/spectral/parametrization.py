@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +23,42 @@ from ..reference.linear_map import compute_dtype, matvec, rmatvec
 from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import normalized, sigma_through_last_iteration
 from .norm import start_vectors
-from .operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvOperator, LinearOperator, chain
+from .operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ConvOperator, LinearOperator, chain, whole_window_size
 
-MODES = ("cap", "scale")
-GRADIENTS = ("detached", "full")
 START_ITERATIONS = 15
 # A stored sigma that is this far from what the stored u gives does not belong to the stored weight (float32, half).
 _SIGMA_MISMATCH = 1e-2
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a weight is normalised; see ``sn_fast.spectral_norm``. Raises ValueError for what is out of range."""
+
+    beta: float = 1.0
+    mode: str = "cap"
+    n_power_iterations: int = 1
+    operator: str = "conv"
+    gradient: str = "detached"
+    reduce: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("cap", "scale"):
+            raise ValueError(f"mode={self.mode!r} is unknown; choose 'cap' (at most beta) or 'scale' (exactly beta)")
+        if self.operator not in ("conv", "reshape"):
+            raise ValueError(f"operator={self.operator!r} is unknown; choose 'conv' (the true operator) or 'reshape'")
+        if self.gradient not in ("detached", "full"):
+            raise ValueError(f"gradient={self.gradient!r} is unknown; choose 'detached' or 'full'")
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta!r} must be > 0 (inf switches the normalisation off)")
+        if self.mode == "scale" and self.beta == math.inf:
+            raise ValueError("beta=inf must be finite with mode='scale'")
+        check_iterations(self.n_power_iterations)
+
+
+def check_iterations(n: int) -> None:
+    """Raise unless ``n`` is a number of power iterations."""
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n_power_iterations={n!r} must be an integer >= 1")
 
 
 class Group:
@@ -61,26 +91,11 @@ class SpectralNorm(nn.Module):
     v: Tensor
     sigma: Tensor
 
-    def __init__(
-        self,
-        group: Group,
-        *,
-        beta: float,
-        mode: str,
-        n_power_iterations: int,
-        gradient: str,
-        as_matrix: bool,
-        matrix_dim: int,
-        reduce: bool,
-    ) -> None:
+    def __init__(self, group: Group, options: Options, *, as_matrix: bool, matrix_dim: int) -> None:
         super().__init__()
-        self.beta = beta
-        self.mode = mode
-        self.n_power_iterations = n_power_iterations
-        self.gradient = gradient
+        self.options = options
         self.as_matrix = as_matrix
         self.matrix_dim = matrix_dim
-        self.reduce = reduce
         self.geometry: Geometry | None = None
         self._code: list[int] = []
         self._group = group
@@ -88,6 +103,7 @@ class SpectralNorm(nn.Module):
         self._module: list[nn.Module] = []
         self._seen: int | None = None
         self._frozen: Tensor | None = None
+        self.sizes: set[tuple[int, ...]] = set()  # seen beforehand, with no larger norm
         self._warned = False
         for name in ("u", "v", "sigma"):
             self.register_buffer(name, torch.empty(0))
@@ -137,7 +153,7 @@ class SpectralNorm(nn.Module):
             transposed=module.transposed,
             output_padding=module.output_padding,
         )
-        return operator.reduced() if self.reduce else operator
+        return operator.reduced() if self.options.reduce else operator
 
     def _set_geometry(self, geometry: Geometry) -> None:
         self.geometry = geometry
@@ -145,7 +161,7 @@ class SpectralNorm(nn.Module):
         device = self.raw.device
         if geometry.groups > 1 and not hasattr(self, "top_group"):
             self.register_buffer("top_group", torch.zeros((), dtype=torch.int64, device=device))
-        if self.gradient == "full" and not hasattr(self, self._prev_name):
+        if self.options.gradient == "full" and not hasattr(self, self._prev_name):
             self.register_buffer(self._prev_name, torch.empty(0, device=device))  # set by the first iteration
 
     @property
@@ -191,13 +207,13 @@ class SpectralNorm(nn.Module):
     def normalize(self, weight: Tensor) -> Tensor:
         """The normalised weight for the sigma at hand."""
         operand = self.operand(weight)
-        cap = self.mode == "cap"
-        if self.gradient == "full":
+        cap = self.options.mode == "cap"
+        if self.options.gradient == "full":
             sigma = sigma_through_last_iteration(operand, getattr(self, self._prev_name), self._known_geometry)
-            result = normalize_reference(operand, sigma, self.beta, cap)
+            result = normalize_reference(operand, sigma, self.options.beta, cap)
         else:
             group = self._buffers.get("top_group")
-            result = ops.normalize(operand, self.sigma, self.u, self.v, group, self._code, self.beta, cap)
+            result = ops.normalize(operand, self.sigma, self.u, self.v, group, self._code, self.options.beta, cap)
         if not self.as_matrix:
             return result
         dims = [weight.shape[self.matrix_dim], *weight.shape[: self.matrix_dim], *weight.shape[self.matrix_dim + 1 :]]
@@ -239,7 +255,7 @@ class SpectralNorm(nn.Module):
         axis has the same norm at every size.
         """
         geometry = self._known_geometry
-        if not geometry.axes:
+        if not geometry.axes or size in self.sizes:
             return True
         whole = whole_window_size(self._module[0])
         return all(
@@ -343,15 +359,15 @@ class SpectralNorm(nn.Module):
 
     def extra_repr(self) -> str:
         size = "unknown" if self.geometry is None else f"{tuple(self.v.shape)} -> {tuple(self.u.shape)}"
-        return f"{size}, beta={self.beta:g}, mode={self.mode!r}, gradient={self.gradient!r}"
+        return f"{size}, beta={self.options.beta:g}, mode={self.options.mode!r}, gradient={self.options.gradient!r}"
 
 
 def advance(members: Iterable[SpectralNorm], n_power_iterations: int | None = None) -> None:
     """Advance u, v, sigma of these parametrizations, all that share a device and a number of iterations in one call."""
     batches: dict[tuple[torch.device, int, bool], list[SpectralNorm]] = {}
     for m in members:
-        n = n_power_iterations or m.n_power_iterations
-        batches.setdefault((m.u.device, n, m.gradient == "full"), []).append(m)
+        n = n_power_iterations or m.options.n_power_iterations
+        batches.setdefault((m.u.device, n, m.options.gradient == "full"), []).append(m)
     with torch.no_grad():
         for (_, n, full), batch in batches.items():
             weights = [m.operand(m.raw) for m in batch]
@@ -376,21 +392,6 @@ def advance(members: Iterable[SpectralNorm], n_power_iterations: int | None = No
 
 def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
-
-
-def whole_window_size(module: nn.Module) -> tuple[int | None, ...]:
-    """Per axis, an input size at which some output sees every tap, if windows never overlap there; else None.
-
-    Along such an axis the norm does not depend on the input size.
-    """
-    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
-    sizes: list[int | None] = []
-    for i, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation)):
-        extent = dilation * (kernel - 1) + 1
-        padding = 0 if isinstance(module.padding, str) else module.padding[i]
-        separate = extent <= stride and (padding == 0 or module.padding_mode == "zeros")
-        sizes.append(extent + stride + 2 * padding + 3 if separate else None)
-    return tuple(sizes)
 
 
 def _bump_versions_after_fused_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
