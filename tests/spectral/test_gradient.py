@@ -217,3 +217,22 @@ def test_unknown_size_inside_compile_says_what_to_do() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match="give input_size="):
         torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(1, 2, 6, 6))
+
+
+def test_compiled_model_inside_frozen_sigma_follows_the_weight_without_recompiling() -> None:
+    x = torch.randn(4, 2, 8, 8)
+    model = apply_spectral_norm(network(), x[:1], beta=0.4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> torch.fx.GraphModule:
+        compilations.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(4):
+        with sn_fast.frozen_sigma(model):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-6, atol=1e-6)
+        model(x).square().sum().neg().backward()
+        optimizer.step()
+    assert len(compilations) == 1

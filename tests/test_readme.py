@@ -1,0 +1,30 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run_in_order() -> None:
+    namespace: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    model, weight = namespace["model"], namespace["weight"]
+    assert float((model[0].weight - weight).abs().max()) < 1e-3  # type: ignore[index]
+
+
+def test_example_prints_what_the_readme_shows() -> None:
+    run = subprocess.run([sys.executable, "examples/true_norms.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = re.search(r"examples/true_norms.*?```\n(.*?)```", README, re.DOTALL)
+    assert shown
+    numbers = [re.findall(r"\d+\.\d+", text) for text in (run.stdout, shown.group(1))]
+    assert len(numbers[0]) == len(numbers[1]) == 20
+    assert all(abs(float(a) - float(b)) < 2e-2 for a, b in zip(*numbers))
