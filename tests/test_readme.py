@@ -18,7 +18,7 @@ def test_python_blocks_run_in_order() -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     model, weight = namespace["model"], namespace["weight"]
-    assert float((model[0].weight - weight).abs().max()) < 1e-3  # type: ignore[index]
+    assert float((model[0].weight - weight).detach().abs().max()) < 1e-3  # type: ignore[index]
 
 
 def test_example_prints_what_the_readme_shows() -> None:
