@@ -1,0 +1,195 @@
+"""The updates of the attacks: one gradient step, one WRM step, and the projections.
+
+Their cost is memory traffic, so every function allocates its own buffers, works in place on those alone, and reads and
+writes full-size tensors as rarely as plain PyTorch allows. Passes (full-size reads + writes, clip not included):
+
+    pgd_step   inf with eps = inf and a full-size box: 11    inf with a finite eps: 15    2 and 1 (radial): 16
+    wrm_step   8
+    project    inf: 8                                        2 and 1 (radial): 7
+
+Shapes, common to all: x_adv, x, grad (B, *size), equal; ``eps_per_sample``, ``alpha_per_sample``, ``active`` (B,), the
+first two taking the place of ``eps`` and ``alpha`` where given; ``lower`` and ``upper`` broadcast to x. ``norm`` is
+"inf", "2", "1" (radial, as in the paper) or "1-exact". The maths is in float32 at least, rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .linear_map import compute_dtype
+
+_ORDER = {"2": 2, "1": 1, "1-exact": 1}
+
+
+def pgd_step(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    norm: str,
+    eps: float,
+    alpha: float,
+    eps_per_sample: Tensor | None,
+    alpha_per_sample: Tensor | None,
+    lower: Tensor | None,
+    upper: Tensor | None,
+    targeted: bool,
+    active: Tensor | None,
+) -> Tensor:
+    """Move ``alpha`` along the steepest ascent direction (descent if ``targeted``), project on the ball, then clip.
+
+    A non-finite gradient element counts as 0, and a sample whose gradient is 0 or which is not ``active`` stays where
+    it is. Directions: sign(g); g / |g|_2; g / |g|_1; "1-exact": the elements of largest |g|, in equal parts.
+    """
+    dtype = compute_dtype(x_adv, grad)
+    start, centre = x_adv.to(dtype), x.to(dtype)
+    moved = _finite(grad, x_adv, dtype)
+    length = _amount(alpha, alpha_per_sample, start)
+    if norm == "inf":
+        moved.sign_()
+    else:
+        length = length / _rescale_(moved, norm)
+    _axpy_(-length if targeted else length, moved, start)
+    _into_ball(moved, centre, norm, _amount(eps, eps_per_sample, start), out=moved)
+    _clip_(moved, lower, upper)
+    if active is not None:
+        torch.where(_per_sample(active, start), moved, start, out=moved)
+    return moved.to(x_adv.dtype)
+
+
+def wrm_step(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: float,
+    eps_per_sample: Tensor | None,
+    step: float,
+    lower: Tensor | None,
+    upper: Tensor | None,
+) -> Tensor:
+    """x_adv + step (eps g - (x_adv - x)), then clip; a negative eps descends.
+
+    A non-finite gradient element counts as 0.
+    """
+    dtype = compute_dtype(x_adv, grad)
+    start, centre = x_adv.to(dtype), x.to(dtype)
+    moved = _finite(grad, x_adv, dtype)
+    _axpy_(_amount(eps, eps_per_sample, start), moved, centre)
+    torch.lerp(start, moved, step, out=moved)
+    _clip_(moved, lower, upper)
+    return moved.to(x_adv.dtype)
+
+
+def project(
+    x_adv: Tensor,
+    x: Tensor,
+    norm: str,
+    eps: float,
+    eps_per_sample: Tensor | None,
+    lower: Tensor | None,
+    upper: Tensor | None,
+) -> Tensor:
+    """x_adv brought into the ball of radius eps around x, then clipped. A sample inside keeps its bits.
+
+    The nearest point for "inf", "2" and "1-exact"; "1" scales x_adv - x down, which is not the nearest point.
+    """
+    dtype = compute_dtype(x_adv)
+    start, centre = x_adv.to(dtype), x.to(dtype)
+    moved = torch.empty_like(x_adv, dtype=dtype)
+    _into_ball(start, centre, norm, _amount(eps, eps_per_sample, start), out=moved)
+    _clip_(moved, lower, upper)
+    return moved.to(x_adv.dtype)
+
+
+def box(
+    x: Tensor, eps: float, eps_per_sample: Tensor | None, lower: Tensor | None, upper: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The l_inf ball and the clip as one box: clamping to it is clamping to the ball, then to the clip."""
+    centre = x.to(compute_dtype(x))
+    radius = _amount(eps, eps_per_sample, centre)
+    low, high = centre - radius, centre + radius
+    _clip_(low, lower, upper)
+    _clip_(high, lower, upper)
+    return low, high
+
+
+def _finite(grad: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of ``grad``, laid out as ``like``, with 0 in place of NaN and inf."""
+    buffer = torch.empty_like(like, dtype=dtype)
+    return torch.nan_to_num(grad.to(dtype), nan=0.0, posinf=0.0, neginf=0.0, out=buffer)
+
+
+def _rescale_(g: Tensor, norm: str) -> Tensor:
+    """Scale each sample of ``g`` to a largest element of 1, and return its norm, which is then in [1, numel].
+
+    So no norm under- or overflows, and no additive epsilon is needed: a zero gradient stays zero, with norm 1. For
+    "1-exact" only the largest elements are kept, as ±1.
+    """
+    g.div_(_one_if_zero(_norm(g, math.inf)))
+    if norm == "1-exact":
+        g.trunc_()  # |g| <= 1, and a correctly rounded division gives 1 for the largest elements alone
+    return _one_if_zero(_norm(g, _ORDER[norm]))
+
+
+def _axpy_(a: float | Tensor, direction: Tensor, start: Tensor) -> None:
+    """direction := start + a * direction."""
+    if isinstance(a, Tensor):
+        torch.addcmul(start, direction, a, out=direction)
+    else:
+        torch.add(start, direction, alpha=a, out=direction)
+
+
+def _into_ball(z: Tensor, x: Tensor, norm: str, eps: float | Tensor, out: Tensor) -> None:
+    """out := z projected; ``out`` may be z. Written so that a sample inside keeps its bits: never x + (z - x)."""
+    if isinstance(eps, float) and eps == math.inf:
+        if out is not z:
+            out.copy_(z)
+    elif norm == "inf":
+        torch.clamp(z, x - eps, x + eps, out=out)
+    elif norm == "1-exact":
+        delta = z - x
+        threshold = _l1_threshold(delta, eps)
+        shrunk = delta.sub_(delta.clamp(-threshold, threshold))
+        torch.where(threshold > 0, shrunk.add_(x), z, out=out)
+    else:
+        # Not rescaled as a gradient is: in float32, squares of distances within [1e-18, 1e18] are safe.
+        distance = _norm(z - x, _ORDER[norm])
+        # lerp returns its second end exactly for weight 1 and its first for weight 0.
+        torch.lerp(x, z, torch.where(distance > eps, eps / distance, 1.0), out=out)
+
+
+def _l1_threshold(delta: Tensor, eps: float | Tensor) -> Tensor:
+    """By how much |delta| must shrink, stopping at 0, to have l1 norm eps; (B, 1, ..., 1), negative inside the ball.
+
+    Duchi, Shalev-Shwartz, Singer, Chandra 2008, Fig. 1. With |delta| sorted downwards and S_j the sum of its first j
+    elements the threshold is the largest of (S_j - eps) / j: these rise up to the published rho, and fall after it.
+    """
+    sums = delta.abs().flatten(1).sort(dim=1, descending=True).values.cumsum(dim=1)
+    counts = torch.arange(1, sums.shape[1] + 1, dtype=sums.dtype, device=sums.device)
+    radius = eps.flatten(1) if isinstance(eps, Tensor) else eps
+    return _per_sample(((sums - radius) / counts).amax(dim=1), delta)
+
+
+def _clip_(z: Tensor, lower: Tensor | None, upper: Tensor | None) -> None:
+    if lower is not None or upper is not None:
+        low, high = (None if b is None else b.to(z.dtype) for b in (lower, upper))
+        torch.clamp(z, low, high, out=z)
+
+
+def _norm(z: Tensor, order: float) -> Tensor:
+    """Norm of each sample, (B, 1, ..., 1); over dimensions, since a flattened view may not exist (channels_last)."""
+    return torch.linalg.vector_norm(z, order, dim=tuple(range(1, z.dim())), keepdim=True)
+
+
+def _one_if_zero(t: Tensor) -> Tensor:
+    return torch.where(t == 0, 1.0, t)
+
+
+def _amount(value: float, per_sample: Tensor | None, like: Tensor) -> float | Tensor:
+    return value if per_sample is None else _per_sample(per_sample.to(like.dtype), like)
+
+
+def _per_sample(t: Tensor, like: Tensor) -> Tensor:
+    return t.reshape(-1, *[1] * (like.dim() - 1))
