@@ -21,7 +21,8 @@ def _power_step_fake(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     sigmas = [w.new_empty((), dtype=compute_dtype(w, u)) for w, u in zip(weights, us)]
     groups = [w.new_empty((), dtype=torch.int64) for w in weights]
-    return [torch.empty_like(u) for u in us], [torch.empty_like(v) for v in vs], sigmas, groups
+    u, v = ([torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs] for xs in (us, vs))
+    return u, v, sigmas, groups
 
 
 power_step = define(
@@ -64,7 +65,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+        grad = grads[0].to_dense() if grads[0].is_sparse else grads[0]  # an Embedding can ask for sparse gradients
         weight, sigma, u, v, group = ctx.saved_tensors
         if torch.is_grad_enabled():  # double backward: the same value, from operations that autograd can follow
             value = _normalize_reference.rayleigh(weight, u, v, group, *decode(ctx.geometry))
@@ -89,4 +90,8 @@ def normalize(
 
     See ``reference.normalize`` for the formulas and ``reference.power.power_step`` for the shapes.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # torch.func (grad, vmap, jvp, ...) wants operations that it can follow: sigma, with the derivative of <u, A v>.
+        value = _normalize_reference.rayleigh(weight, u, v, group, *decode(geometry))
+        return _normalize_reference.normalize(weight, value + (sigma - value).detach(), beta, cap)
     return _Normalize.apply(weight, sigma, u, v, group, geometry, beta, cap)

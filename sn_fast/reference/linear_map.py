@@ -28,12 +28,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def matvec(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """A x."""
-    return _adjoint(x, weight, geometry) if geometry.transposed else _forward(x, weight, geometry)
+    with _full_precision(x):
+        return _adjoint(x, weight, geometry) if geometry.transposed else _forward(x, weight, geometry)
 
 
 def rmatvec(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """A^T y."""
-    return _forward(y, weight, geometry) if geometry.transposed else _adjoint(y, weight, geometry)
+    with _full_precision(y):
+        return _forward(y, weight, geometry) if geometry.transposed else _adjoint(y, weight, geometry)
 
 
 def weight_gradient(u: Tensor, v: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> Tensor:
@@ -56,6 +58,11 @@ def weight_gradient(u: Tensor, v: Tensor, weight_shape: Sequence[int], geometry:
         geometry.groups,
         [False, True, False],
     )[1]
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Norms are computed in the precision of their operands, also where the caller runs the model under autocast."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -123,7 +130,11 @@ def _unpadded(x: Tensor, geometry: Geometry) -> Tensor:
 
 def _reversed_pads(axes: Sequence[Axis], sign: int) -> list[int]:
     """Pads as F.pad takes them, last axis first."""
-    return [sign * p for a in reversed(axes) for p in (a.before, a.after)]
+    pads = []
+    for a in reversed(axes):
+        # Cutting more than the input: then only padding is read, and the rest is cut from that.
+        pads += [sign * (a.before + min(0, a.size + a.after)), sign * max(a.after, -a.size)]
+    return pads
 
 
 def _positions(axis: Axis, mode: str, device: torch.device) -> Tensor:

@@ -50,7 +50,7 @@ def _power_step(
             x, _ = normalized(rmatvec(y, weight, geometry), x, geometry.groups)
             y, norms = normalized(matvec(x, weight, geometry), y, geometry.groups)
     sigma, group = norms[0].max(dim=0)
-    return y[0].to(u.dtype), x[0].to(v.dtype), sigma, group
+    return y[0].to(u.dtype).contiguous(), x[0].to(v.dtype).contiguous(), sigma, group
 
 
 def sigma_through_last_iteration(weight: Tensor, start: Tensor, geometry: Geometry) -> Tensor:

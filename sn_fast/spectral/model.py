@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .group import Group, advance
 from .norm import operator_norm
 from .operators import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
+    as_int,
     chain,
     check_weight,
     operator_of,
@@ -22,7 +24,8 @@ from .operators import (
     raw_weight,
     whole_window_size,
 )
-from .parametrization import Group, Options, SpectralNorm, advance, check_iterations
+from .options import Options
+from .parametrization import SpectralNorm
 
 _DEFAULT_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -45,8 +48,9 @@ def spectral_norm(
 
     Args:
         module: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, or any module whose ``name`` is 2-D.
-        input_size: spatial size of a convolution's input, e.g. ``(32, 32)``. None: taken from the first forward (until
-            then the weight is not normalised). "any": for layers whose norm is the same at every size (1x1, patches).
+        input_size: spatial size of a convolution's input, e.g. ``(32, 32)``; other libraries call it input_dim or
+            input_shape. None: taken from the first forward (until then the weight is not normalised). "any": for
+            layers whose norm is the same at every size (1x1, patches).
         beta: the largest norm allowed ("cap") or the norm wanted ("scale"). Other libraries call it coeff,
             norm_multiplier or k_coef_lip.
         mode: "cap" divides by max(1, sigma / beta); "scale" by sigma / beta, as torch's spectral_norm with beta=1.
@@ -96,11 +100,14 @@ def apply_spectral_norm(
     Raises:
         ValueError: no layer is left to normalise, or a pattern matches none, or none matches a layer.
     """
-    classes = tuple(include) if isinstance(include, Sequence) else (include,) if include else _DEFAULT_LAYERS
+    if not isinstance(example_input, (Tensor, tuple)):
+        raise TypeError(f"example_input is a {type(example_input).__name__}; give a tensor, or a tuple of arguments")
+    classes = _classes(include)
+    excluded = _pattern("exclude", exclude) if exclude else None
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, classes) and not (exclude and re.search(exclude, name))
+        if isinstance(module, classes) and not (excluded and excluded.search(name))
     }
     if not layers:
         raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
@@ -115,10 +122,12 @@ def apply_spectral_norm(
             options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce)
             _register(module, "weight", group, size, options).sizes.update(used_at)
             done.append(module)
-    except (ValueError, TypeError) as error:
+    except BaseException as error:
         for module in done:
             _remove(module, "weight", keep_raw=True)
-        raise type(error)(f"layer {name!r}: {error}") from error
+        if type(error) in (ValueError, TypeError):
+            raise type(error)(f"layer {name!r}: {error}") from error
+        raise
     return model
 
 
@@ -133,7 +142,7 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
         n_power_iterations: None: each layer's own number.
     """
     if n_power_iterations is not None:
-        check_iterations(n_power_iterations)
+        n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
     advance([m for _, m in _parametrizations(model) if m.geometry is not None], n_power_iterations)
 
 
@@ -143,15 +152,16 @@ def frozen_sigma(model: nn.Module) -> Iterator[None]:
 
     For many forwards with one weight, such as the steps of an attack. A change of weight inside is not seen.
     """
-    frozen = [m for _, m in _parametrizations(model) if m.geometry is not None and m._frozen is None]
+    frozen: list[SpectralNorm] = []
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for m in frozen:
+            for _, m in _parametrizations(model):
                 m.freeze()
+                frozen.append(m)
         yield
     finally:
         for m in frozen:
-            m._frozen = None
+            m.thaw()
 
 
 def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
@@ -166,8 +176,8 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
     for _, module, name in found:
         if len(chain(module, name)) > 1:
             raise ValueError(
-                f"{type(module).__name__}.{name} has other parametrizations too; remove them first with "
-                "torch.nn.utils.parametrize.remove_parametrizations"
+                f"{type(module).__name__}.{name} has other parametrizations too, and PyTorch removes all at once: use "
+                f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
             )
     for _, module, name in found:
         _remove(module, name, keep_raw=False)
@@ -203,10 +213,18 @@ def _register(
     rows = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
     parametrization = SpectralNorm(group, options, as_matrix=as_matrix, matrix_dim=rows)
     parametrization.train(module.training)
+    tied = [m for m in group.members() if m.raw is weight and not m.is_stale()]
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    for m in tied:  # registering writes the weight, without changing it
+        m.mark_current()
     parametrization.attach(module, name)
-    if as_matrix or size is not None:
-        parametrization.start(size)
+    try:
+        if as_matrix or size is not None:
+            parametrization.start(size)
+    except BaseException:
+        parametrization.geometry = None  # nothing to refresh
+        _remove(module, name, keep_raw=True)
+        raise
     if not as_matrix:
         module.register_forward_pre_hook(_observe_input, with_kwargs=True)
     return parametrization
@@ -218,12 +236,14 @@ def _checked_weight(module: nn.Module, name: str) -> Tensor:
     if parametrize.is_parametrized(module, name):
         theirs = [type(p).__name__ for p in chain(module, name)]
         raise ValueError(
-            f"{type(module).__name__}.{name} is already parametrized by {', '.join(theirs)}; remove that first "
-            "(remove_spectral_norm, or torch.nn.utils.parametrize.remove_parametrizations)"
+            f"{type(module).__name__}.{name} is already parametrized by {', '.join(theirs)}; remove that first, with "
+            + ("remove_spectral_norm" if theirs == ["SpectralNorm"] else "torch.nn.utils.parametrize")
         )
     weight = raw_weight(module, name)
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{type(module).__name__}.{name} is a lazy parameter without a shape; run one forward first")
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise ValueError(f"{type(module).__name__}.{name} is on the meta device; load or initialise the weights first")
     if not isinstance(weight, nn.Parameter):
         raise ValueError(f"{type(module).__name__} has no parameter {name!r}; give a layer with a weight, or name=")
     check_weight(weight, dims=range(2, 6))
@@ -250,7 +270,7 @@ def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str
 def _observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: tell the parametrization the spatial size of the input."""
     x = args[0] if args else kwargs.get("input")
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
         n = len(module.kernel_size)  # type: ignore[arg-type]
         for parametrization in chain(module, "weight"):
             if isinstance(parametrization, SpectralNorm):
@@ -302,14 +322,31 @@ def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tu
 def _betas(beta: float | Mapping[str, float], layers: Mapping[str, nn.Module]) -> dict[str, float]:
     if not isinstance(beta, Mapping):
         return dict.fromkeys(layers, beta)
-    for pattern in beta:
-        if not any(re.search(pattern, name) for name in layers):
-            raise ValueError(f"beta: pattern {pattern!r} matches no layer; the layers are {', '.join(layers)}")
-    betas = {name: next((b for p, b in beta.items() if re.search(p, name)), None) for name in layers}
+    patterns = [(_pattern("beta", text), value) for text, value in beta.items()]
+    for pattern, _ in patterns:
+        if not any(map(pattern.search, layers)):
+            raise ValueError(f"beta: pattern {pattern.pattern!r} matches no layer; they are {', '.join(layers)}")
+    betas = {name: next((b for pattern, b in patterns if pattern.search(name)), None) for name in layers}
     missing = [name for name, b in betas.items() if b is None]
     if missing:
         raise ValueError(f"beta: no pattern matches layer {missing[0]!r}; add one, e.g. '.*' as the last")
     return {name: b for name, b in betas.items() if b is not None}
+
+
+def _classes(include: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[type[nn.Module], ...]:
+    if include is None:
+        return _DEFAULT_LAYERS
+    classes = (include,) if isinstance(include, type) else tuple(include)
+    if not all(isinstance(c, type) for c in classes):
+        raise TypeError(f"include={include!r} must be a module class, or several")
+    return classes
+
+
+def _pattern(argument: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{argument}: {text!r} is no regular expression ({error})") from None
 
 
 def _normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -333,7 +370,7 @@ def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
 def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
     parametrization = chain(module, name)[0]
     assert isinstance(parametrization, SpectralNorm)
-    parametrization.leave()
+    parametrization.refresh()
     _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
     hooks = module._forward_pre_hooks

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +117,8 @@ class ConvOperator(LinearOperator):
         extra = per_axis("output_padding", output_padding, n, minimum=0)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode={padding_mode!r} is unknown; choose one of {', '.join(PADDING_MODES)}")
-        if groups < 1 or weight.shape[0] % groups:
+        groups = as_int("groups", groups, minimum=1)
+        if weight.shape[0] % groups:
             raise ValueError(f"groups={groups} does not divide the weight's first dimension {weight.shape[0]}")
         if transposed and padding_mode != "zeros":
             raise ValueError(f"padding_mode={padding_mode!r} does not exist for a transposed convolution; use 'zeros'")
@@ -168,6 +171,12 @@ def operator_of(
                 "e.g. input_size=(32, 32)"
             )
         return LinearOperator(weight, known)
+    return conv_operator(module, weight, input_size)
+
+
+def conv_operator(module: nn.Module, weight: Tensor, input_size: int | Sequence[int]) -> ConvOperator:
+    """The operator of a convolution layer with this weight in place of its own."""
+    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
     return ConvOperator(
         weight,
         input_size,
@@ -201,7 +210,7 @@ def _known_geometry(module: nn.Module) -> Geometry | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
     for parametrization in chain(module, "weight"):
-        geometry = getattr(parametrization, "geometry", None)
+        geometry = getattr(parametrization, "layer_geometry", None)
         if isinstance(geometry, Geometry) and geometry.axes:
             return geometry
     return None
@@ -236,10 +245,24 @@ def check_weight(weight: Tensor, dims: Sequence[int]) -> None:
 
 def per_axis(name: str, value: int | Sequence[int], n: int, minimum: int) -> tuple[int, ...]:
     """``value`` as ``n`` integers, each at least ``minimum``."""
-    values = (value,) * n if isinstance(value, int) else tuple(value)
-    if len(values) != n or not all(isinstance(v, int) and v >= minimum for v in values):
+    try:
+        values = tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),) * n
+    except TypeError:
+        values = ()
+    if len(values) != n or not all(v >= minimum for v in values):
         raise ValueError(f"{name}={value!r}: give an int >= {minimum}, or {n} of them (one per spatial axis)")
     return values
+
+
+def as_int(name: str, value: int, minimum: int) -> int:
+    """``value`` as an integer, also a NumPy one, that is at least ``minimum``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = minimum - 1
+    if number < minimum:
+        raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")
+    return number
 
 
 def _pads(
@@ -259,9 +282,12 @@ def _pads(
         # As PyTorch does it: the odd one goes behind.
         totals = [d * (k - 1) for d, k in zip(dilations, kernel)]
         return tuple((t // 2, t - t // 2) for t in totals)
-    entries = (padding,) * n if isinstance(padding, int) else tuple(padding)
-    pairs = tuple((e, e) if isinstance(e, int) else tuple(e) for e in entries)
-    if len(pairs) != n or not all(len(p) == 2 and all(isinstance(q, int) and q >= 0 for q in p) for p in pairs):
+    try:
+        entries: Sequence[Any] = padding if isinstance(padding, Sequence) else (padding,) * n
+        pairs = tuple(tuple(operator.index(q) for q in (e if isinstance(e, Sequence) else (e, e))) for e in entries)
+    except TypeError:
+        pairs = ()
+    if len(pairs) != n or not all(len(p) == 2 and min(p) >= 0 for p in pairs):
         raise ValueError(f"padding={padding!r}: give an int >= 0, or {n} ints or (before, after) pairs, one per axis")
     return pairs  # type: ignore[return-value]
 

@@ -216,7 +216,7 @@ def test_unknown_size_inside_compile_says_what_to_do() -> None:
     layer = sn_fast.spectral_norm(nn.Conv2d(2, 4, 3))
     torch._dynamo.reset()
     # Older versions of dynamo name the type of the error only.
-    with pytest.raises(Exception, match="give input_size=|RuntimeError"):
+    with pytest.raises(Exception, match=r"give input_size=|RuntimeError"):
         torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(1, 2, 6, 6))
 
 

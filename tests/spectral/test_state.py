@@ -84,11 +84,11 @@ def test_state_moves_once_per_weight_change_and_never_otherwise() -> None:
 
 
 def test_whole_group_advances_in_one_operator_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sn_fast.spectral import parametrization
+    from sn_fast.spectral import group
 
     calls = []
-    real = parametrization.ops.power_step
-    monkeypatch.setattr(parametrization.ops, "power_step", lambda *a: calls.append(len(a[0])) or real(*a))
+    real = group.ops.power_step
+    monkeypatch.setattr(group.ops, "power_step", lambda *a: calls.append(len(a[0])) or real(*a))
     model = normalised()
     calls.clear()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -380,7 +380,7 @@ def test_deepcopy_sees_a_change_made_before_its_first_use() -> None:
 def test_deepcopy_of_one_layer_does_not_drag_the_model_along() -> None:
     model = normalised()
     layer = copy.deepcopy(model[0])
-    members = layer.parametrizations.weight[0]._group.members
+    members = layer.parametrizations.weight[0]._group.members()
     assert len(members) == 1
     assert members[0] is layer.parametrizations.weight[0]
 
