@@ -22,7 +22,9 @@ def test_python_blocks_run_in_order() -> None:
 
 
 def test_example_prints_what_the_readme_shows() -> None:
-    run = subprocess.run([sys.executable, "examples/true_norms.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "examples/true_norms.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     shown = re.search(r"examples/true_norms.*?```\n(.*?)```", README, re.DOTALL)
     assert shown
     numbers = [re.findall(r"\d+\.\d+", text) for text in (run.stdout, shown.group(1))]

@@ -1,0 +1,42 @@
+"""The attacks of the paper at a fixed strength, as training and evaluation use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from ..attacks import fgm, pgd, wrm
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """An attack of the paper (section 2), or "erm", which attacks nothing.
+
+    ``eps`` is a radius in ``norm`` for "fgm" and "pgm", and 1 / (2 gamma) for "wrm", where ``norm`` has no meaning.
+    """
+
+    scheme: str
+    norm: str
+    eps: float
+    steps: int
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+        """x, (B, C, H, W), moved against labels y, (B,); None: against the model's own predictions."""
+        if self.scheme == "erm":
+            return x
+        if self.scheme == "fgm":
+            return fgm(model, x, y, norm=self.norm, eps=self.eps)
+        if self.scheme == "pgm":
+            return pgd(model, x, y, norm=self.norm, eps=self.eps, steps=self.steps)
+        return wrm(model, x, y, eps=self.eps, steps=self.steps)
+
+    def scaled(self, factor: float) -> Adversary:
+        return replace(self, eps=factor * self.eps)
+
+    def __str__(self) -> str:
+        if self.scheme == "erm":
+            return "clean"
+        if self.scheme == "wrm":
+            return f"WRM 1/(2γ) = {self.eps:g}"
+        return f"{self.scheme.upper()} ℓ{self.norm.replace('inf', '∞')} ε = {self.eps:g}"

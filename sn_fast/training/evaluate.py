@@ -1,0 +1,97 @@
+"""Accuracy and margins of a trained network on all samples, clean and under attack, always with the true labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adversary import Adversary
+from .config import TrainConfig
+from .data import Samples, Split
+
+CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+"""eps of the robustness curve, in units of the eps trained with."""
+_BATCH_SIZE = 250
+_BINS = 40
+
+
+class Attacked(NamedTuple):
+    """Logits (N, classes) at attacked samples, and how far each has moved, (N,), l2."""
+
+    logits: Tensor
+    distance: Tensor
+
+
+def attacked(model: nn.Module, samples: Samples, adversary: Adversary) -> Attacked:
+    """All samples after ``adversary``, which knows their labels, has moved them."""
+    model.eval()
+    results = []
+    with torch.no_grad():
+        for x, y in samples.batches(_BATCH_SIZE):
+            x_adv = adversary.perturb(model, x, y)
+            results.append((model(x_adv), (x_adv - x).flatten(1).norm(dim=1)))
+    return Attacked(*map(torch.cat, zip(*results)))
+
+
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    return float((logits.argmax(dim=1) == y).double().mean())
+
+
+def margins(logits: Tensor, y: Tensor) -> Tensor:
+    """Logit of the true class minus the largest other, (N,): negative where misclassified."""
+    true = logits.gather(1, y[:, None])
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return (true - others.amax(dim=1, keepdim=True)).squeeze(1)
+
+
+def swept_adversary(config: TrainConfig) -> Adversary:
+    """The attack of the robustness curve: the one trained against, or PGM where training was clean."""
+    return config.adversary("pgm" if config.scheme == "erm" else config.scheme)
+
+
+def evaluations(config: TrainConfig) -> tuple[dict[str, Adversary], list[Adversary]]:
+    """The columns of the table by name, and the points of the robustness curve."""
+    columns = {"clean": config.adversary("erm")} | {name: config.adversary(name) for name in ("fgm", "pgm", "wrm")}
+    return columns, [swept_adversary(config).scaled(factor) for factor in CURVE_FACTORS]
+
+
+def evaluate(model: nn.Module, split: Split, config: TrainConfig, advance: Callable[[], object]) -> dict[str, Any]:
+    """What the report and the plots show of a trained network, norms aside. ``advance`` is called after each attack."""
+    columns, curve = evaluations(config)
+    results = {}
+    for adversary in distinct(columns, curve):
+        for part, samples in split.items():
+            results[part, adversary] = attacked(model, samples, adversary)
+            advance()
+
+    trained = config.adversary(config.scheme)
+    by_part: dict[str, dict[str, float]] = {}
+    distance, curves, lead = {}, {}, {}
+    for part, samples in split.items():
+        by_part[part] = {name: accuracy(results[part, a].logits, samples.y) for name, a in columns.items()}
+        distance[part] = {name: float(results[part, a].distance.mean()) for name, a in columns.items()}
+        curves[part] = [accuracy(results[part, a].logits, samples.y) for a in curve]
+        lead[part] = margins(results[part, trained].logits, samples.y)
+    by_part["gap"] = {name: by_part["train"][name] - by_part["test"][name] for name in columns}
+    return {
+        "accuracy": by_part,
+        "mean_distance": distance,
+        "curve": {"eps": [adversary.eps for adversary in curve], **curves},
+        "margins": _histograms(lead),
+    }
+
+
+def distinct(columns: dict[str, Adversary], curve: list[Adversary]) -> list[Adversary]:
+    """Each attack once: that of the training eps is a column of the table and a point of the curve."""
+    return list(dict.fromkeys((*columns.values(), *curve)))
+
+
+def _histograms(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Counts over common bins, which cover all values."""
+    everything = torch.cat(list(values.values())).double().cpu()
+    edges = torch.linspace(float(everything.min()), float(everything.max()), _BINS + 1, dtype=torch.float64)
+    counts = {part: torch.histogram(v.double().cpu(), bins=edges).hist.long().tolist() for part, v in values.items()}
+    return {"edges": edges.tolist(), **counts}

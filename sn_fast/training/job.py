@@ -1,0 +1,201 @@
+"""The job: train the networks side by side, evaluate them, and leave a folder from which it can be resumed."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import TrainConfig, json_number
+from .data import Split, load_split
+from .errors import Interrupted, UserError, require
+from .evaluate import accuracy, attacked, distinct, evaluate, evaluations
+from .loop import Diverged, Trainee
+from .network import layer_norms
+from .plots import write_plots
+from .run_folder import RunFolder
+
+_TEST_POINTS = 12
+"""How often the test set is attacked while training: enough for a curve, too seldom to rule the time."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves: its folder, its configuration, and the content of its metrics.json."""
+
+    path: Path
+    config: TrainConfig
+    metrics: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        """The run as one JSON document."""
+        return {"run": str(self.path), "config": self.config.to_json(), **self.metrics}
+
+
+def train(config: TrainConfig, out: str | os.PathLike[str] | None = None, *, progress: bool = False) -> RunResult:
+    """Run the whole job in a new folder (``out``; None: a new one in runs/). ``progress`` shows a bar on stderr.
+
+    Raises:
+        UserError: an option, a package or the disk does not allow it, or the loss diverged.
+        Interrupted: Ctrl-C; ``resume`` continues.
+    """
+    _check_packages()
+    split = load_split(config.data, config.train_size, config.seed, config.device)
+    folder = RunFolder.create(out, default=f"{config.data}-{config.scheme}-beta{config.beta:g}-seed{config.seed}")
+    folder.write_json("config.json", config.to_json())
+    with _torch_threads(config.threads):
+        return _Run(config, folder, split).complete(progress)
+
+
+def resume(
+    path: str | os.PathLike[str], options: Mapping[str, Any] | None = None, *, progress: bool = False
+) -> RunResult:
+    """Continue a run from its last finished epoch, bit by bit as if it had not stopped (on a CPU).
+
+    Args:
+        options: some options by name, which must be those of the run.
+
+    Raises:
+        UserError: the folder holds no run, a damaged one, or one with other options. Otherwise as ``train``.
+    """
+    _check_packages()
+    folder = RunFolder.existing(path)
+    state = folder.read_checkpoint()
+    if folder.read_config() != state["config"]:
+        raise UserError(
+            f"argument --resume: {folder.path / 'config.json'} is not the configuration that checkpoint.pt was "
+            "trained with; restore it, or start a new run"
+        )
+    config = TrainConfig.from_json(state["config"])
+    config.refuse_changes(options or {})
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"argument --resume: {path} was trained on CUDA, and this PyTorch sees no CUDA device")
+    split = load_split(config.data, config.train_size, config.seed, config.device)
+    with _torch_threads(config.threads):
+        run = _Run(config, folder, split)
+        run.load(state)
+        return run.complete(progress)
+
+
+def _check_packages() -> None:
+    """Before hours of work, not after."""
+    for module in ("sklearn", "matplotlib", "tqdm"):
+        require(module)
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, folder: RunFolder, split: Split) -> None:
+        self.config = config
+        self.folder = folder
+        self.split = split
+        self.image_shape = split.train.x.shape[1:]
+        self.trainees = [Trainee.create(beta, self.image_shape, config) for beta in config.betas]
+        self.epoch = 0
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        for trainee in self.trainees:
+            trainee.load(state["networks"][trainee.name])
+
+    def complete(self, progress: bool) -> RunResult:
+        """Train what is left to train, then evaluate."""
+        try:
+            self._train(progress)
+            return self._finish(progress)
+        except KeyboardInterrupt:
+            raise Interrupted(self.folder.path) from None
+
+    def _train(self, progress: bool) -> None:
+        config = self.config
+        if self.epoch == 0:
+            self._save()
+        batches = math.ceil(len(self.split.train) / config.batch_size) * len(self.trainees)
+        every = math.ceil(config.epochs / _TEST_POINTS)
+        with _bar(progress, f"epoch {self.epoch}/{config.epochs}", config.epochs * batches, self.epoch * batches) as bar:
+            for epoch in range(self.epoch + 1, config.epochs + 1):
+                bar.set_description_str(f"epoch {epoch}/{config.epochs}", refresh=False)
+                for trainee in self.trainees:
+                    trainee.epochs.append(self._train_epoch(trainee, epoch, bar, test=epoch % every == 0))
+                self.epoch = epoch
+                self._save()
+
+    def _train_epoch(self, trainee: Trainee, epoch: int, bar: Any, *, test: bool) -> dict[str, Any]:
+        config = self.config
+        try:
+            record = trainee.train_epoch(self.split.train, config, epoch, bar)
+        except Diverged as error:
+            raise UserError(
+                f"argument --lr: {config.lr:g} is too large: {error} in epoch {epoch} with {trainee.name}; start again "
+                f"with --lr {config.lr / 5:g} or smaller ({self.folder.path} holds epoch {self.epoch})"
+            ) from None
+        record["sigma"] = layer_norms(trainee.model, self.image_shape)
+        if test:
+            result = attacked(trainee.model, self.split.test, config.adversary(config.scheme))
+            record["test_accuracy"] = accuracy(result.logits, self.split.test.y)
+        return record
+
+    def _save(self) -> None:
+        # The checkpoint first: the metrics can be made from it, not the other way round.
+        networks = {trainee.name: trainee.state() for trainee in self.trainees}
+        self.folder.write_checkpoint({"config": self.config.to_json(), "epoch": self.epoch, "networks": networks})
+        self.folder.write_json("metrics.json", self._metrics("training"))
+
+    def _metrics(self, status: str, final: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+        networks = {
+            trainee.name: {
+                "beta": json_number(trainee.beta),
+                "epochs": trainee.epochs,
+                **({"final": final[trainee.name]} if final else {}),
+            }
+            for trainee in self.trainees
+        }
+        return {"status": status, "epochs_done": self.epoch, "networks": networks}
+
+    def _finish(self, progress: bool) -> RunResult:
+        attacks = len(distinct(*evaluations(self.config))) * len(self.split.items())
+        final = {}
+        with _bar(progress, "evaluating", attacks * len(self.trainees)) as bar:
+            for trainee in self.trainees:
+                final[trainee.name] = {
+                    **evaluate(trainee.model, self.split, self.config, lambda: bar.update(1)),
+                    "sigma": trainee.epochs[-1]["sigma"],
+                    "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in trainee.epochs),
+                }
+        metrics = self._metrics("finished", final)
+        self.folder.write_json("metrics.json", metrics)
+        write_plots(self.folder, self.config, metrics)
+        return RunResult(self.folder.path, self.config, metrics)
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    """Sums depend in their last bits on the number of threads, so a run keeps its own from the first weight on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bar(progress: bool, title: str, total: int, done: int = 0) -> Any:
+    # Where there is no terminal to redraw, every update is a line more.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return require("tqdm").tqdm(
+        desc=title,
+        total=total,
+        initial=done,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",  # fits into 80 columns
+        disable=not progress,
+        file=sys.stderr,
+        mininterval=interval,
+        dynamic_ncols=True,
+    )

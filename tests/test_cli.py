@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sn_fast
+from sn_fast.cli import main
+from sn_fast.training import Interrupted
+from sn_fast.training import data as data_module
+
+TINY = ["--train-size", "60", "--epochs", "2", "--batch-size", "30", "--steps", "2", "--eps", "0.3", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def _few_digits_and_a_place_to_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    load = data_module.load
+    monkeypatch.setattr(data_module, "load", lambda name: tuple(part[:240] for part in load(name)))
+    monkeypatch.chdir(tmp_path)
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a refused command leaves."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sn-fast: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "invalid choice: 'fly' (choose from"),
+        (["train", "--colour", "red"], "--colour"),
+        (["train", "--eps"], "argument --eps: expected one argument"),
+        (["train", "--eps", "big"], "argument --eps: invalid float value: 'big'"),
+        (["train", "--epochs", "1.5"], "argument --epochs: invalid int value: '1.5'"),
+        (["train", "--data", "cifar"], "argument --data: cifar will not do: choose digits or mnist5k"),
+        (["train", "--scheme", "pgd"], "argument --scheme: pgd will not do: choose erm, fgm, pgm or wrm"),
+        (["train", "--norm", "3"], "argument --norm: 3 will not do: choose 2, inf or 1"),
+        (["train", "--eps", "0"], "argument --eps: 0.0 will not do: give a finite number > 0"),
+        (["train", "--eps", "-1"], "argument --eps: -1.0 will not do: give a finite number > 0"),
+        (["train", "--beta", "-2"], "argument --beta: -2.0 will not do: give a number > 0"),
+        (["train", "--beta", "inf"], "argument --beta: inf will not do:"),
+        (["train", "--epochs", "0"], "argument --epochs: 0 will not do: give an integer >= 1"),
+        (["train", "--train-size", "99999"], "argument --train-size: 99999 does not leave"),
+        (["train", "--attack-labels", "none"], "argument --attack-labels: none will not do"),
+        (["train", "--resume", "absent"], "argument --resume: there is no folder absent"),
+        (["train", "--resume", "."], "argument --resume: . has no checkpoint.pt"),
+        (["train", "--resume", "a", "--out", "b"], "not allowed with argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, expected):
+    assert expected in error_line(capsys, *argv)
+    assert not list(Path.cwd().iterdir())
+
+
+def test_cuda_without_cuda(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "argument --device: cuda will not do" in error_line(capsys, "train", "--device", "cuda")
+
+
+def test_a_folder_in_use_is_not_touched(capsys, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    line = error_line(capsys, "train", *TINY, "--out", "notes")
+    assert "argument --out: notes is not empty" in line
+    assert "--resume notes" in line
+    assert [p.name for p in (tmp_path / "notes").iterdir()] == ["a.txt"]
+
+
+def test_a_damaged_checkpoint(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04 cut short")
+    assert "checkpoint.pt is damaged" in error_line(capsys, "train", "--resume", "run")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == b"PK\x03\x04 cut short"
+
+
+def test_a_loss_that_diverges_names_the_option_and_a_smaller_value(capsys):
+    line = error_line(capsys, "train", *TINY, "--lr", "1e30", "--out", "run")
+    assert "argument --lr: 1e+30 is too large" in line
+    assert "--lr 2e+29 or smaller (run holds epoch 0)" in line
+
+
+def test_train_resume_and_json(capsys, tmp_path):
+    assert main(["train", *TINY]) == 0
+    text = capsys.readouterr().out
+    assert "PGM ℓ2 ε = 0.3 *" in text
+    run = Path("runs", "digits-pgm-beta1.6-seed0")
+    assert str(run) in text
+    assert main(["train", "--resume", str(run), "--epochs", "2", "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert err == ""
+    assert document["run"] == str(run)
+    assert document["config"]["epochs"] == document["epochs_done"] == 2
+    assert "argument --epochs: 3 will not do: the run to resume has 2" in error_line(
+        capsys, "train", "--resume", str(run), "--epochs", "3"
+    )
+
+
+def test_progress_goes_to_stderr(capsys):
+    assert main(["train", *TINY[:-1], "--json", "--single"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["networks"]) == 1
+    assert out.count("\n") == 1
+    for part in ("epoch 2/2: 100%", "evaluating: 100%", "adv. acc.", "loss", "<00:00"):
+        assert part in err
+
+
+def test_ctrl_c_says_how_to_continue(capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise Interrupted(Path("runs/mine"))
+
+    monkeypatch.setattr("sn_fast.cli.train", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr() == ("", "sn-fast: interrupted; continue with: sn-fast train --resume runs/mine\n")
+    monkeypatch.setattr("sn_fast.cli.train", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["train"]) == 130
+    assert capsys.readouterr() == ("", "sn-fast: interrupted\n")
+
+
+@pytest.mark.parametrize("command", ["train", "info"])
+def test_help_shows_an_example(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"example:\n  sn-fast {command}" in capsys.readouterr().out
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert sn_fast.__version__ in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == sn_fast.info()
+
+
+def test_python_m_sn_fast_is_the_command():
+    command = [sys.executable, "-m", "sn_fast", "train", "--eps", "0"]
+    process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "sn-fast: error: argument --eps: 0.0 will not do: give a finite number > 0\n"
