@@ -80,8 +80,7 @@ def advance(members: Iterable[SpectralNorm], n_power_iterations: int | None = No
     for m in members:
         n = n_power_iterations or m.options.n_power_iterations
         batches.setdefault((m.u.device, n, m.options.full), []).append(m)
-    # Not in the caller's inference mode: the state must stay usable outside.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         for (_, n, full), batch in batches.items():
             weights = [m.operand(m.raw) for m in batch]
             us, vs = [m.u for m in batch], [m.v for m in batch]

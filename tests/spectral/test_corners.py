@@ -236,10 +236,16 @@ def test_frozen_layers_of_unknown_size_and_partial_and_overlapping_contexts() ->
 
 def test_torchs_own_removal_leaves_a_working_layer() -> None:
     model = normalised()
+    removed = model[0].parametrizations.weight[0]
     parametrize.remove_parametrizations(model[0], "weight")
+    before = buffers(removed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
     model(X).sum().backward()
     assert list(sigmas(model)) == ["2", "4"]
     update_spectral_norm(model)
+    assert same(buffers(removed), before)
 
 
 def test_a_replaced_layer_is_not_kept_alive() -> None:

@@ -98,6 +98,21 @@ def test_no_reduction_where_it_would_be_wrong(shape, size, options) -> None:
     assert op.reduced().geometry == op.geometry
 
 
+@settings(max_examples=100)
+@given(cases())
+def test_index_tables_are_what_padding_reads(case: Case) -> None:
+    """``Axis.position``, which the reductions (and kernels) go by, against F.pad of numbered inputs."""
+    geometry = case.operator().geometry
+    for axis in geometry.axes:
+        numbered = torch.arange(1.0, axis.size + 1)[None, None]
+        before, after = max(axis.before, 0), max(axis.after, 0)
+        mode = "constant" if geometry.mode == "zeros" else geometry.mode
+        padded = torch.nn.functional.pad(numbered, (before, after), mode=mode)[0, 0]
+        for o in range(axis.out):
+            read = [padded[o * axis.stride + t * axis.dilation] for t in range(axis.kernel)]
+            assert axis.window(o, geometry.mode) == [int(p) - 1 if p > 0 else None for p in read]
+
+
 def test_groups_are_independent_operators_with_the_largest_norm() -> None:
     weight = torch.randn(8, 2, 3, 3, dtype=torch.float64)
     whole = ConvOperator(weight, (6, 6), stride=2, padding=1, groups=4)
