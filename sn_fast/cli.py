@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 
 from .info import info
 from .training import TrainConfig, UserError, resume, table, train
+from .training.config import DEFAULTS
 
+_TRAIN_DESCRIPTION = """\
+Train a small convolutional network twice on attacked images, without normalisation
+(beta = inf) and with every layer's spectral norm capped at --beta, from equal weights
+and on equal batches. Compare their accuracies on training and test images, clean and
+under attack with the true labels.
+"""
 _TRAIN_EXAMPLE = """\
 example:
   sn-fast train                                    the default: PGM on the digits, about a minute and a half
@@ -56,18 +63,23 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="adversarial training with and without spectral normalisation",
-        description="Train a small convolutional network twice on attacked images, without normalisation (beta = inf) "
-        "and with every layer's spectral norm capped at --beta, from equal weights and on equal batches; compare their "
-        "accuracies on training and test images, clean and under attack with the true labels.",
+        description=_TRAIN_DESCRIPTION,
         epilog=_TRAIN_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    radii = ", ".join(f"{name} {default.radius['2']:g}" for name, default in DEFAULTS.items())
+    eps = f"radius of the attack, pixels in [0, 1]; with wrm 1 / (2 gamma) (default for pgm in l2: {radii})"
     task = parser.add_argument_group("task")
     task.add_argument("--data", metavar="{digits,mnist5k}", help="8x8 digits (default) or 5,000 MNIST images")
-    task.add_argument("--train-size", type=int, metavar="N", help="images to train on; the test has all others")
+    task.add_argument(
+        "--train-size",
+        type=int,
+        metavar="N",
+        help=f"images to train on; the test has all others ({_by_data('train_size')})",
+    )
     task.add_argument("--scheme", metavar="{erm,fgm,pgm,wrm}", help="attack to train against (default: pgm)")
     task.add_argument("--norm", metavar="{2,inf,1}", help="norm of FGM's and PGM's eps (default: 2)")
-    task.add_argument("--eps", type=float, help="radius of the attack, pixels in [0, 1]; with wrm 1 / (2 gamma)")
+    task.add_argument("--eps", type=float, help=eps)
     task.add_argument("--steps", type=int, metavar="N", help="steps of PGM and WRM (default: 15)")
     task.add_argument(
         "--attack-labels",
@@ -76,10 +88,12 @@ def _add_train(commands: Any) -> None:
         "network's own prediction",
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--beta", type=float, help="cap on every layer's spectral norm")
+    training.add_argument("--beta", type=float, help=f"cap on every layer's spectral norm ({_by_data('beta')})")
     training.add_argument("--single", action="store_true", default=None, help="train only the network with --beta")
-    training.add_argument("--epochs", type=int, metavar="N")
-    training.add_argument("--batch-size", type=int, metavar="N", help="(default: 50)")
+    training.add_argument(
+        "--epochs", type=int, metavar="N", help=f"passes over the training images ({_by_data('epochs')})"
+    )
+    training.add_argument("--batch-size", type=int, metavar="N", help="images per step (default: 50)")
     training.add_argument("--lr", type=float, help="step size of SGD with momentum 0.9 (default: 0.05)")
     training.add_argument("--seed", type=int, metavar="N", help="of split, weights and batches (default: 0)")
     training.add_argument("--device", metavar="{auto,cpu,cuda}", help="auto (default) takes CUDA where there is one")
@@ -93,6 +107,10 @@ def _add_train(commands: Any) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON document in place of the table")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_train)
+
+
+def _by_data(name: str) -> str:
+    return "default: " + ", ".join(f"{data} {getattr(default, name):g}" for data, default in DEFAULTS.items())
 
 
 def _add_info(commands: Any) -> None:

@@ -30,3 +30,15 @@ def test_example_prints_what_the_readme_shows() -> None:
     numbers = [re.findall(r"\d+\.\d+", text) for text in (run.stdout, shown.group(1))]
     assert len(numbers[0]) == len(numbers[1]) == 20
     assert all(abs(float(a) - float(b)) < 2e-2 for a, b in zip(*numbers))
+
+
+def test_table_is_what_was_measured() -> None:
+    command = [sys.executable, "examples/readme_table.py", "docs/results/digits_five_seeds.json"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert table in README
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(targets) >= 5
+    assert [target for target in targets if not (ROOT / target).exists()] == []

@@ -222,7 +222,6 @@ def _register(
         if as_matrix or size is not None:
             parametrization.start(size)
     except BaseException:
-        parametrization.geometry = None  # nothing to refresh
         _remove(module, name, keep_raw=True)
         raise
     if not as_matrix:
@@ -368,9 +367,6 @@ def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
 
 
 def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
-    parametrization = chain(module, name)[0]
-    assert isinstance(parametrization, SpectralNorm)
-    parametrization.refresh()
     _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
     hooks = module._forward_pre_hooks

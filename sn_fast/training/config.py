@@ -69,7 +69,8 @@ class TrainConfig:
     def create(cls, **options: Any) -> TrainConfig:
         """A configuration from some options by name; None or absent: the default, which may depend on the data set."""
         given = {name: value for name, value in options.items() if value is not None}
-        data, scheme, norm = given.get("data", cls.data), given.get("scheme", cls.scheme), given.get("norm", cls.norm)
+        given["norm"] = str(given.get("norm", cls.norm))  # 2 and inf may come as numbers
+        data, scheme, norm = given.get("data", cls.data), given.get("scheme", cls.scheme), given["norm"]
         _check_choice("data", data, tuple(DEFAULTS))
         _check_choice("norm", norm, NORMS)
         default = DEFAULTS[data]
@@ -99,6 +100,10 @@ class TrainConfig:
     def betas(self) -> tuple[float, ...]:
         """One per network to train."""
         return (self.beta,) if self.single else (math.inf, self.beta)
+
+    @property
+    def training_adversary(self) -> Adversary:
+        return self.adversary(self.scheme)
 
     def adversary(self, scheme: str) -> Adversary:
         """The attack ``scheme``, at this run's eps where it is an eps of that kind, else at the data set's default."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,11 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a job whose folder can be resumed."""
 
     def __init__(self, run_dir: Path) -> None:
-        super().__init__(f"interrupted; continue with: sn-fast train --resume {run_dir}")
+        super().__init__(f"interrupted; continue with: sn-fast train --resume {shlex.quote(str(run_dir))}")
+
+
+class Diverged(Exception):
+    """The loss, a weight or a logit is no longer a finite number: training cannot go on."""
 
 
 def require(module: str) -> ModuleType:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .adversary import Adversary
 from .config import TrainConfig
 from .data import Samples, Split
+from .errors import Diverged
 
 CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 """eps of the robustness curve, in units of the eps trained with."""
@@ -26,14 +28,21 @@ class Attacked(NamedTuple):
 
 
 def attacked(model: nn.Module, samples: Samples, adversary: Adversary) -> Attacked:
-    """All samples after ``adversary``, which knows their labels, has moved them."""
+    """All samples after ``adversary``, which knows their labels, has moved them.
+
+    Raises:
+        Diverged: a logit is not finite.
+    """
     model.eval()
     results = []
     with torch.no_grad():
         for x, y in samples.batches(_BATCH_SIZE):
             x_adv = adversary.perturb(model, x, y)
             results.append((model(x_adv), (x_adv - x).flatten(1).norm(dim=1)))
-    return Attacked(*map(torch.cat, zip(*results)))
+    logits, distance = map(torch.cat, zip(*results))
+    if not bool(logits.isfinite().all()):
+        raise Diverged("a logit became infinite or nan")
+    return Attacked(logits, distance)
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
@@ -67,14 +76,13 @@ def evaluate(model: nn.Module, split: Split, config: TrainConfig, advance: Calla
             results[part, adversary] = attacked(model, samples, adversary)
             advance()
 
-    trained = config.adversary(config.scheme)
     by_part: dict[str, dict[str, float]] = {}
     distance, curves, lead = {}, {}, {}
     for part, samples in split.items():
         by_part[part] = {name: accuracy(results[part, a].logits, samples.y) for name, a in columns.items()}
         distance[part] = {name: float(results[part, a].distance.mean()) for name, a in columns.items()}
         curves[part] = [accuracy(results[part, a].logits, samples.y) for a in curve]
-        lead[part] = margins(results[part, trained].logits, samples.y)
+        lead[part] = margins(results[part, config.training_adversary].logits, samples.y)
     by_part["gap"] = {name: by_part["train"][name] - by_part["test"][name] for name in columns}
     return {
         "accuracy": by_part,
@@ -89,9 +97,9 @@ def distinct(columns: dict[str, Adversary], curve: list[Adversary]) -> list[Adve
     return list(dict.fromkeys((*columns.values(), *curve)))
 
 
-def _histograms(values: dict[str, Tensor]) -> dict[str, Any]:
+def _histograms(values: dict[str, Tensor]) -> dict[str, list[float]]:
     """Counts over common bins, which cover all values."""
-    everything = torch.cat(list(values.values())).double().cpu()
-    edges = torch.linspace(float(everything.min()), float(everything.max()), _BINS + 1, dtype=torch.float64)
-    counts = {part: torch.histogram(v.double().cpu(), bins=edges).hist.long().tolist() for part, v in values.items()}
+    arrays = {part: value.double().numpy(force=True) for part, value in values.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins=_BINS)
+    counts = {part: np.histogram(array, edges)[0].tolist() for part, array in arrays.items()}
     return {"edges": edges.tolist(), **counts}

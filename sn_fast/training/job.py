@@ -16,9 +16,9 @@ import torch
 
 from .config import TrainConfig, json_number
 from .data import Split, load_split
-from .errors import Interrupted, UserError, require
+from .errors import Diverged, Interrupted, UserError, require
 from .evaluate import accuracy, attacked, distinct, evaluate, evaluations
-from .loop import Diverged, Trainee
+from .loop import Trainee
 from .network import layer_norms
 from .plots import write_plots
 from .run_folder import RunFolder
@@ -101,9 +101,16 @@ class _Run:
         self.epoch = 0
 
     def load(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        for trainee in self.trainees:
-            trainee.load(state["networks"][trainee.name])
+        try:
+            self.epoch = state["epoch"]
+            for trainee in self.trainees:
+                trainee.load(state["networks"][trainee.name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"argument --resume: the checkpoint in {self.folder.path} is not of these networks ({reason}); "
+                "resume with the version of sn_fast that wrote it, or start a new run"
+            ) from None
 
     def complete(self, progress: bool) -> RunResult:
         """Train what is left to train, then evaluate."""
@@ -119,7 +126,7 @@ class _Run:
             self._save()
         batches = math.ceil(len(self.split.train) / config.batch_size) * len(self.trainees)
         every = math.ceil(config.epochs / _TEST_POINTS)
-        with _bar(progress, f"epoch {self.epoch}/{config.epochs}", config.epochs * batches, self.epoch * batches) as bar:
+        with _bar(progress, "training", config.epochs * batches, self.epoch * batches) as bar:
             for epoch in range(self.epoch + 1, config.epochs + 1):
                 bar.set_description_str(f"epoch {epoch}/{config.epochs}", refresh=False)
                 for trainee in self.trainees:
@@ -128,19 +135,24 @@ class _Run:
                 self._save()
 
     def _train_epoch(self, trainee: Trainee, epoch: int, bar: Any, *, test: bool) -> dict[str, Any]:
-        config = self.config
-        try:
-            record = trainee.train_epoch(self.split.train, config, epoch, bar)
-        except Diverged as error:
-            raise UserError(
-                f"argument --lr: {config.lr:g} is too large: {error} in epoch {epoch} with {trainee.name}; start again "
-                f"with --lr {config.lr / 5:g} or smaller ({self.folder.path} holds epoch {self.epoch})"
-            ) from None
-        record["sigma"] = layer_norms(trainee.model, self.image_shape)
-        if test:
-            result = attacked(trainee.model, self.split.test, config.adversary(config.scheme))
-            record["test_accuracy"] = accuracy(result.logits, self.split.test.y)
+        with self._divergence_explained(trainee, epoch):
+            record = trainee.train_epoch(self.split.train, self.config, epoch, bar)
+            record["sigma"] = layer_norms(trainee.model, self.image_shape)
+            if test:
+                result = attacked(trainee.model, self.split.test, self.config.training_adversary)
+                record["test_accuracy"] = accuracy(result.logits, self.split.test.y)
         return record
+
+    @contextmanager
+    def _divergence_explained(self, trainee: Trainee, epoch: int) -> Iterator[None]:
+        try:
+            yield
+        except Diverged as error:
+            lr = self.config.lr
+            raise UserError(
+                f"argument --lr: {lr:g} is too large: {error} in epoch {epoch} with {trainee.name}; start again with "
+                f"--lr {lr / 5:g} or smaller ({self.folder.path} holds epoch {self.epoch})"
+            ) from None
 
     def _save(self) -> None:
         # The checkpoint first: the metrics can be made from it, not the other way round.
@@ -164,8 +176,10 @@ class _Run:
         final = {}
         with _bar(progress, "evaluating", attacks * len(self.trainees)) as bar:
             for trainee in self.trainees:
+                with self._divergence_explained(trainee, self.epoch):
+                    measured = evaluate(trainee.model, self.split, self.config, lambda: bar.update(1))
                 final[trainee.name] = {
-                    **evaluate(trainee.model, self.split, self.config, lambda: bar.update(1)),
+                    **measured,
                     "sigma": trainee.epochs[-1]["sigma"],
                     "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in trainee.epochs),
                 }

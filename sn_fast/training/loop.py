@@ -13,6 +13,7 @@ from torch import nn
 
 from .config import TrainConfig
 from .data import Samples
+from .errors import Diverged
 from .network import build_network
 
 _MOMENTUM = 0.9
@@ -21,10 +22,6 @@ _MOMENTUM = 0.9
 class ProgressBar(Protocol):
     def update(self, n: int) -> Any: ...
     def set_postfix_str(self, text: str, refresh: bool) -> Any: ...
-
-
-class Diverged(Exception):
-    """The loss, or a weight, is no longer a finite number."""
 
 
 @dataclass
@@ -57,10 +54,11 @@ class Trainee:
         """One pass over ``samples``, every one attacked; loss and accuracy are those on the attacked samples.
 
         Raises:
-            Diverged: training cannot go on.
+            Diverged: the loss or a weight is not finite.
         """
         start = time.perf_counter()
-        adversary = config.adversary(config.scheme)
+        adversary = config.training_adversary
+        accuracy_name = "accuracy" if config.scheme == "erm" else "adv. acc."
         summed_loss = 0.0
         correct = seen = 0
         self.model.train()
@@ -78,8 +76,8 @@ class Trainee:
             summed_loss += value * len(y)
             correct += int((logits.argmax(dim=1) == y).sum())
             seen += len(y)
-            state = f"{self.name}: loss {summed_loss / seen:.3f}, adv. acc. {correct / seen:.1%}"
-            bar.set_postfix_str(state, refresh=False)
+            state = f"loss {summed_loss / seen:.3f}, {accuracy_name} {correct / seen:.1%}"
+            bar.set_postfix_str(f"{self.name}: {state}", refresh=False)
             bar.update(1)
         seconds = time.perf_counter() - start
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):

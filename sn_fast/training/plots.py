@@ -64,7 +64,6 @@ def robustness(config: TrainConfig, networks: Networks) -> Figure:
         title=f"{_subject(config)}: accuracy under {adversary.scheme.upper()} of growing strength",
         xlabel=f"ε of the attack ({unit})",
         ylabel="accuracy (%)",
-        xlim=(0, None),
         ylim=(0, 102),
     )
     axes.legend()
@@ -86,6 +85,7 @@ def learning(config: TrainConfig, networks: Networks) -> Figure:
         title=f"{_subject(config)}: {_accuracy_name(config)} while training",
         xlabel="epoch",
         ylabel=f"{_accuracy_name(config)} (%)",
+        xlim=(0, None),
         ylim=(0, 102),
     )
     axes.legend()
@@ -94,10 +94,10 @@ def learning(config: TrainConfig, networks: Networks) -> Figure:
 
 def margins(config: TrainConfig, networks: Networks) -> Figure:
     """How far, in logits, the true class is ahead of the next."""
-    figure = _figure(4.8 * len(networks) + 0.4, 3.9)
+    figure = _figure(*_panels_size(networks))
     panels = figure.subplots(1, len(networks), squeeze=False)[0]
-    where = "clean images" if config.scheme == "erm" else f"images attacked with {config.adversary(config.scheme)}"
-    figure.suptitle(f"{_subject(config)}: margins on {where}")
+    where = "on clean images" if config.scheme == "erm" else f"under {config.training_adversary}"
+    figure.suptitle(f"{_subject(config)}: margins {where}")
     for axes, (colour, network) in zip(panels, _coloured(networks)):
         histogram = network["final"]["margins"]
         edges = histogram["edges"]
@@ -115,7 +115,7 @@ def margins(config: TrainConfig, networks: Networks) -> Figure:
 
 def sigma(config: TrainConfig, networks: Networks) -> Figure:
     """True spectral norm of each layer's weight in use, epoch by epoch."""
-    figure = _figure(4.8 * len(networks) + 0.4, 3.9)
+    figure = _figure(*_panels_size(networks))
     panels = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
     figure.suptitle(f"{_subject(config)}: spectral norm of the layers")
     for axes, (_, network) in zip(panels, _coloured(networks)):
@@ -126,10 +126,14 @@ def sigma(config: TrainConfig, networks: Networks) -> Figure:
         beta = float(network["beta"])
         if math.isfinite(beta):
             axes.axhline(beta, color="black", linestyle="--", linewidth=1, label=f"β = {beta:g}")
-        axes.set(title=_label(network), xlabel="epoch", ylim=(0, None))
+        axes.set(title=_label(network), xlabel="epoch", xlim=(0, None), ylim=(0, None))
         axes.legend(ncols=2)
     panels[0].set_ylabel("spectral norm σ of the layer in use")
     return figure
+
+
+def _panels_size(networks: Networks) -> tuple[float, float]:
+    return max(4.8 * len(networks), 6.0), 3.9
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -40,7 +40,7 @@ def _title(config: TrainConfig) -> str:
     steps = f", {config.steps} steps" if config.scheme in ("pgm", "wrm") else ""
     return (
         f"{config.data}: {config.train_size} training images, {config.epochs} epochs, "
-        f"{config.adversary(config.scheme)}{steps}, seed {config.seed}"
+        f"{config.training_adversary}{steps}, seed {config.seed}"
     )
 
 

@@ -314,6 +314,7 @@ def test_full_gradient_after_a_refresh_in_inference_mode() -> None:
         (lambda **o: spectral_norm(nn.Conv2d(2, 3, 3, dilation=2), **o), (5, 5)),
         (lambda **o: spectral_norm(nn.Conv2d(2, 3, 5, stride=2), **o), (6, 6)),
         (lambda **o: spectral_norm(nn.Conv2d(2, 3, 2, stride=2), **o), (6, 8)),
+        (lambda **o: spectral_norm(nn.Conv2d(2, 3, 3, stride=3, padding=1), **o), (9, 6)),
         (lambda **o: spectral_norm(nn.Conv2d(2, 4, (1, 3), groups=2), **o), (6, 8)),
         (lambda **o: spectral_norm(nn.ConvTranspose2d(2, 3, 2, stride=2), **o), (3, 4)),
         (lambda **o: spectral_norm(nn.Conv2d(2, 3, 1), reduce=False, **o), (6, 8)),

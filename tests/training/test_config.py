@@ -68,6 +68,11 @@ def test_single_trains_one_network_which_may_be_the_plain_one():
     assert TrainConfig.create(beta=math.inf, single=True).betas == (math.inf,)
 
 
+def test_norms_may_be_numbers():
+    assert TrainConfig.create(norm=2) == TrainConfig.create(norm="2")
+    assert TrainConfig.create(norm=math.inf) == TrainConfig.create(norm="inf")
+
+
 def test_a_configuration_survives_json():
     for options in ({}, {"beta": math.inf, "single": True}, {"scheme": "wrm", "norm": "inf", "eps": 0.1}):
         config = TrainConfig.create(**options)

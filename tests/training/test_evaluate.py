@@ -6,6 +6,7 @@ from torch import nn
 
 from sn_fast.training import TrainConfig
 from sn_fast.training.data import Samples, load_split
+from sn_fast.training.errors import Diverged
 from sn_fast.training.evaluate import CURVE_FACTORS, accuracy, attacked, evaluate, margins
 from sn_fast.training.network import build_network
 
@@ -39,6 +40,14 @@ def test_attacks_of_the_evaluation_know_the_true_labels():
     wrong = 1 - model(x).argmax(dim=1)
     adversary = TrainConfig.create(eps=50.0, steps=2).adversary("pgm")
     assert accuracy(attacked(model, Samples(x, wrong), adversary).logits, wrong) == 0
+
+
+def test_logits_that_overflow_are_no_result():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    nn.init.constant_(model[1].weight, 1e38)
+    samples = Samples(torch.ones(3, *IMAGE), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(Diverged, match="a logit became infinite or nan"):
+        attacked(model, samples, TrainConfig.create().adversary("erm"))
 
 
 def test_table_and_curve_agree(evaluation):

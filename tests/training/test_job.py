@@ -174,6 +174,13 @@ def test_resume_refuses_what_is_no_run(tmp_path):
         resume(tmp_path)
 
 
+def test_resume_refuses_a_checkpoint_of_another_network(tiny_run, monkeypatch):
+    path = tiny_run(epochs=1).path
+    monkeypatch.setattr("sn_fast.training.network.WIDTH", 8)
+    with pytest.raises(UserError, match=r"the checkpoint in .*run is not of these networks \(Error.*start a new run"):
+        resume(path)
+
+
 def test_resume_refuses_another_configuration(tiny_run):
     path = tiny_run(epochs=1).path
     with pytest.raises(UserError, match=r"argument --beta: 3\.0 will not do: the run to resume has"):

@@ -9,7 +9,8 @@ from sn_fast import sigmas
 from sn_fast.training import TrainConfig
 from sn_fast.training.adversary import Adversary
 from sn_fast.training.data import Samples, load_split
-from sn_fast.training.loop import Diverged, Trainee
+from sn_fast.training.errors import Diverged
+from sn_fast.training.loop import Trainee
 
 IMAGE = torch.Size((1, 8, 8))
 
