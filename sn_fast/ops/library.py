@@ -1,23 +1,71 @@
-"""The ``sn_fast`` operator library: one place where a schema, its reference implementation and its fake meet."""
+"""The ``sn_fast`` operator library: one place where a schema, its reference, its fake and its kernel meet."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("sn_fast", "DEF")
+_KERNELS: dict[str, Callable[..., Any]] = {}
+_SERVED: set[str] = set()  # device types whose tensors go to kernels
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/core/numeric.cuh: Dtype
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernel: Callable[..., Any] | None = None,
+) -> Any:
     """Define the operator ``sn_fast::<schema>`` and return its overload, ready to be called.
 
     ``reference`` (plain PyTorch) is registered as CompositeExplicitAutograd: the dispatcher uses it on every device
     that has no kernel of its own, so it is the fallback as well as the oracle. ``fake`` gives the output's shapes.
+    ``kernel`` takes the compiled module and then the operator's arguments; it checks, allocates, and hands addresses
+    over. It calls ``reference`` itself for what the kernels do not take (float64).
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sn_fast::{name}", fake, lib=_LIBRARY)
+    if kernel is not None:
+        _KERNELS[name] = kernel
     return getattr(torch.ops.sn_fast, name).default
+
+
+class UseKernels:
+    """Serves every operator on tensors of one device type from a compiled module, until ``stop``."""
+
+    def __init__(self, module: ModuleType, device_type: str) -> None:
+        self._device_type = device_type
+        self._library = torch.library.Library("sn_fast", "IMPL")
+        for name, kernel in _KERNELS.items():
+            self._library.impl(name, functools.partial(kernel, module), device_type.upper())
+        _SERVED.add(device_type)
+
+    def stop(self) -> None:
+        self._library._destroy()
+        _SERVED.discard(self._device_type)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether operators on this device run compiled kernels."""
+    return device.type in _SERVED
+
+
+def dtype_code(t: Tensor) -> int | None:
+    """The kernels' code of a tensor's dtype; None where they do not take it."""
+    return _DTYPE_CODES.get(t.dtype)
+
+
+def stream_of(device: torch.device) -> tuple[int, int]:
+    """The current stream of a device, as the compiled module takes it: handle and device index."""
+    if device.type != "cuda":
+        return 0, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch._C._cuda_getCurrentRawStream(index), index

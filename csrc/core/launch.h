@@ -1,0 +1,90 @@
+// The seam between kernels and the machine that runs them: the one place with <<<>>>.
+//
+// A kernel takes one plain struct by value and all its shared memory as one struct, got by shared_memory<T>(). Compiled
+// by nvcc it runs on a GPU; compiled by a C++ compiler with SN_FAST_ON_CPU it runs on csrc/on_cpu/cuda_on_cpu.h, which
+// is how the tests run every kernel without a GPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/check.h"
+
+#ifdef SN_FAST_ON_CPU
+#include "on_cpu/cuda_on_cpu.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace sn_fast {
+
+constexpr int kWarp = 32;
+
+// Where to run: a stream of a device. On the CPU both are ignored.
+struct Stream {
+    cudaStream_t handle;
+    int device;
+};
+
+#ifndef SN_FAST_ON_CPU
+
+inline void check_cuda(cudaError_t status, const char* what) {
+    if (status != cudaSuccess)
+        throw std::runtime_error(text("sn_fast: ", what, ": ", cudaGetErrorString(status)));
+}
+
+// Makes a device current, and the one before it again on leaving.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) {
+        check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+        if (device != previous_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+        changed_ = device != previous_;
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+
+private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+inline int multiprocessors(int device) {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return count;
+}
+
+inline void fill_zero(void* memory, std::size_t bytes, const Stream& stream) {
+    DeviceGuard guard(stream.device);
+    check_cuda(cudaMemsetAsync(memory, 0, bytes, stream.handle), "cudaMemsetAsync");
+}
+
+#ifdef __CUDACC__
+
+// The one dynamic shared-memory block of this thread block, as a struct.
+template <class T>
+__device__ T& shared_memory() {
+    extern __shared__ __align__(16) unsigned char sn_fast_shared_memory[];
+    return *reinterpret_cast<T*>(sn_fast_shared_memory);
+}
+
+// Starts `blocks` blocks of `threads` threads with `shared` bytes of shared memory; nothing waits for the device.
+template <class Params>
+void launch(void (*kernel)(Params), const char* name, unsigned blocks, int threads, std::size_t shared,
+            const Stream& stream, const Params& params) {
+    if (blocks == 0) return;
+    DeviceGuard guard(stream.device);
+    if (shared > 48 * 1024)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+                   name);
+    kernel<<<blocks, threads, shared, stream.handle>>>(params);
+    check_cuda(cudaGetLastError(), name);
+}
+
+#endif
+#endif
+
+}  // namespace sn_fast

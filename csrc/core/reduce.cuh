@@ -1,0 +1,46 @@
+// Sums and maxima over a warp or a block, in a fixed order: the same bits on every run.
+#pragma once
+
+#include "core/launch.h"
+
+namespace sn_fast {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Add {
+    template <class T>
+    __device__ T operator()(T a, T b) const {
+        return a + b;
+    }
+};
+
+// NaN-ignoring, like fmaxf.
+struct Max {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// The combination over all lanes of a warp, in every lane. All lanes must take part.
+template <class T, class Op>
+__device__ T warp_reduce(T value, Op op) {
+    for (int step = kWarp / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, step));
+    return value;
+}
+
+// The combination over all threads of a block (a multiple of 32, at most 1024), in every thread. `scratch` holds one
+// element per warp; it may be used again after the call.
+template <class T, class Op>
+__device__ T block_reduce(T value, Op op, T* scratch) {
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    // 1) Within each warp.
+    value = warp_reduce(value, op);
+    // 2) One value per warp to shared memory.
+    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    // 3) Every thread combines them in the same order.
+    value = scratch[0];
+    for (int w = 1; w < warps; ++w) value = op(value, scratch[w]);
+    __syncthreads();
+    return value;
+}
+
+}  // namespace sn_fast

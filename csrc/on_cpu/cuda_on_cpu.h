@@ -1,0 +1,342 @@
+// Runs CUDA kernels on the CPU, for tests: one fibre per CUDA thread, blocks one after the other.
+//
+// Between two synchronisations a fibre runs alone, and the order in which fibres (and blocks) run is shuffled by a
+// seed, so a kernel that needs a barrier it does not have computes different results under different seeds. Shared
+// memory is a heap block of exactly the size asked for, filled with NaN before each block, so AddressSanitizer sees
+// every access beyond it. It models neither the memory model nor time, and is no CPU path for users.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+using cudaStream_t = void*;
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace sn_fast {
+
+inline float bits_as_float(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline std::uint32_t float_as_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+namespace on_cpu {
+
+constexpr int kWarpLanes = 32;
+constexpr std::size_t kStackBytes = 256 * 1024;
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+
+struct Fibre {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    State state = State::kReady;
+    dim3 thread;
+    int shuffles = 0;      // parity chooses the exchange slot, so that one barrier per exchange is enough
+    void* fake = nullptr;  // AddressSanitizer's fake stack
+};
+
+// One exchange slot per lane and parity: large enough for the fragments of a matrix instruction.
+struct Warp {
+    std::uint64_t slots[2][kWarpLanes][8];
+};
+
+inline std::uint64_t& thread_order() {
+    static std::uint64_t seed = 0;
+    return seed;
+}
+
+// Runs the blocks of one launch.
+class Machine {
+public:
+    Machine(unsigned blocks, int threads, std::size_t shared) : threads_(threads), warps_(threads / kWarpLanes) {
+        if (threads % kWarpLanes != 0) throw std::logic_error("cuda_on_cpu: blocks must consist of whole warps");
+        gridDim.x = blocks;
+        blockDim.x = static_cast<unsigned>(threads);
+        shared_bytes = shared;
+    }
+
+    void run(const std::function<void()>& body) {
+        body_ = &body;
+        Machine* outer = current();
+        current() = this;
+        struct Restore {
+            Machine* outer;
+            ~Restore() { current() = outer; }
+        } restore{outer};
+        std::mt19937_64 random(thread_order());
+        std::vector<unsigned> order(gridDim.x);
+        for (unsigned b = 0; b < gridDim.x; ++b) order[b] = b;
+        if (thread_order() != 0) std::shuffle(order.begin(), order.end(), random);
+        pool().resize(std::max(pool().size(), static_cast<std::size_t>(threads_)));
+        for (unsigned b : order) run_block(b, random);
+    }
+
+    static Machine*& current() {
+        static Machine* machine = nullptr;
+        return machine;
+    }
+
+    Fibre& fibre() { return pool()[static_cast<std::size_t>(running_)]; }
+
+    void block_barrier() { wait(State::kAtBlockBarrier); }
+    void warp_barrier() { wait(State::kAtWarpBarrier); }
+
+    // Publishes `mine` to the warp; returns all lanes' values, valid until the next exchange but one.
+    template <class T>
+    const std::uint64_t (*exchange(const T& mine))[8] {
+        static_assert(sizeof(T) <= 64 && std::is_trivially_copyable_v<T>);
+        Fibre& self = fibre();
+        auto& slots = warps_[static_cast<std::size_t>(running_ / kWarpLanes)].slots[self.shuffles++ % 2];
+        std::memcpy(slots[running_ % kWarpLanes], &mine, sizeof mine);
+        warp_barrier();
+        return slots;
+    }
+
+    int lane() const { return running_ % kWarpLanes; }
+
+    dim3 gridDim, blockDim, blockIdx;
+    std::size_t shared_bytes;
+    std::unique_ptr<unsigned char[]> shared;
+
+private:
+    static std::vector<Fibre>& pool() {
+        static std::vector<Fibre> fibres;
+        return fibres;
+    }
+
+    void run_block(unsigned block, std::mt19937_64& random) {
+        blockIdx.x = block;
+        shared.reset(new unsigned char[shared_bytes]);
+        std::memset(shared.get(), 0xff, shared_bytes);
+        std::vector<int> order(static_cast<std::size_t>(threads_));
+        for (int t = 0; t < threads_; ++t) {
+            order[static_cast<std::size_t>(t)] = t;
+            Fibre& f = pool()[static_cast<std::size_t>(t)];
+            f.state = State::kReady;
+            f.shuffles = 0;
+            f.thread = {static_cast<unsigned>(t), 0, 0};
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack.get();
+            f.context.uc_stack.ss_size = kStackBytes;
+            f.context.uc_link = nullptr;
+            makecontext(&f.context, &Machine::enter, 0);
+        }
+        for (int alive = threads_; alive > 0;) {
+            if (thread_order() != 0) std::shuffle(order.begin(), order.end(), random);
+            bool moved = false;
+            for (int t : order) {
+                Fibre& f = pool()[static_cast<std::size_t>(t)];
+                if (f.state != State::kReady) continue;
+                moved = true;
+                resume(t);
+                if (failure_) std::rethrow_exception(failure_);
+                if (f.state == State::kDone) --alive;
+            }
+            moved |= release_barriers();
+            if (!moved) throw std::logic_error("cuda_on_cpu: deadlock, some threads wait at a barrier others never reach");
+        }
+        shared.reset();
+    }
+
+    // Opens every barrier at which all living threads of its block or warp wait.
+    bool release_barriers() {
+        bool opened = open(0, threads_, State::kAtBlockBarrier);
+        for (int w = 0; w < threads_; w += kWarpLanes) opened |= open(w, w + kWarpLanes, State::kAtWarpBarrier);
+        return opened;
+    }
+
+    bool open(int first, int last, State barrier) {
+        bool any = false;
+        for (int t = first; t < last; ++t) {
+            const State s = pool()[static_cast<std::size_t>(t)].state;
+            if (s != barrier && s != State::kDone) return false;
+            any |= s == barrier;
+        }
+        for (int t = first; t < last; ++t) {
+            State& s = pool()[static_cast<std::size_t>(t)].state;
+            if (s == barrier) s = State::kReady;
+        }
+        return any;
+    }
+
+    void resume(int t) {
+        running_ = t;
+        Fibre& f = fibre();
+#ifdef __SANITIZE_ADDRESS__
+        void* fake = nullptr;
+        __sanitizer_start_switch_fiber(&fake, f.stack.get(), kStackBytes);
+#endif
+        swapcontext(&scheduler_, &f.context);
+#ifdef __SANITIZE_ADDRESS__
+        __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+    }
+
+    void wait(State barrier) {
+        Fibre& f = fibre();
+        f.state = barrier;
+        leave(f, false);
+    }
+
+    void leave(Fibre& f, bool for_good) {
+#ifdef __SANITIZE_ADDRESS__
+        __sanitizer_start_switch_fiber(for_good ? nullptr : &f.fake, scheduler_stack_, scheduler_stack_bytes_);
+#else
+        (void)for_good;
+#endif
+        swapcontext(&f.context, &scheduler_);
+#ifdef __SANITIZE_ADDRESS__
+        __sanitizer_finish_switch_fiber(f.fake, &scheduler_stack_, &scheduler_stack_bytes_);
+#endif
+    }
+
+    static void enter() {
+        Machine& m = *current();
+        Fibre& f = m.fibre();
+#ifdef __SANITIZE_ADDRESS__
+        __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack_, &m.scheduler_stack_bytes_);
+#endif
+        try {
+            (*m.body_)();
+        } catch (...) {
+            m.failure_ = std::current_exception();
+        }
+        f.state = State::kDone;
+        m.leave(f, true);
+    }
+
+    int threads_;
+    std::vector<Warp> warps_;
+    int running_ = 0;
+    ucontext_t scheduler_;
+    const std::function<void()>* body_ = nullptr;
+    std::exception_ptr failure_;
+#ifdef __SANITIZE_ADDRESS__
+    const void* scheduler_stack_ = nullptr;
+    std::size_t scheduler_stack_bytes_ = 0;
+#endif
+};
+
+inline Machine& machine() { return *Machine::current(); }
+
+}  // namespace on_cpu
+
+// -- what launch.h offers on a GPU --------------------------------------------------------------------------------------
+
+struct Stream;
+
+inline int multiprocessors(int) { return 3; }
+
+inline void fill_zero(void* memory, std::size_t bytes, const Stream&) { std::memset(memory, 0, bytes); }
+
+template <class T>
+T& shared_memory() {
+    if (sizeof(T) > on_cpu::machine().shared_bytes) throw std::logic_error("cuda_on_cpu: shared memory too small");
+    return *reinterpret_cast<T*>(on_cpu::machine().shared.get());
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), const char*, unsigned blocks, int threads, std::size_t shared, const Stream&,
+            const Params& params) {
+    on_cpu::Machine(blocks, threads, shared).run([&] { kernel(params); });
+}
+
+}  // namespace sn_fast
+
+// -- CUDA's names -------------------------------------------------------------------------------------------------------
+
+#define threadIdx (::sn_fast::on_cpu::machine().fibre().thread)
+#define blockIdx (::sn_fast::on_cpu::machine().blockIdx)
+#define blockDim (::sn_fast::on_cpu::machine().blockDim)
+#define gridDim (::sn_fast::on_cpu::machine().gridDim)
+
+inline void __syncthreads() { sn_fast::on_cpu::machine().block_barrier(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { sn_fast::on_cpu::machine().warp_barrier(); }
+inline void __threadfence() {}
+
+template <class T>
+T sn_fast_lane_value(const std::uint64_t (*slots)[8], int lane) {
+    T value;
+    std::memcpy(&value, slots[lane], sizeof value);
+    return value;
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+    return sn_fast_lane_value<T>(sn_fast::on_cpu::machine().exchange(value), lane);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    const int lane = sn_fast::on_cpu::machine().lane();
+    return sn_fast_lane_value<T>(sn_fast::on_cpu::machine().exchange(value), lane ^ mask);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+    const int lane = sn_fast::on_cpu::machine().lane();
+    return sn_fast_lane_value<T>(sn_fast::on_cpu::machine().exchange(value), std::min(lane + delta, 31));
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+    const T old = *address;
+    *address = old + value;
+    return old;
+}
+
+template <class T>
+T __ldg(const T* address) {
+    return *address;
+}
+
+template <class T>
+T min(T a, T b) {
+    return std::min(a, b);
+}
+template <class T>
+T max(T a, T b) {
+    return std::max(a, b);
+}

@@ -1,0 +1,112 @@
+"""Builds the compiled module for the CPU: the same sources and bindings, over csrc/on_cpu in place of CUDA.
+
+Objects are kept by the hash of what they are made from, so a second run compiles nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fvisibility=hidden")
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++")
+    if found is None:
+        pytest.skip("no g++: the kernels cannot be built for the CPU")
+    return found
+
+
+def sanitizers_loaded() -> bool:
+    """Whether this process runs under AddressSanitizer (see ``sanitized_environment``)."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+def sanitized_environment() -> dict[str, str]:
+    """Environment of a Python that can load a module built with ``SANITIZERS``."""
+    libraries = [_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
+    return os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        # Python and torch keep memory to the end; swapped stacks look like a use after return.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def _library(name: str) -> str:
+    path = subprocess.run([compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+    return str(Path(path.strip()).resolve())
+
+
+def build(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -> ModuleType:
+    """Compile and load ``csrc`` for the CPU, with sanitizers where this process can take them."""
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed: pip install '.[test]'")
+    flags = [
+        *_FLAGS,
+        *(SANITIZERS if sanitizers_loaded() else ()),
+        *extra,
+        f"-DSN_FAST_MODULE={name}",
+        "-DSN_FAST_ON_CPU",
+        '-DSN_FAST_VERSION="test"',
+        '-DSN_FAST_ARCHS="CPU emulation"',
+        '-DSN_FAST_CUDA_VERSION="none"',
+        f"-I{csrc}",
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+    ]
+    sources = [*sorted(csrc.rglob("*.cu")), csrc / "bindings.cpp"]
+    headers = hashlib.sha256()
+    for header in sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh")]):
+        headers.update(str(header.relative_to(csrc)).encode() + header.read_bytes())
+    cache = Path(os.environ.get("SN_FAST_TEST_BUILD", Path(tempfile.gettempdir()) / f"sn_fast_on_cpu_{os.getuid()}"))
+    cache.mkdir(parents=True, exist_ok=True)
+
+    def key(source: Path) -> str:
+        parts = [headers.digest(), source.read_bytes(), " ".join(flags).replace(str(csrc), "").encode()]
+        parts += [sys.version.encode(), compiler().encode()]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+    def compile_one(source: Path) -> Path:
+        target = cache / f"{source.stem}_{key(source)}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}.o")
+            _run([compiler(), *flags, "-x", "c++", "-c", str(source), "-o", str(partial)])
+            partial.replace(target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compile_one, sources))
+    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    library = cache / f"{name}_{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}.so")
+        shared = [f for f in flags if f.startswith("-fsanitize")]
+        _run([compiler(), "-shared", *shared, *map(str, objects), "-o", str(partial)])
+        partial.replace(library)
+    spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
