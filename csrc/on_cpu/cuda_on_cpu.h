@@ -30,6 +30,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
@@ -153,15 +154,7 @@ private:
         std::vector<int> order(static_cast<std::size_t>(threads_));
         for (int t = 0; t < threads_; ++t) {
             order[static_cast<std::size_t>(t)] = t;
-            Fibre& f = pool()[static_cast<std::size_t>(t)];
-            f.state = State::kReady;
-            f.shuffles = 0;
-            f.thread = {static_cast<unsigned>(t), 0, 0};
-            getcontext(&f.context);
-            f.context.uc_stack.ss_sp = f.stack.get();
-            f.context.uc_stack.ss_size = kStackBytes;
-            f.context.uc_link = nullptr;
-            makecontext(&f.context, &Machine::enter, 0);
+            prepare(t);
         }
         for (int alive = threads_; alive > 0;) {
             if (thread_order() != 0) std::shuffle(order.begin(), order.end(), random);
@@ -178,6 +171,19 @@ private:
             if (!moved) throw std::logic_error("cuda_on_cpu: deadlock, some threads wait at a barrier others never reach");
         }
         shared.reset();
+    }
+
+    // Not inlined: getcontext returns twice as far as the compiler knows.
+    __noinline__ static void prepare(int t) {
+        Fibre& f = pool()[static_cast<std::size_t>(t)];
+        f.state = State::kReady;
+        f.shuffles = 0;
+        f.thread = {static_cast<unsigned>(t), 0, 0};
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get();
+        f.context.uc_stack.ss_size = kStackBytes;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, &Machine::enter, 0);
     }
 
     // Opens every barrier at which all living threads of its block or warp wait.
@@ -331,6 +337,8 @@ template <class T>
 T __ldg(const T* address) {
     return *address;
 }
+
+inline float cospif(float x) { return static_cast<float>(std::cos(3.14159265358979323846 * static_cast<double>(x))); }
 
 template <class T>
 T min(T a, T b) {

@@ -12,7 +12,12 @@ from .linear_map import compute_dtype, matvec, rmatvec
 
 
 def power_step(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], geometry: Sequence[int], n_iterations: int
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    geometry: Sequence[int],
+    n_iterations: int,
+    precision: str = "fp32",
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Advance every operator by ``n_iterations`` power iterations (Farnia et al. 2019, Algorithm 1).
 
@@ -26,6 +31,7 @@ def power_step(
         weights: per operator (Cout, Cin / groups, *kernel), transposed (Cin, Cout / groups, *kernel), or (out, in).
         us, vs: per operator the left (Cout, *output_size) and right (Cin, *input_size) vectors; need not be unit.
         geometry: the operators' geometries, encoded one after the other.
+        precision: how the kernels form products; here they are always exact in the tensors' own precision.
 
     Returns:
         Lists of u, v (as given), sigma (scalar, float32 at least) and the group that attains sigma (scalar int64).

@@ -86,11 +86,11 @@ def advance(members: Iterable[SpectralNorm], n_power_iterations: int | None = No
             us, vs = [m.u for m in batch], [m.v for m in batch]
             code = [c for m in batch for c in m.code]
             if full and n > 1:
-                us, vs, _, _ = ops.power_step(weights, us, vs, code, n - 1)
+                us, vs, _, _ = ops.power_step(weights, us, vs, code, n - 1, "fp32")
             if full:
                 for m, u, v in zip(batch, us, vs):
                     m.previous.copy_(u if m.as_matrix else v)
-            us, vs, sigmas, groups = ops.power_step(weights, us, vs, code, 1 if full else n)
+            us, vs, sigmas, groups = ops.power_step(weights, us, vs, code, 1 if full else n, "fp32")
             for m, u, v, sigma, group in zip(batch, us, vs, sigmas, groups):
                 m.u.copy_(u)
                 m.v.copy_(v)

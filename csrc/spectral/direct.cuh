@@ -1,0 +1,75 @@
+// Tiles of a map with few rows (depthwise convolutions, the adjoint of a first layer): a thread per position.
+#pragma once
+
+#include "spectral/tile.cuh"
+
+namespace sn_fast {
+
+constexpr int kDirectRows = 4;
+constexpr int kDirectPerLane = 4;
+constexpr int kDirectTile = kWarp * kDirectPerLane;  // positions of one warp
+
+struct DirectShared {
+    std::int32_t last;
+};
+
+// Each warp has a tile of its own, number unit.row + warp: 4 rows x 128 positions of one group.
+template <class T>
+__device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights, const HalfStepParams& p,
+                            DirectShared& s) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int number = unit.row + warp;
+    const int group = number / g.norms_out;
+    const int block = number % g.norms_out / g.tiles, tile = number % g.tiles;
+    float sums[kDirectRows * kDirectPerLane] = {};
+    Place places[kDirectPerLane];
+    const bool any = group < g.groups;  // the last block of an operator may have idle warps
+    const int rows = any ? min(kDirectRows, g.rows - block * kDirectRows) : 0;
+    if (any) {
+        const Input x = input_of(p, g, group);
+        const T* weight = weights + group * g.group_stride + block * kDirectRows * g.row_stride;
+#pragma unroll
+        for (int i = 0; i < kDirectPerLane; ++i)
+            places[i] = place_of(g, p.table, tile * kDirectTile + i * kWarp + lane);
+        const int first = p.table[g.tile_slots + 2 * tile], count = p.table[g.tile_slots + 2 * tile + 1];
+        for (int j = 0; j < count; ++j) {
+            // 1) Where this slot reads, for every position of the lane.
+            const Slot slot = slot_of(g, p.table, p.table[first + j]);
+            int at[kDirectPerLane];
+#pragma unroll
+            for (int i = 0; i < kDirectPerLane; ++i) at[i] = input_position(g, p.table, places[i], slot);
+            // 2) All channels.
+            const T* w = weight + slot.tap * g.tap_stride;
+#pragma unroll 2
+            for (int c = unit.channel; c < unit.channel_end; ++c) {
+                float values[kDirectPerLane];
+#pragma unroll
+                for (int i = 0; i < kDirectPerLane; ++i) values[i] = at[i] >= 0 ? x[c * g.inputs + at[i]] : 0.0f;
+#pragma unroll
+                for (int r = 0; r < kDirectRows; ++r) {
+                    const float factor = r < rows ? to_float(w[r * g.row_stride + c * g.channel_stride]) : 0.0f;
+#pragma unroll
+                    for (int i = 0; i < kDirectPerLane; ++i) sums[r * kDirectPerLane + i] += factor * values[i];
+                }
+            }
+        }
+    }
+    if (!join_splits(sums, unit, p, s.last)) return;
+    if (!any) return;
+    // 3) The result, and the warp's square sum.
+    double square_sum = 0.0;
+    float* out = p.outputs + g.output + (group * g.rows + block * kDirectRows) * g.positions;
+#pragma unroll
+    for (int r = 0; r < kDirectRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kDirectPerLane; ++i) {
+            if (r >= rows || places[i].position < 0) continue;
+            out[r * g.positions + places[i].position] = sums[r * kDirectPerLane + i];
+            square_sum += squared(sums[r * kDirectPerLane + i]);
+        }
+    }
+    square_sum = warp_reduce(square_sum, Add{});
+    if (lane == 0) p.norms_out[unit.norm + warp] = square_sum;
+}
+
+}  // namespace sn_fast

@@ -1,0 +1,41 @@
+// One power iteration of many operators at once: u = A v / |A v|, w = A^T u, sigma = |w|, v = w / sigma (matrices start
+// from u). Two launches do it, one per half step, and a third scales the vectors and finds sigma.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/launch.h"
+#include "spectral/gather.h"
+
+namespace sn_fast {
+
+// Everything on the device, sizes in elements. `gathers` and `units` hold the first half step's, then the second's.
+struct PowerStep {
+    const Gather* gathers;
+    const Unit* units;
+    const Piece* pieces;
+    const std::int32_t* table;
+    int n_units[2];
+    int n_pieces;
+    std::vector<std::uintptr_t> weights;
+    std::vector<std::uintptr_t> given[2];  // start of the first half step; its result where there is no other
+    float* results[2];                     // of the two half steps: all operators' vectors, one after the other
+    float* sigmas;
+    std::int64_t* groups;
+    double* norms[2];
+    float* partials;
+    std::int32_t* counters;
+    int n_counters;
+    int precision;
+};
+
+void power_step(const PowerStep& step, const Stream& stream);
+
+// Blocks of the half-step kernel that run at the same time on one device: what the plan divides the work by.
+int parallel_blocks(int device);
+
+// Sizes of the plan's structs, for sn_fast/ops/plan.py to compare with its own.
+std::vector<int> plan_struct_sizes();
+
+}  // namespace sn_fast

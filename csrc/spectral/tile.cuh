@@ -1,0 +1,148 @@
+// What all kinds of tiles share: the scaled input vector, the joining of split sums, and the result's square sum.
+#pragma once
+
+#include "core/numeric.cuh"
+#include "core/reduce.cuh"
+#include "spectral/gather.h"
+
+namespace sn_fast {
+
+constexpr int kTileThreads = 128;
+constexpr int kTileWarps = kTileThreads / kWarp;
+constexpr int kMaxOperators = 200;  // of one launch: their pointers travel as kernel parameters, 4 KB at most
+
+// How products are formed. Sums are always float32.
+enum class Precision : int {
+    kFloat32 = 0,
+    kTf32 = 1,     // operands rounded to tf32
+    kTf32x3 = 2,   // operands split in two tf32 parts: about float32's accuracy
+    kBfloat16 = 3  // operands rounded to bfloat16
+};
+
+struct HalfStepParams {
+    Precision precision;
+    const Gather* gathers;
+    const Unit* units;
+    const std::int32_t* table;
+    int n_units;
+    const float* inputs;      // not yet normalised result of the step before; null: the given vectors are the input
+    const double* norms_in;   // partial square sums of `inputs`
+    double* norms_out;
+    float* outputs;
+    float* partials;
+    std::int32_t* counters;
+    const void* weights[kMaxOperators];
+    const float* given[kMaxOperators];  // what the vector is where there is nothing to normalise
+};
+
+static_assert(sizeof(HalfStepParams) <= 4096, "kernel parameters");
+
+// 1 / norm as a product of two factors: as one float it overflows for denormal norms.
+struct Scale {
+    float first, second;
+    bool alive;  // false: the norm is zero or not finite
+};
+
+__device__ inline Scale inverse_norm(double square_sum) {
+    if (!(square_sum > 0.0) || square_sum > 1.7e308) return {1.0f, 1.0f, false};
+    const double norm = sqrt(square_sum);
+    const int half = ilogb(norm) / 2;
+    return {ldexpf(1.0f, -half), static_cast<float>(ldexp(1.0, half) / norm), true};
+}
+
+// The sum of `count` partial sums, in a fixed order, in every lane of the warp.
+__device__ inline double sum_partials(const double* partials, int count) {
+    double sum = 0.0;
+    for (int i = static_cast<int>(threadIdx.x) % kWarp; i < count; i += kWarp) sum += partials[i];
+    return warp_reduce(sum, Add{});
+}
+
+// The input of a half step for one group: a vector, normalised as it is read.
+struct Input {
+    const float* data;
+    float first, second;
+
+    __device__ float operator[](int i) const { return data[i] * first * second; }
+};
+
+// Called by a whole warp.
+__device__ inline Input input_of(const HalfStepParams& p, const Gather& g, int group) {
+    const std::int64_t start = static_cast<std::int64_t>(group) * g.channels * g.inputs;
+    if (p.inputs == nullptr) return {p.given[g.op] + start, 1.0f, 1.0f};
+    const Scale scale = inverse_norm(sum_partials(p.norms_in + g.norm_in + group * g.norms_in, g.norms_in));
+    if (!scale.alive) return {p.given[g.op] + start, 1.0f, 1.0f};
+    return {p.inputs + g.input + start, scale.first, scale.second};
+}
+
+// Joins the parts of a split sum. Returns true in the one block that then holds the whole sum, and has to store it.
+//
+// Whichever block comes last adds all parts in the order of their numbers, so the bits do not depend on who that is.
+template <int kCount>
+__device__ bool join_splits(float (&sum)[kCount], const Unit& unit, const HalfStepParams& p, std::int32_t& last) {
+    if (unit.splits == 1) return true;
+    const int thread = static_cast<int>(threadIdx.x);
+    float* parts = p.partials + unit.partial + thread;
+    // 1) This part to memory, visible to all before it is counted.
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) parts[(unit.split * kCount + i) * kTileThreads] = sum[i];
+    __threadfence();
+    __syncthreads();
+    if (thread == 0) last = atomicAdd(p.counters + unit.counter, 1) == unit.splits - 1;
+    __syncthreads();
+    if (!last) return false;
+    // 2) The last one reads all.
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        sum[i] = 0.0f;
+        for (int part = 0; part < unit.splits; ++part) sum[i] += parts[(part * kCount + i) * kTileThreads];
+    }
+    return true;
+}
+
+// Adds up every thread's square sum and stores it as the tile's.
+__device__ inline void store_square_sum(double square_sum, int norm, const HalfStepParams& p, double* scratch) {
+    const double total = block_reduce(square_sum, Add{}, scratch);
+    if (threadIdx.x == 0) p.norms_out[norm] = total;
+}
+
+__device__ inline double squared(float value) { return static_cast<double>(value) * static_cast<double>(value); }
+
+// Coordinates of a place in a tile: its position, and the position along each axis.
+struct Place {
+    int position;  // -1: none
+    int along[kAxes];
+};
+
+__device__ inline Place place_of(const Gather& g, const std::int32_t* table, int index) {
+    int position = g.order >= 0 ? table[g.order + index] : (index < g.positions ? index : -1);
+    const int inner = g.size[1] * g.size[2], rest = position < 0 ? 0 : position;
+    return {position, {rest / inner, rest % inner / g.size[2], rest % g.size[2]}};
+}
+
+// One slot: where it reads relative to each place, and which tap of the kernel it multiplies with.
+struct Slot {
+    int along[kAxes];
+    int tap;
+};
+
+__device__ inline Slot slot_of(const Gather& g, const std::int32_t* table, int slot) {
+    const int inner = g.slots[1] * g.slots[2];
+    Slot s{{slot / inner, slot % inner / g.slots[2], slot % g.slots[2]}, 0};
+    for (int a = 0; a < kAxes; ++a) s.tap += table[g.tap[a] + s.along[a]];
+    return s;
+}
+
+// Input position that a slot reads for a place, or -1.
+__device__ inline int input_position(const Gather& g, const std::int32_t* table, const Place& place, const Slot& slot) {
+    if (place.position < 0) return -1;
+    int index = 0;
+    for (int a = 0; a < kAxes; ++a) {
+        const int entry = table[g.entry[a] + place.along[a] * g.slots[a] + slot.along[a]];
+        if (entry < 0) return -1;
+        index += entry;
+    }
+    return index;
+}
+
+}  // namespace sn_fast
