@@ -4,20 +4,11 @@
 #include "core/numeric.cuh"
 #include "core/reduce.cuh"
 #include "spectral/gather.h"
+#include "spectral/product.cuh"
 
 namespace sn_fast {
 
-constexpr int kTileThreads = 128;
-constexpr int kTileWarps = kTileThreads / kWarp;
 constexpr int kMaxOperators = 200;  // of one launch: their pointers travel as kernel parameters, 4 KB at most
-
-// How products are formed. Sums are always float32.
-enum class Precision : int {
-    kFloat32 = 0,
-    kTf32 = 1,     // operands rounded to tf32
-    kTf32x3 = 2,   // operands split in two tf32 parts: about float32's accuracy
-    kBfloat16 = 3  // operands rounded to bfloat16
-};
 
 struct HalfStepParams {
     Precision precision;
@@ -74,20 +65,27 @@ __device__ inline Input input_of(const HalfStepParams& p, const Gather& g, int g
     return {p.inputs + g.input + start, scale.first, scale.second};
 }
 
+// One of several parts of a sum that different blocks compute.
+struct Split {
+    int part, parts;
+    float* partials;        // of this tile: [part][kCount][thread]
+    std::int32_t* counter;  // of the parts that are done; 0 at the start
+};
+
 // Joins the parts of a split sum. Returns true in the one block that then holds the whole sum, and has to store it.
 //
 // Whichever block comes last adds all parts in the order of their numbers, so the bits do not depend on who that is.
 template <int kCount>
-__device__ bool join_splits(float (&sum)[kCount], const Unit& unit, const HalfStepParams& p, std::int32_t& last) {
-    if (unit.splits == 1) return true;
+__device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32_t& last) {
+    if (split.parts == 1) return true;
     const int thread = static_cast<int>(threadIdx.x);
-    float* parts = p.partials + unit.partial + thread;
+    float* parts = split.partials + thread;
     // 1) This part to memory, visible to all before it is counted.
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) parts[(unit.split * kCount + i) * kTileThreads] = sum[i];
+    for (int i = 0; i < kCount; ++i) parts[(split.part * kCount + i) * kTileThreads] = sum[i];
     __threadfence();
     __syncthreads();
-    if (thread == 0) last = atomicAdd(p.counters + unit.counter, 1) == unit.splits - 1;
+    if (thread == 0) last = atomicAdd(split.counter, 1) == split.parts - 1;
     __syncthreads();
     if (!last) return false;
     // 2) The last one reads all.
@@ -95,9 +93,14 @@ __device__ bool join_splits(float (&sum)[kCount], const Unit& unit, const HalfSt
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
         sum[i] = 0.0f;
-        for (int part = 0; part < unit.splits; ++part) sum[i] += parts[(part * kCount + i) * kTileThreads];
+        for (int part = 0; part < split.parts; ++part) sum[i] += parts[(part * kCount + i) * kTileThreads];
     }
     return true;
+}
+
+template <int kCount>
+__device__ bool join_splits(float (&sum)[kCount], const Unit& unit, const HalfStepParams& p, std::int32_t& last) {
+    return join_splits(sum, Split{unit.split, unit.splits, p.partials + unit.partial, p.counters + unit.counter}, last);
 }
 
 // Adds up every thread's square sum and stores it as the tile's.

@@ -1,0 +1,163 @@
+// The product of two staged tiles, 64 rows x kColumns columns, 16 deep at a time, in registers of 128 threads.
+#pragma once
+
+#include "core/mma.cuh"
+#include "core/reduce.cuh"
+
+namespace sn_fast {
+
+constexpr int kTileThreads = 128;
+constexpr int kTileWarps = kTileThreads / kWarp;
+constexpr int kTileRows = 64;
+constexpr int kTileDepth = 16;
+
+// How products are formed. Sums are always float32.
+enum class Precision : int {
+    kFloat32 = 0,
+    kTf32 = 1,     // operands rounded to tf32
+    kTf32x3 = 2,   // operands split in two tf32 parts: about float32's accuracy
+    kBfloat16 = 3  // operands rounded to bfloat16
+};
+
+// Two buffers: one is filled while the other is multiplied. Rows are 8 elements longer than they need be: a warp's
+// fragment loads then fall into 32 different banks.
+template <int kColumns>
+struct StagedTiles {
+    alignas(16) float a[2][kTileDepth][kTileRows + 8];
+    alignas(16) float b[2][kTileDepth][kColumns + 8];
+};
+
+template <int kColumns>
+struct TileProduct {
+    static constexpr int kSums = kTileRows * kColumns / kTileThreads;
+    // float32: each thread holds kRowsPerThread x 4 neighbouring elements.
+    static constexpr int kThreadsAcross = kColumns / 4;
+    static constexpr int kRowsPerThread = kSums / 4;
+    // Matrix instructions: each warp holds kMmaRows x kMmaColumns tiles of 16 x 8.
+    static constexpr int kMmaRows = kColumns == 64 ? 2 : 1;
+    static constexpr int kMmaColumns = kColumns == 64 ? 4 : 2;
+    static constexpr int kWarpsAcross = kColumns / (8 * kMmaColumns);
+    static_assert(kSums == 4 * kMmaRows * kMmaColumns && kWarpsAcross * kTileRows / (16 * kMmaRows) == kTileWarps);
+
+    Precision precision;
+    int thread;
+    float sums[kSums];
+
+    __device__ explicit TileProduct(Precision precision)
+        : precision(precision), thread(static_cast<int>(threadIdx.x)) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    }
+
+    // Where sums[i] stands in the tile.
+    __device__ int row(int i) const {
+        if (precision == Precision::kFloat32) return thread / kThreadsAcross * kRowsPerThread + i / 4;
+        return mma_row() + i / 4 / kMmaColumns * 16 + i % 4 / 2 * 8;
+    }
+    __device__ int column(int i) const {
+        if (precision == Precision::kFloat32) return thread % kThreadsAcross * 4 + i % 4;
+        return mma_column() + i / 4 % kMmaColumns * 8 + thread % 4 * 2 + i % 2;
+    }
+
+    // sums += the product of one pair of staged tiles.
+    __device__ void add(const StagedTiles<kColumns>& tiles, int buffer) {
+        const auto& a = tiles.a[buffer];
+        const auto& b = tiles.b[buffer];
+        switch (precision) {
+            case Precision::kFloat32: return add_float32(a, b);
+            case Precision::kTf32: return add_tf32<1>(a, b);
+            case Precision::kTf32x3: return add_tf32<2>(a, b);
+            case Precision::kBfloat16: return add_bfloat16(a, b);
+        }
+    }
+
+private:
+    using Left = float[kTileDepth][kTileRows + 8];
+    using Right = float[kTileDepth][kColumns + 8];
+
+    __device__ void add_float32(const Left& a, const Right& b) {
+        const int row = thread / kThreadsAcross * kRowsPerThread, column = thread % kThreadsAcross * 4;
+        float chunk[kSums] = {};  // sums of sums: the error grows as the root of depth / 16, not of depth
+#pragma unroll 8
+        for (int k = 0; k < kTileDepth; ++k) {
+            const float4 right = *reinterpret_cast<const float4*>(&b[k][column]);
+#pragma unroll
+            for (int r = 0; r < kRowsPerThread; ++r) {
+                const float left = a[k][row + r];
+                chunk[4 * r] += left * right.x;
+                chunk[4 * r + 1] += left * right.y;
+                chunk[4 * r + 2] += left * right.z;
+                chunk[4 * r + 3] += left * right.w;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] += chunk[i];
+    }
+
+    __device__ int mma_row() const { return thread / kWarp / kWarpsAcross * 16 * kMmaRows + thread % kWarp / 4; }
+    __device__ int mma_column() const { return thread / kWarp % kWarpsAcross * 8 * kMmaColumns; }
+
+    // With two parts, about float32's accuracy.
+    template <int kParts>
+    __device__ void add_tf32(const Left& left, const Right& right) {
+        const int row = mma_row(), column = mma_column() + thread % kWarp / 4, t = thread % 4;
+#pragma unroll 1  // both halves at once take too many registers
+        for (int k = 0; k < kTileDepth; k += 8) {
+            std::uint32_t a[kMmaRows][kParts][4];
+#pragma unroll
+            for (int m = 0; m < kMmaRows; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    split<kParts>(left[k + t + i / 2 * 4][row + 16 * m + i % 2 * 8], a[m], i);
+#pragma unroll
+            for (int n = 0; n < kMmaColumns; ++n) {
+                std::uint32_t b[kParts][2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) split<kParts>(right[k + t + 4 * i][column + 8 * n], b, i);
+#pragma unroll
+                for (int m = 0; m < kMmaRows; ++m) {
+                    float(&d)[4] = fragment(m, n);
+                    if constexpr (kParts == 2) {  // small products first; low times low is below float32's precision
+                        mma_tf32(d, a[m][1], b[0]);
+                        mma_tf32(d, a[m][0], b[1]);
+                    }
+                    mma_tf32(d, a[m][0], b[0]);
+                }
+            }
+        }
+    }
+
+    // value = high + low, each a tf32.
+    template <int kParts, int kCount>
+    __device__ static void split(float value, std::uint32_t (&parts)[kParts][kCount], int i) {
+        parts[0][i] = to_tf32(value);
+        if constexpr (kParts == 2) parts[1][i] = to_tf32(value - bits_as_float(parts[0][i]));
+    }
+
+    __device__ void add_bfloat16(const Left& left, const Right& right) {
+        const int row = mma_row(), column = mma_column() + thread % kWarp / 4, k = thread % 4 * 2;
+        std::uint32_t b[kMmaColumns][2];
+#pragma unroll
+        for (int n = 0; n < kMmaColumns; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                b[n][i] = pack_bfloat16(right[k + 8 * i][column + 8 * n], right[k + 8 * i + 1][column + 8 * n]);
+#pragma unroll
+        for (int m = 0; m < kMmaRows; ++m) {
+            std::uint32_t a[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int depth = k + i / 2 * 8, r = row + 16 * m + i % 2 * 8;
+                a[i] = pack_bfloat16(left[depth][r], left[depth + 1][r]);
+            }
+#pragma unroll
+            for (int n = 0; n < kMmaColumns; ++n) mma_bfloat16(fragment(m, n), a, b[n]);
+        }
+    }
+
+    __device__ float (&fragment(int m, int n))[4] {
+        return *reinterpret_cast<float(*)[4]>(&sums[(m * kMmaColumns + n) * 4]);
+    }
+};
+
+}  // namespace sn_fast
