@@ -3,7 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <tuple>
+
+#include "attacks/pgd_step.h"
+#include "attacks/random_start.h"
+#include "attacks/wrm_step.h"
 #include "core/launch.h"
+#include "spectral/normalize.h"
+#include "spectral/power_step.h"
+#ifdef SN_FAST_ON_CPU
+#include "core/philox.cuh"
+#endif
 
 namespace py = pybind11;
 
@@ -19,6 +30,139 @@ T* pointer(Address address) {
 
 [[maybe_unused]] Stream stream_of(Address handle, int device) { return {pointer<std::remove_pointer_t<cudaStream_t>>(handle), device}; }
 
+// -- attacks -----------------------------------------------------------------------------------------------------------
+
+using BatchArg = std::tuple<long long, long long>;             // samples, elements of a sample
+using ElementsArg = std::tuple<Address, int, long long>;       // address (0: none), dtype code, batch stride
+using AmountArg = std::tuple<double, Address>;                 // value; float32 per sample or 0
+using BoundArg = std::tuple<int, Address, std::array<long long, 4>>;  // kind, address; batch stride, inner, count, stride
+using StreamArg = std::tuple<Address, int>;
+
+Samples samples_of(const BatchArg& batch) { return {std::get<0>(batch), std::get<1>(batch)}; }
+
+Elements elements_of(const ElementsArg& arg) {
+    return {pointer<unsigned char>(std::get<0>(arg)), static_cast<Dtype>(std::get<1>(arg)), std::get<2>(arg), false};
+}
+
+Amount amount_of(const AmountArg& arg) {
+    return {static_cast<float>(std::get<0>(arg)), pointer<const float>(std::get<1>(arg))};
+}
+
+Bound bound_of(const BoundArg& arg) {
+    const auto [kind, address, sizes] = arg;
+    const auto [batch_stride, inner, count, stride] = sizes;
+    return {static_cast<Bound::Kind>(kind), elements_of({address, 0, batch_stride}), Divisor(inner), Divisor(count),
+            stride};
+}
+
+Stream stream_of(const StreamArg& arg) { return stream_of(std::get<0>(arg), std::get<1>(arg)); }
+
+void register_attacks(py::module_& m) {
+    m.def("pgd_step_partials", [](BatchArg batch, const std::vector<int>& codes, int norm, long long resident_bytes) {
+        std::vector<Dtype> dtypes;
+        for (int code : codes) dtypes.push_back(static_cast<Dtype>(code));
+        return pgd_step_partials(samples_of(batch), dtypes, static_cast<Norm>(norm), resident_bytes);
+    });
+    m.def("pgd_step", [](BatchArg batch, ElementsArg out, ElementsArg x_adv, ElementsArg x, ElementsArg grad, int norm,
+                         AmountArg eps, AmountArg alpha, BoundArg lower, BoundArg upper, Address active, bool targeted,
+                         bool ball, Address partials, long long resident_bytes, StreamArg stream) {
+        const Samples samples = samples_of(batch);
+        PgdStep p;
+        p.samples = samples;
+        p.out = elements_of(out), p.x_adv = elements_of(x_adv);
+        p.x = elements_of(x), p.grad = elements_of(grad);
+        p.eps = amount_of(eps), p.alpha = amount_of(alpha);
+        p.lower = bound_of(lower), p.upper = bound_of(upper);
+        p.active = pointer<const bool>(active);
+        p.targeted = targeted, p.ball = ball;
+        p.partials = pointer<double>(partials);
+        pgd_step(p, static_cast<Norm>(norm), resident_bytes, stream_of(stream));
+    });
+    m.def("wrm_step", [](BatchArg batch, ElementsArg out, ElementsArg x_adv, ElementsArg x, ElementsArg grad,
+                         AmountArg eps, float step, BoundArg lower, BoundArg upper, StreamArg stream) {
+        const Samples samples = samples_of(batch);
+        wrm_step({samples, elements_of(out), elements_of(x_adv), elements_of(x),
+                  elements_of(grad), amount_of(eps), step, bound_of(lower), bound_of(upper)},
+                 stream_of(stream));
+    });
+    m.def("random_start", [](BatchArg batch, ElementsArg out, ElementsArg x, int norm, AmountArg eps, BoundArg lower,
+                             BoundArg upper, Address seed, const std::vector<std::array<long long, 2>>& digits,
+                             StreamArg stream) {
+        const Samples samples = samples_of(batch);
+        LogicalIndex logical;  // digits: size and stride, fastest first
+        SN_CHECK(digits.size() <= LogicalIndex::kMaxDigits, digits.size());
+        for (const auto& [size, stride] : digits) {
+            logical.sizes[logical.digits] = Divisor(size);
+            logical.strides[logical.digits++] = stride;
+        }
+        random_start({samples, elements_of(out), elements_of(x), amount_of(eps),
+                      bound_of(lower), bound_of(upper), pointer<const std::uint64_t>(seed), logical},
+                     static_cast<Norm>(norm), stream_of(stream));
+    });
+#ifdef SN_FAST_ON_CPU
+    m.def("philox", [](std::array<std::uint32_t, 4> c, std::array<std::uint32_t, 2> k) {
+        const PhiloxCounter drawn = philox({{c[0], c[1], c[2], c[3]}}, {{k[0], k[1]}});
+        return std::array<std::uint32_t, 4>{drawn.words[0], drawn.words[1], drawn.words[2], drawn.words[3]};
+    });
+#endif
+}
+
+// -- spectral ----------------------------------------------------------------------------------------------------------
+
+using Addresses = std::vector<Address>;
+
+void register_spectral(py::module_& m) {
+    m.def("parallel_blocks", &parallel_blocks);
+    m.def("plan_struct_sizes", &plan_struct_sizes);
+    m.def("power_step", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_pieces, Addresses weights,
+                           Addresses starts, Addresses others, std::array<Address, 2> results, Address sigmas,
+                           Address groups, std::array<Address, 2> norms, Address partials, Address counters,
+                           int n_counters, int precision, StreamArg stream) {
+        PowerStep step;
+        step.gathers = pointer<const Gather>(plan[0]), step.units = pointer<const Unit>(plan[1]);
+        step.pieces = pointer<const Piece>(plan[2]), step.table = pointer<const std::int32_t>(plan[3]);
+        step.n_pieces = n_pieces;
+        step.weights = std::move(weights);
+        step.given[0] = std::move(starts), step.given[1] = std::move(others);
+        for (int h = 0; h < 2; ++h) {
+            step.n_units[h] = n_units[h];
+            step.results[h] = pointer<float>(results[h]), step.norms[h] = pointer<double>(norms[h]);
+        }
+        step.sigmas = pointer<float>(sigmas), step.groups = pointer<std::int64_t>(groups);
+        step.partials = pointer<float>(partials), step.counters = pointer<std::int32_t>(counters);
+        step.n_counters = n_counters, step.precision = precision;
+        power_step(step, stream_of(stream));
+    });
+    // weights: (weight, result, sigma, elements, beta, cap, dtype code)
+    m.def("normalize", [](const std::vector<std::tuple<Address, Address, Address, std::int64_t, float, bool, int>>& weights,
+                          StreamArg stream) {
+        std::vector<NormalizedWeight> all;
+        for (const auto& [weight, result, sigma, count, beta, cap, dtype] : weights)
+            all.push_back({pointer<const void>(weight), pointer<void>(result), pointer<const float>(sigma), count, beta,
+                           cap, static_cast<Dtype>(dtype)});
+        normalize(all, stream_of(stream));
+    });
+    m.def("normalize_backward_blocks", &normalize_backward_blocks);
+    m.def("normalize_backward", [](std::array<Address, 3> grad_weight_result, std::array<int, 2> dtypes,
+                                   std::int64_t count, Address sigma, Address x, Address y, Address top_group,
+                                   std::array<Address, 2> plan, std::array<Address, 3> workspace,
+                                   std::array<int, 5> sizes, float beta, bool cap, int precision, StreamArg stream) {
+        NormalizeBackward p{};
+        p.grad = pointer<const void>(grad_weight_result[0]), p.weight = pointer<const void>(grad_weight_result[1]);
+        p.result = pointer<void>(grad_weight_result[2]);
+        p.grad_dtype = static_cast<Dtype>(dtypes[0]), p.weight_dtype = static_cast<Dtype>(dtypes[1]);
+        p.count = count;
+        p.sigma = pointer<const float>(sigma), p.x = pointer<const float>(x), p.y = pointer<const float>(y);
+        p.top_group = pointer<const std::int64_t>(top_group);
+        p.gather = pointer<const Gather>(plan[0]), p.table = pointer<const std::int32_t>(plan[1]);
+        p.inner_partials = pointer<double>(workspace[0]), p.partials = pointer<float>(workspace[1]);
+        p.counters = pointer<std::int32_t>(workspace[2]);
+        p.groups = sizes[0], p.rows = sizes[1], p.columns = sizes[2], p.taps = sizes[3], p.parts = sizes[4];
+        p.beta = beta, p.cap = cap, p.precision = precision;
+        normalize_backward(p, stream_of(stream));
+    });
+}
+
 }  // namespace
 }  // namespace sn_fast
 
@@ -32,6 +176,8 @@ PYBIND11_MODULE(SN_FAST_MODULE, m) {
     m.attr("version") = SN_FAST_VERSION;
     m.attr("archs") = SN_FAST_ARCHS;
     m.attr("cuda_version") = SN_FAST_CUDA_VERSION;
+    register_attacks(m);
+    register_spectral(m);
 #ifdef SN_FAST_ON_CPU
     m.def("set_thread_order", [](std::uint64_t seed) { on_cpu::thread_order() = seed; });
 #endif

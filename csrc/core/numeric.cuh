@@ -83,6 +83,12 @@ struct alignas(16) Pack {
     T values[kCount];
 };
 
+// Whether a pack can be moved to or from here.
+template <class T>
+__device__ inline bool is_aligned(const T* address) {
+    return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
+}
+
 // Calls body with a value of the C++ type of `dtype`.
 template <class Body>
 void dispatch(Dtype dtype, Body body) {

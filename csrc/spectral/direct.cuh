@@ -8,6 +8,7 @@ namespace sn_fast {
 constexpr int kDirectRows = 4;
 constexpr int kDirectPerLane = 4;
 constexpr int kDirectTile = kWarp * kDirectPerLane;  // positions of one warp
+constexpr int kDirectChunk = 16;                      // channels that are summed up on their own
 
 struct DirectShared {
     std::int32_t last;
@@ -38,19 +39,25 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
             int at[kDirectPerLane];
 #pragma unroll
             for (int i = 0; i < kDirectPerLane; ++i) at[i] = input_position(g, p.table, places[i], slot);
-            // 2) All channels.
+            // 2) All channels, in sums of sums: the error grows as the root of their number, not as that of all terms.
             const T* w = weight + slot.tap * g.tap_stride;
+            for (int begin = unit.channel; begin < unit.channel_end; begin += kDirectChunk) {
+                const int end = min(begin + kDirectChunk, unit.channel_end);
+                float chunk[kDirectRows * kDirectPerLane] = {};
 #pragma unroll 2
-            for (int c = unit.channel; c < unit.channel_end; ++c) {
-                float values[kDirectPerLane];
+                for (int c = begin; c < end; ++c) {
+                    float values[kDirectPerLane];
 #pragma unroll
-                for (int i = 0; i < kDirectPerLane; ++i) values[i] = at[i] >= 0 ? x[c * g.inputs + at[i]] : 0.0f;
+                    for (int i = 0; i < kDirectPerLane; ++i) values[i] = at[i] >= 0 ? x[c * g.inputs + at[i]] : 0.0f;
 #pragma unroll
-                for (int r = 0; r < kDirectRows; ++r) {
-                    const float factor = r < rows ? to_float(w[r * g.row_stride + c * g.channel_stride]) : 0.0f;
+                    for (int r = 0; r < kDirectRows; ++r) {
+                        const float factor = r < rows ? to_float(w[r * g.row_stride + c * g.channel_stride]) : 0.0f;
 #pragma unroll
-                    for (int i = 0; i < kDirectPerLane; ++i) sums[r * kDirectPerLane + i] += factor * values[i];
+                        for (int i = 0; i < kDirectPerLane; ++i) chunk[r * kDirectPerLane + i] += factor * values[i];
+                    }
                 }
+#pragma unroll
+                for (int i = 0; i < kDirectRows * kDirectPerLane; ++i) sums[i] += chunk[i];
             }
         }
     }

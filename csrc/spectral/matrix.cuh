@@ -19,11 +19,6 @@ struct MatrixShared {
     double scratch[kTileWarps];
 };
 
-template <class T>
-__device__ inline bool is_aligned(const T* address) {
-    return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
-}
-
 // Rows unit.row .. + 15 of y = W x; rows contiguous (channel_stride 1).
 template <class T>
 __device__ void dot_tile(const Gather& g, const Unit& unit, const T* weight, const HalfStepParams& p, MatrixShared& s) {

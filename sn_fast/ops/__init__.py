@@ -1,1 +1,8 @@
-"""The operators: schema, fake, reference and autograd. The only package that will call the compiled module."""
+"""The operators: schema, fake, reference, kernel and autograd. The only package that calls the compiled module."""
+
+from . import normalize, spectral, updates
+from .compiled import MODULE
+from .library import UseKernels
+
+# Kept: the registration ends with the object.
+_SERVING = None if MODULE is None else UseKernels(MODULE, "cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import covers
+
 _LIBRARY = torch.library.Library("sn_fast", "DEF")
-_KERNELS: dict[str, Callable[..., Any]] = {}
-_SERVED: set[str] = set()  # device types whose tensors go to kernels
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # name -> (kernel, reference)
+_SERVED: dict[str, UseKernels] = {}  # by device type
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/core/numeric.cuh: Dtype
 
 
@@ -34,28 +37,52 @@ def define(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sn_fast::{name}", fake, lib=_LIBRARY)
     if kernel is not None:
-        _KERNELS[name] = kernel
+        _KERNELS[name] = kernel, reference
     return getattr(torch.ops.sn_fast, name).default
 
 
 class UseKernels:
-    """Serves every operator on tensors of one device type from a compiled module, until ``stop``."""
+    """Serves every operator on tensors of one device type from a compiled module, until ``stop`` or its own end.
+
+    On GPUs that the module was not built for, the reference stays in place, with one warning.
+    """
 
     def __init__(self, module: ModuleType, device_type: str) -> None:
+        self._module = module
         self._device_type = device_type
+        self._runs: bool | None = None if device_type == "cuda" else True  # asked at the first call: it starts CUDA
         self._library = torch.library.Library("sn_fast", "IMPL")
-        for name, kernel in _KERNELS.items():
-            self._library.impl(name, functools.partial(kernel, module), device_type.upper())
-        _SERVED.add(device_type)
+        for name, (kernel, reference) in _KERNELS.items():
+            self._library.impl(name, functools.partial(self._serve, kernel, reference), device_type.upper())
+        _SERVED[device_type] = self
+
+    def _serve(self, kernel: Callable[..., Any], reference: Callable[..., Any], *args: Any) -> Any:
+        return kernel(self._module, *args) if self.runs() else reference(*args)
+
+    def runs(self) -> bool:
+        """Whether the module's code runs on the devices that are there."""
+        if self._runs is None:
+            capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+            missing = [c for c in capabilities if not covers(self._module.archs, c)]
+            self._runs = not missing
+            if missing:
+                major, minor = missing[0]
+                warnings.warn(
+                    f"sn_fast's kernels were built for {self._module.archs}, but a GPU here is {major}.{minor}: plain "
+                    f"PyTorch is used. Remedy: reinstall with SN_FAST_CUDA_ARCHS={major}.{minor}",
+                    stacklevel=2,
+                )
+        return self._runs
 
     def stop(self) -> None:
         self._library._destroy()
-        _SERVED.discard(self._device_type)
+        _SERVED.pop(self._device_type, None)
 
 
 def has_kernels(device: torch.device) -> bool:
     """Whether operators on this device run compiled kernels."""
-    return device.type in _SERVED
+    served = _SERVED.get(device.type)
+    return served is not None and served.runs()
 
 
 def dtype_code(t: Tensor) -> int | None:

@@ -230,9 +230,11 @@ class _Tiling:
 
     def __init__(self, m: _Map) -> None:
         self.map = m
-        if m.positions == m.inputs == 1 and math.prod(m.slots) == 1 and (m.channel_stride == 1 or m.channels == 1):
+        bare = m.positions == m.inputs == math.prod(m.slots) == 1
+        bare = bare and not any(e.item() or t.item() for e, t in zip(m.entries, m.taps))  # reads, and its first tap
+        if bare and (m.channel_stride == 1 or m.channels == 1):
             self.kind = _DOT
-        elif m.positions == m.inputs == 1 and math.prod(m.slots) == 1 and (m.row_stride == 1 or m.rows == 1):
+        elif bare and (m.row_stride == 1 or m.rows == 1):
             self.kind = _AXPY
         elif m.rows <= _DIRECT_MOST_ROWS:
             self.kind = _DIRECT
@@ -278,13 +280,13 @@ class Plan:
     def __init__(self, module: ModuleType, layouts: Sequence[Layout], device: torch.device, parallel: int) -> None:
         sizes = [GATHER.itemsize, UNIT.itemsize, PIECE.itemsize]
         if module.plan_struct_sizes() != sizes:
-            raise RuntimeError(f"plan structs differ: {sizes} here, {module.plan_struct_sizes()} in the compiled module")
+            raise RuntimeError(
+                f"plan structs differ: {sizes} here, {module.plan_struct_sizes()} in the compiled module"
+            )
         # A convolution starts from its input (A first), a matrix from its output (A^T first); a transposed
         # convolution's A is the adjoint of the convolution that describes it.
         forward = [bool(lay.geometry.axes) != lay.geometry.transposed for lay in layouts]
-        halves = [
-            [_Tiling(_Map(lay, f if h == 0 else not f)) for lay, f in zip(layouts, forward)] for h in range(2)
-        ]
+        halves = [[_Tiling(_Map(lay, f if h == 0 else not f)) for lay, f in zip(layouts, forward)] for h in range(2)]
         self.starts_from_v = [bool(lay.geometry.axes) for lay in layouts]
         outputs = [_lengths(t) for t in halves]
         self.result_sizes = [sum(lengths) for lengths in outputs]
@@ -296,9 +298,7 @@ class Plan:
             norm_offsets.append([0, *np.cumsum(counts)[:-1].tolist()])
             self.norm_sizes.append(sum(counts))
         table = _Table()
-        records = [
-            self._gather(table, tilings, h, offsets, norm_offsets, halves) for h, tilings in enumerate(halves)
-        ]
+        records = [self._gather(table, tilings, h, offsets, norm_offsets, halves) for h, tilings in enumerate(halves)]
         budget = sum(self.result_sizes)
         units = [_units(t, norm_offsets[h], parallel, budget) for h, t in enumerate(halves)]
         self.n_counters = sum(u["counter"].max(initial=-1).item() + 1 for u in units)
@@ -444,3 +444,31 @@ def _partial_size(units: npt.NDArray[Any]) -> int:
         return 0
     sums = np.array([_SUMS[k] for k in range(5)])[many["kind"]] * _THREADS
     return int((many["partial"] + many["splits"] * sums).max())
+
+
+class GradientPlan:
+    """The map of one layer for its weight's gradient, on the device, and the sizes that a call has to allocate."""
+
+    def __init__(self, layout: Layout, device: torch.device, parallel: int, budget: int) -> None:
+        m = _Map(layout, forward=True)
+        taps = math.prod(m.slots)
+        tiles = -(-m.rows // _TILE_ROWS) * -(-m.channels * taps // _TILE_ROWS)
+        size = _SUMS[_GEMM64] * _THREADS
+        # As many parts of the sum over positions as fill the device, of 64 positions at least.
+        parts = min(parallel // tiles, -(-m.positions // 64), budget // (tiles * size), 16 if m.groups > 1 else 1 << 30)
+        parts = max(1, parts)
+        self.sizes = (m.groups, m.rows, m.channels, taps, parts)
+        self.partial_size, self.n_counters = (tiles * parts * size, tiles) if parts > 1 else (0, 0)
+        table = _Table()
+        record = np.zeros(1, GATHER)
+        for name in ("groups", "rows", "channels", "positions", "inputs"):
+            record[name] = getattr(m, name)
+        for name in ("group_stride", "row_stride", "channel_stride", "tap_stride", "size", "slots"):
+            record[name] = getattr(m, name)
+        record["entry"] = [table.add(e) for e in m.entries]
+        self._parts = [torch.from_numpy(part.view(np.int32).reshape(-1)).to(device) for part in (record, table.array())]
+
+    @property
+    def addresses(self) -> list[int]:
+        """Of the gather and the table."""
+        return [part.data_ptr() for part in self._parts]

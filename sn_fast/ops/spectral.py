@@ -1,19 +1,16 @@
-"""Operators of power iteration and normalisation, and the autograd function of the latter."""
+"""The operator of grouped power iteration."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import normalize as _normalize_reference
 from ..reference.geometry import Geometry, decode
 from ..reference.linear_map import compute_dtype
-from ..reference.normalize import normalize_backward as _normalize_backward_reference
 from ..reference.power import power_step as _power_step_reference
 from .library import define, stream_of
 from .plan import Layout, Plan
@@ -28,7 +25,7 @@ def _power_step_fake(
     vs: Sequence[Tensor],
     geometry: Sequence[int],
     n_iterations: int,
-    precision: str,
+    precision: str = "fp32",
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     sigmas = [w.new_empty((), dtype=compute_dtype(w, u)) for w, u in zip(weights, us)]
     groups = [w.new_empty((), dtype=torch.int64) for w in weights]
@@ -46,13 +43,15 @@ def _power_step_kernel(
     vs: Sequence[Tensor],
     geometry: Sequence[int],
     n_iterations: int,
-    precision: str,
+    precision: str = "fp32",
 ) -> Vectors:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     geometries = decode(geometry)
     if not len(weights) == len(us) == len(vs) == len(geometries):
-        raise ValueError(f"power_step: {len(weights)} weights, {len(us)} us, {len(vs)} vs, {len(geometries)} geometries")
+        raise ValueError(
+            f"power_step: {len(weights)} weights, {len(us)} us, {len(vs)} vs, {len(geometries)} geometries"
+        )
     layouts = [_layout(w, u, v, g) for w, u, v, g in zip(weights, us, vs, geometries)]
     known = [layout for layout in layouts if layout is not None]
     if not weights or len(known) < len(layouts):
@@ -90,7 +89,12 @@ def _plan(module: ModuleType, layouts: tuple[Layout, ...], device: torch.device)
 
 
 def _power_step_once(
-    module: ModuleType, plan: Plan, weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], precision: str
+    module: ModuleType,
+    plan: Plan,
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    precision: str,
 ) -> Vectors:
     device = weights[0].device
     # Of each operator: the vector it starts from, and the one of the other side.
@@ -128,73 +132,9 @@ def _power_step_once(
 
 
 power_step = define(
-    "power_step(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] geometry, int n_iterations, str precision)"
+    "power_step(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] geometry, int n_iterations, str precision='fp32')"
     " -> (Tensor[], Tensor[], Tensor[], Tensor[])",
     _power_step_reference,
     _power_step_fake,
     _power_step_kernel,
 )
-
-_normalize = define(
-    "normalize(Tensor weight, Tensor sigma, float beta, bool cap) -> Tensor",
-    _normalize_reference.normalize,
-    lambda weight, sigma, beta, cap: torch.empty_like(weight),
-)
-
-_normalize_backward = define(
-    "normalize_backward(Tensor grad, Tensor weight, Tensor sigma, Tensor u, Tensor v, Tensor? group, int[] geometry,"
-    " float beta, bool cap) -> Tensor",
-    _normalize_backward_reference,
-    lambda grad, weight, sigma, u, v, group, geometry, beta, cap: torch.empty_like(grad),
-)
-
-
-class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        sigma: Tensor,
-        u: Tensor,
-        v: Tensor,
-        group: Tensor | None,
-        geometry: list[int],
-        beta: float,
-        cap: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, sigma, u, v, group)
-        ctx.geometry, ctx.beta, ctx.cap = geometry, beta, cap
-        return _normalize(weight, sigma, beta, cap)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0].to_dense() if grads[0].is_sparse else grads[0]  # an Embedding can ask for sparse gradients
-        weight, sigma, u, v, group = ctx.saved_tensors
-        if torch.is_grad_enabled():  # double backward: the same value, from operations that autograd can follow
-            value = _normalize_reference.rayleigh(weight, u, v, group, *decode(ctx.geometry))
-            output = _normalize_reference.normalize(weight, value, ctx.beta, ctx.cap)
-            (grad_weight,) = torch.autograd.grad(output, weight, grad, create_graph=True)
-        else:
-            grad_weight = _normalize_backward(grad, weight, sigma, u, v, group, ctx.geometry, ctx.beta, ctx.cap)
-        return grad_weight, None, None, None, None, None, None, None
-
-
-def normalize(
-    weight: Tensor,
-    sigma: Tensor,
-    u: Tensor,
-    v: Tensor,
-    group: Tensor | None,
-    geometry: list[int],
-    beta: float,
-    cap: bool,
-) -> Tensor:
-    """The normalised weight; its gradient holds u and v constant and flows through sigma = <u, A v>.
-
-    See ``reference.normalize`` for the formulas and ``reference.power.power_step`` for the shapes.
-    """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # torch.func (grad, vmap, jvp, ...) wants operations that it can follow: sigma, with the derivative of <u, A v>.
-        value = _normalize_reference.rayleigh(weight, u, v, group, *decode(geometry))
-        return _normalize_reference.normalize(weight, value + (sigma - value).detach(), beta, cap)
-    return _Normalize.apply(weight, sigma, u, v, group, geometry, beta, cap)

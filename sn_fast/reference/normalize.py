@@ -19,6 +19,13 @@ def normalize(weight: Tensor, sigma: Tensor, beta: float, cap: bool) -> Tensor:
     return (weight.to(compute_dtype(weight)) / divisor(sigma, beta, cap)).to(weight.dtype)
 
 
+def normalize_all(
+    weights: Sequence[Tensor], sigmas: Sequence[Tensor], betas: Sequence[float], caps: Sequence[bool]
+) -> list[Tensor]:
+    """``normalize`` of many weights."""
+    return [normalize(w, s, b, c) for w, s, b, c in zip(weights, sigmas, betas, caps, strict=True)]
+
+
 def normalize_backward(
     grad: Tensor,
     weight: Tensor,
@@ -29,11 +36,13 @@ def normalize_backward(
     geometry: Sequence[int],
     beta: float,
     cap: bool,
+    precision: str = "fp32",
 ) -> Tensor:
     """Gradient of ``normalize`` in the weight: (beta / sigma) (G - <G, W / sigma> dsigma/dW), G where nothing is cut.
 
     With u and v constant dsigma/dW is the weight gradient of the layer for the single input v and output gradient u;
-    of a grouped convolution (``group`` given) only the rows of the group that attains sigma.
+    of a grouped convolution (``group`` given) only the rows of the group that attains sigma. ``precision`` is how the
+    kernels form products; here they are exact in the tensors' own precision.
     """
     dtype = compute_dtype(grad, weight)
     grad_, weight_ = grad.to(dtype), weight.to(dtype)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops import spectral as ops
+from ..ops.library import has_kernels
+from ..ops.normalize import normalize_all
+from ..ops.spectral import power_step
 
 if TYPE_CHECKING:
     from .parametrization import SpectralNorm
@@ -25,6 +27,7 @@ class Group:
 
     def __init__(self) -> None:
         self._members: list[weakref.ref[SpectralNorm]] = []
+        self._ready: dict[SpectralNorm, tuple[object, Tensor]] = {}
 
     def add(self, member: SpectralNorm) -> None:
         self._members.append(weakref.ref(member))
@@ -41,8 +44,39 @@ class Group:
         if stale:
             advance(stale)
 
+    def take_normalized(self, member: SpectralNorm) -> Tensor | None:
+        """The normalised weight of a member, outside autograd, where kernels compute all members' in one launch.
+
+        What is computed is handed out once, so a forward of the model costs one launch and nothing is kept after it.
+        """
+        if not has_kernels(member.raw.device):
+            return None
+        state, value = self._ready.pop(member, (None, None))
+        if value is None or state != _state(member):
+            with torch.inference_mode(False), torch.no_grad():
+                self._ready = _normalized([m for m in self.members() if m.can_be_ready_with(member)])
+            _, value = self._ready.pop(member)
+        return value
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return Group()  # each copied member joins the new group itself; deepcopy's memo makes it one for all
+
+
+def _normalized(members: list[SpectralNorm]) -> dict[SpectralNorm, tuple[object, Tensor]]:
+    options = [m.options for m in members]
+    values = normalize_all(
+        [m.operand(m.raw) for m in members],
+        [m.sigma for m in members],
+        [o.beta for o in options],
+        [o.cap for o in options],
+    )
+    return {m: (_state(m), value) for m, value in zip(members, values)}
+
+
+def _state(member: SpectralNorm) -> object:
+    """Changes with everything that a normalised weight depends on."""
+    weight, sigma = member.raw, member.sigma
+    return _address(weight), _version(weight), _placement(weight), _version(sigma), sigma.data_ptr()
 
 
 class WeightMark:
@@ -76,30 +110,34 @@ def _address(weight: Tensor) -> int:
 
 def advance(members: Iterable[SpectralNorm], n_power_iterations: int | None = None) -> None:
     """Advance u, v, sigma of these parametrizations, all that share a device and a number of iterations in one call."""
-    batches: dict[tuple[torch.device, int, bool], list[SpectralNorm]] = {}
+    batches: dict[tuple[torch.device, int, bool, str], list[SpectralNorm]] = {}
     for m in members:
         n = n_power_iterations or m.options.n_power_iterations
-        batches.setdefault((m.u.device, n, m.options.full), []).append(m)
+        batches.setdefault((m.u.device, n, m.options.full, m.options.products()), []).append(m)
     with torch.no_grad():
-        for (_, n, full), batch in batches.items():
+        for (_, n, full, precision), batch in batches.items():
             weights = [m.operand(m.raw) for m in batch]
             us, vs = [m.u for m in batch], [m.v for m in batch]
             code = [c for m in batch for c in m.code]
             if full and n > 1:
-                us, vs, _, _ = ops.power_step(weights, us, vs, code, n - 1, "fp32")
+                us, vs, _, _ = power_step(weights, us, vs, code, n - 1, precision)
             if full:
-                for m, u, v in zip(batch, us, vs):
-                    m.previous.copy_(u if m.as_matrix else v)
-            us, vs, sigmas, groups = ops.power_step(weights, us, vs, code, 1 if full else n, "fp32")
-            for m, u, v, sigma, group in zip(batch, us, vs, sigmas, groups):
-                m.u.copy_(u)
-                m.v.copy_(v)
-                m.sigma.copy_(sigma)
-                top_group = m.buffer("top_group")
-                if top_group is not None:
-                    top_group.copy_(group)
-                if not torch.compiler.is_compiling():
+                _copy([m.previous for m in batch], [u if m.as_matrix else v for m, u, v in zip(batch, us, vs)])
+            us, vs, sigmas, groups = power_step(weights, us, vs, code, 1 if full else n, precision)
+            _copy([b for m in batch for b in (m.u, m.v, m.sigma)], [t for ts in zip(us, vs, sigmas) for t in ts])
+            grouped = [
+                (b, group) for b, group in ((m.buffer("top_group"), g) for m, g in zip(batch, groups)) if b is not None
+            ]
+            _copy([b for b, _ in grouped], [group for _, group in grouped])
+            if not torch.compiler.is_compiling():
+                for m in batch:
                     m.mark_current()
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies into buffers, all in a few launches."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def _bump_versions_after_fused_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

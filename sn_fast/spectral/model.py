@@ -42,6 +42,7 @@ def spectral_norm(
     operator: str = "conv",
     gradient: str = "detached",
     reduce: bool = True,
+    precision: str | None = None,
 ) -> ModuleT:
     """Normalise one layer's weight by the norm of its true linear map; equivalent to
     ``W / max(1, sigma(W) / beta)`` in place of ``W`` (Farnia, Zhang, Tse 2019, section 4).
@@ -60,6 +61,9 @@ def spectral_norm(
             power iteration, as the published code does.
         reduce: iterate in the smallest space with the same norm (u and v of a 1x1 convolution are then those of its
             matrix). False keeps u (Cout, *output_size) and v (Cin, *input_size) for every convolution.
+        precision: of the products in the CUDA kernels; sums are float32 always. "fp32", "tf32", "3xtf32" (tensor cores,
+            about float32's accuracy) or "bf16". None: as torch.set_float32_matmul_precision says, "highest" fp32,
+            "high" tf32, "medium" bf16. Without kernels products are exact in float32.
 
     Returns:
         ``module``, its weight now a parametrization with buffers u, v and sigma.
@@ -67,7 +71,7 @@ def spectral_norm(
     Raises:
         ValueError, TypeError: an argument is out of range, or the module cannot be normalised; the message says why.
     """
-    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce)
+    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision)
     _register(module, name, Group(), input_size, options)
     return module
 
@@ -84,6 +88,7 @@ def apply_spectral_norm(
     operator: str = "conv",
     gradient: str = "detached",
     reduce: bool = True,
+    precision: str | None = None,
 ) -> ModuleT:
     """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
 
@@ -95,7 +100,7 @@ def apply_spectral_norm(
         beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
         include: module classes to normalise; None: Linear and all convolutions.
         exclude: regular expression; layers whose name matches (re.search) are left alone.
-        mode, n_power_iterations, operator, gradient, reduce: see ``spectral_norm``.
+        mode, n_power_iterations, operator, gradient, reduce, precision: see ``spectral_norm``.
 
     Raises:
         ValueError: no layer is left to normalise, or a pattern matches none, or none matches a layer.
@@ -119,7 +124,7 @@ def apply_spectral_norm(
         for name, module in layers.items():
             used_at = sizes.get(name, [])
             size = _size_of_largest_norm(module, used_at)
-            options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce)
+            options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision)
             _register(module, "weight", group, size, options).sizes.update(used_at)
             done.append(module)
     except BaseException as error:

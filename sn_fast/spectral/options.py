@@ -6,7 +6,12 @@ import math
 from dataclasses import dataclass
 from numbers import Real
 
+import torch
+
+from ..ops.spectral import PRECISIONS
 from .operators import as_int
+
+_OF_MATMUL = {"highest": "fp32", "high": "tf32", "medium": "bf16"}  # torch.set_float32_matmul_precision
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Options:
     operator: str = "conv"
     gradient: str = "detached"
     reduce: bool = True
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("cap", "scale"):
@@ -27,6 +33,8 @@ class Options:
             raise ValueError(f"operator={self.operator!r} is unknown; choose 'conv' (the true operator) or 'reshape'")
         if self.gradient not in ("detached", "full"):
             raise ValueError(f"gradient={self.gradient!r} is unknown; choose 'detached' or 'full'")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is unknown; choose None or one of {', '.join(PRECISIONS)}")
         if not isinstance(self.beta, Real) or isinstance(self.beta, bool):
             raise TypeError(f"beta={self.beta!r} must be a number > 0")
         if not self.beta > 0:
@@ -44,3 +52,12 @@ class Options:
     @property
     def full(self) -> bool:
         return self.gradient == "full"
+
+    def products(self) -> str:
+        """How kernels form products: as chosen, or as ``torch.set_float32_matmul_precision`` says now."""
+        return self.precision or _of_matmul()
+
+
+@torch.compiler.assume_constant_result
+def _of_matmul() -> str:
+    return _OF_MATMUL[torch.get_float32_matmul_precision()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops import spectral as ops
+from ..ops.normalize import normalize
 from ..reference.geometry import Geometry
 from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import sigma_through_last_iteration
@@ -196,11 +196,24 @@ class SpectralNorm(nn.Module):
             sigma = sigma_through_last_iteration(operand, self.previous, self.known_geometry)
             result = normalize_reference(operand, sigma, beta, cap)
         else:
-            result = ops.normalize(operand, self.sigma, self.u, self.v, self.buffer("top_group"), self.code, beta, cap)
+            group, precision = self.buffer("top_group"), self.options.products()
+            ready = self._group.take_normalized(self) if self.can_be_ready(weight) else None
+            result = normalize(operand, self.sigma, self.u, self.v, group, self.code, beta, cap, precision, ready)
         if operand is weight:
             return result
         dims = [weight.shape[self.matrix_dim], *weight.shape[: self.matrix_dim], *weight.shape[self.matrix_dim + 1 :]]
         return result.reshape(dims).movedim(0, self.matrix_dim)
+
+    def can_be_ready(self, weight: Tensor) -> bool:
+        """Whether the group may compute the normalised weight with others': eager code, on the module's own weight."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or self.geometry is None:
+            return False
+        return not self.options.full and type(weight) is nn.Parameter and weight is self.raw
+
+    def can_be_ready_with(self, other: SpectralNorm) -> bool:
+        return (
+            self.can_be_ready(self.raw) and not self._freezes and self.raw.device == other.raw.device
+        ) or self is other
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the weight sets the raw weight."""

@@ -1,0 +1,54 @@
+"""The compiled module, if there is one; nothing else imports ``sn_fast._C``. It knows no torch, nor does this file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import re
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+from .._version import __version__
+
+_REMEDY = "reinstall sn_fast (docs/building.md)"
+
+
+def load(name: str, version: str) -> tuple[ModuleType | None, str]:
+    """The module ``name`` and one sentence about it; None if it was not built, or if it was but will not load."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return None, _absent(name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        return None, f"built but will not load: {error}"
+    if module.version != version:  # addresses are handed over unchecked, so the two sides must be of one version
+        return None, f"built but will not load: it is of sn_fast {module.version}, and this is {version}"
+    return module, f"CUDA kernels for {module.archs}, built with CUDA {module.cuda_version}"
+
+
+def covers(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for ``archs`` run on a GPU of this compute capability."""
+    for major, minor, suffix, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", archs):
+        built = (int(major), int(minor))
+        older = built <= capability and suffix != "a"  # code with an a runs on that very GPU only
+        if built == capability or (older and (built[0] == capability[0] or (ptx and not suffix))):
+            return True
+    return False
+
+
+def _absent(name: str) -> str:
+    folder = Path(importlib.import_module(name.rpartition(".")[0]).__path__[0])
+    others = [path.name for path in sorted(folder.glob("_C.*.so"))]
+    if others:
+        return f"built but will not load: {', '.join(others)} is not for this Python {platform.python_version()}"
+    note = folder / "_not_built.txt"
+    return f"not built: pure-Python install ({note.read_text() if note.exists() else 'no kernels were compiled here'})"
+
+
+MODULE, STATUS = load("sn_fast._C", __version__)
+
+if STATUS.startswith("built but"):
+    warnings.warn(f"sn_fast {__version__} runs without its CUDA kernels. They are {STATUS}; {_REMEDY}", stacklevel=2)

@@ -1,0 +1,188 @@
+"""Operators of normalisation and its gradient, and the autograd function that joins them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import normalize as _reference
+from ..reference.geometry import decode
+from .library import define, dtype_code, stream_of
+from .plan import GradientPlan, Layout
+from .spectral import PRECISIONS
+
+
+def _normalize_kernel(
+    module: ModuleType,
+    weights: Sequence[Tensor],
+    sigmas: Sequence[Tensor],
+    betas: Sequence[float],
+    caps: Sequence[bool],
+) -> list[Tensor]:
+    results: list[Tensor] = []
+    arguments = []
+    for weight, sigma, beta, cap in zip(weights, sigmas, betas, caps, strict=True):
+        if sigma.device != weight.device:
+            raise ValueError(f"normalize: sigma is on {sigma.device}, its weight on {weight.device}; move one of them")
+        code = dtype_code(weight)
+        if code is None or sigma.dtype != torch.float32:
+            results.append(_reference.normalize(weight, sigma, beta, cap))
+            continue
+        weight = _dense(weight)
+        result = torch.empty_like(weight)
+        results.append(result)
+        arguments.append(
+            (weight, (weight.data_ptr(), result.data_ptr(), sigma.data_ptr(), weight.numel(), beta, cap, code))
+        )
+    if arguments:
+        module.normalize([argument for _, argument in arguments], stream_of(weights[0].device))
+    return results
+
+
+def _dense(t: Tensor) -> Tensor:
+    """``t`` with every element of its memory in use once; a copy for slices and expanded tensors alone."""
+    return t if torch.empty_like(t).stride() == t.stride() else t.contiguous()
+
+
+_normalize = define(
+    "normalize(Tensor[] weights, Tensor[] sigmas, float[] betas, bool[] caps) -> Tensor[]",
+    _reference.normalize_all,
+    lambda weights, sigmas, betas, caps: [torch.empty_like(w) for w in weights],
+    _normalize_kernel,
+)
+
+
+def _normalize_backward_kernel(
+    module: ModuleType,
+    grad: Tensor,
+    weight: Tensor,
+    sigma: Tensor,
+    u: Tensor,
+    v: Tensor,
+    group: Tensor | None,
+    geometry: Sequence[int],
+    beta: float,
+    cap: bool,
+    precision: str = "fp32",
+) -> Tensor:
+    (geometry_,) = decode(geometry)
+    weight = _dense(weight)
+    layout = Layout.of(weight, geometry_)
+    floats = all(t.dtype == torch.float32 for t in (sigma, u, v))
+    grad_code = dtype_code(grad)
+    if layout is None or grad_code is None or not floats or max(u.numel(), v.numel()) >= 2**31:
+        return _reference.normalize_backward(grad, weight, sigma, u, v, group, geometry, beta, cap, precision)
+    device = weight.device
+    for name, t in (("grad", grad), ("sigma", sigma), ("u", u), ("v", v), ("group", group)):
+        if t is not None and t.device != device:
+            raise ValueError(f"normalize_backward: {name} is on {t.device}, the weight on {device}; move one of them")
+    if grad.shape != weight.shape:
+        raise ValueError(f"normalize_backward: grad has shape {tuple(grad.shape)}, the weight {tuple(weight.shape)}")
+    if grad.stride() != weight.stride():
+        grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+    u, v = u.contiguous(), v.contiguous()
+    plan = _plan(module, layout, device, u.numel() + v.numel())
+    # In terms of the convolution that describes the layer: x is its input, y its output.
+    x, y = (u, v) if geometry_.transposed else (v, u)
+    result = torch.empty_like(grad)
+    inner = torch.empty(module.normalize_backward_blocks(weight.numel()), dtype=torch.float64, device=device)
+    partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
+    counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
+    module.normalize_backward(
+        (grad.data_ptr(), weight.data_ptr(), result.data_ptr()),
+        (grad_code, layout.dtype),
+        weight.numel(),
+        sigma.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if group is None else group.data_ptr(),
+        plan.addresses,
+        (inner.data_ptr(), partials.data_ptr(), counters.data_ptr()),
+        plan.sizes,
+        beta,
+        cap,
+        PRECISIONS.index(precision),
+        stream_of(device),
+    )
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(module: ModuleType, layout: Layout, device: torch.device, budget: int) -> GradientPlan:
+    return GradientPlan(layout, device, module.parallel_blocks(stream_of(device)[1]), budget)
+
+
+_normalize_backward = define(
+    "normalize_backward(Tensor grad, Tensor weight, Tensor sigma, Tensor u, Tensor v, Tensor? group, int[] geometry,"
+    " float beta, bool cap, str precision='fp32') -> Tensor",
+    _reference.normalize_backward,
+    lambda grad, *_: torch.empty_like(grad),
+    _normalize_backward_kernel,
+)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        sigma: Tensor,
+        u: Tensor,
+        v: Tensor,
+        group: Tensor | None,
+        geometry: list[int],
+        beta: float,
+        cap: bool,
+        precision: str,
+        ready: list[Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(weight, sigma, u, v, group)
+        ctx.geometry, ctx.beta, ctx.cap, ctx.precision = geometry, beta, cap, precision
+        return (ready or _normalize([weight], [sigma], [beta], [cap]))[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].to_dense() if grads[0].is_sparse else grads[0]  # an Embedding can ask for sparse gradients
+        weight, sigma, u, v, group = ctx.saved_tensors
+        beta, cap = ctx.beta, ctx.cap
+        if torch.is_grad_enabled():  # double backward: the same value, from operations that autograd can follow
+            value = _reference.rayleigh(weight, u, v, group, *decode(ctx.geometry))
+            output = _reference.normalize(weight, value, beta, cap)
+            (grad_weight,) = torch.autograd.grad(output, weight, grad, create_graph=True)
+        else:
+            grad_weight = _normalize_backward(grad, weight, sigma, u, v, group, ctx.geometry, beta, cap, ctx.precision)
+        return grad_weight, *(None,) * 9
+
+
+def normalize(
+    weight: Tensor,
+    sigma: Tensor,
+    u: Tensor,
+    v: Tensor,
+    group: Tensor | None,
+    geometry: list[int],
+    beta: float,
+    cap: bool,
+    precision: str = "fp32",
+    ready: Tensor | None = None,
+) -> Tensor:
+    """The normalised weight; its gradient holds u and v constant and flows through sigma = <u, A v>.
+
+    ``ready`` is the normalised weight where ``normalize_all`` has computed it. See ``reference.normalize`` for the
+    formulas and ``reference.power.power_step`` for the shapes.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # torch.func (grad, vmap, jvp, ...) wants operations that it can follow: sigma, with the derivative of <u, A v>.
+        value = _reference.rayleigh(weight, u, v, group, *decode(geometry))
+        return _reference.normalize(weight, value + (sigma - value).detach(), beta, cap)
+    given = [] if ready is None else [ready]
+    return _Normalize.apply(weight, sigma, u, v, group, geometry, beta, cap, precision, given)
+
+
+normalize_all = _normalize
+"""The normalised weights of many layers, outside autograd, in one launch where there are kernels."""
