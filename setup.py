@@ -1,6 +1,51 @@
-"""Metadata is in pyproject.toml. This version has no compiled part, so the build needs neither nvcc nor torch."""
+"""Metadata is in pyproject.toml; here, csrc/ becomes sn_fast._C where there is a CUDA toolkit (docs/building.md)."""
 
-from setuptools import setup
+import os
+import sys
+from pathlib import Path
 
-print("sn_fast: pure-Python build (plain PyTorch on every device; this version has no compiled kernels)", flush=True)
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "build_tools"))  # an isolated build has not even this folder
+import cuda_build
+
+NOTE = "_not_built.txt"  # tells the installed package why it has no kernels
+
+try:
+    PLAN = cuda_build.plan(os.environ)
+except cuda_build.BuildError as error:
+    sys.exit(f"sn_fast: {error}")
+
+
+class BuildPython(build_py):
+    """Runs once in every build, so that here is the place to say that there will be no kernels."""
+
+    def run(self) -> None:
+        super().run()
+        if PLAN.toolkit:
+            return
+        if PLAN.required:
+            raise CompileError(f"SN_FAST_CUDA=1, but {PLAN.why_not}")
+        print(f"sn_fast: pure-Python install, no CUDA kernels: {PLAN.why_not}", flush=True)
+        if not self.editable_mode:  # there the package is the source tree, which stays clean
+            Path(self.build_lib, "sn_fast", NOTE).write_text(PLAN.why_not)
+
+
+class BuildKernels(build_ext):
+    """Hands the one extension to ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        version = self.distribution.get_version()
+        try:
+            cuda_build.build(PLAN.toolkit, Path(self.get_ext_fullpath(ext.name)).absolute(), version, os.environ)
+        except cuda_build.BuildError as error:
+            raise CompileError(str(error)) from error
+
+
+setup(
+    cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
+    ext_modules=[Extension("sn_fast._C", ["csrc/bindings.cpp"])] if PLAN.toolkit else [],
+)

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 
 import torch
 
 from ._version import __version__
+from .ops import compiled
+from .ops.library import has_kernels
 
 
 def info() -> dict[str, str]:
-    """Versions of sn_fast, Python and torch, the backend in use, and the GPU if torch sees one."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (torch sees no CUDA device)"
+    """Versions of sn_fast, Python and torch, the kernels (or why there are none), what is in use, and the GPU."""
+    in_use = "CUDA kernels on CUDA devices, plain PyTorch elsewhere"
     return {
         "sn_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "backend": "plain PyTorch on every device (this version has no compiled kernels)",
-        "gpu": device,
+        "kernels": compiled.STATUS,
+        "backend": in_use if has_kernels(torch.device("cuda")) else "plain PyTorch on every device",
+        "gpu": _gpu(),
+        "driver": _driver(),
     }
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none (torch sees no CUDA device)"
+    capability = torch.cuda.get_device_capability()
+    text = f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
+    if compiled.MODULE is not None and not compiled.covers(compiled.MODULE.archs, capability):
+        text += f": the kernels are not for it (built for {compiled.MODULE.archs})"
+    return text
+
+
+def _driver() -> str:
+    """The driver matters by itself: it runs kernels of its own CUDA major version and of older ones."""
+    number = ctypes.c_int()
+    try:
+        found = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0
+    except OSError:
+        found = False
+    if not found:
+        return "none"
+    major, minor = number.value // 1000, number.value % 1000 // 10
+    text = f"up to CUDA {major}.{minor}"
+    if compiled.MODULE is not None and major < int(compiled.MODULE.cuda_version.split(".")[0]):
+        text += f": too old for kernels built with CUDA {compiled.MODULE.cuda_version}"
+    return text

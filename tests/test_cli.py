@@ -136,9 +136,13 @@ def test_help_shows_an_example(capsys, command):
 
 def test_info(capsys):
     assert main(["info"]) == 0
-    assert sn_fast.__version__ in capsys.readouterr().out
+    text = capsys.readouterr().out
     assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == sn_fast.info()
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == sn_fast.info()
+    assert facts["sn_fast"] == sn_fast.__version__
+    assert facts["kernels"].startswith(("CUDA kernels for ", "not built: ", "built but will not load: "))
+    assert [line.split(maxsplit=1) for line in text.splitlines()] == [list(fact) for fact in facts.items()]
 
 
 def test_python_m_sn_fast_is_the_command():

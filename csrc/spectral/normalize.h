@@ -6,10 +6,11 @@
 #include <vector>
 
 #include "core/launch.h"
-#include "core/numeric.cuh"
 #include "spectral/gather.h"
 
 namespace sn_fast {
+
+enum class Dtype : int;  // core/numeric.cuh
 
 struct NormalizedWeight {
     const void* weight;  // dense; the result is laid out alike

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import updates as ops
+from ..ops.library import has_kernels
 from ..reference.linear_map import compute_dtype
 from .arguments import (
     Amount,
@@ -168,6 +169,10 @@ def random_point(
         return x.clone()
     dtype = compute_dtype(x)
     device = x.device if generator is None else generator.device
+    if has_kernels(x.device) and dtype == torch.float32:
+        # From one number drawn with the generator, the kernel makes as many as it needs.
+        seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator).to(x.device)
+        return ops.random_start(x, norm, eps.value, eps.per_sample, lower, upper, seed)
 
     def sample(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)

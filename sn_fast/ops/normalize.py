@@ -25,6 +25,7 @@ def _normalize_kernel(
     caps: Sequence[bool],
 ) -> list[Tensor]:
     results: list[Tensor] = []
+    dense: list[Tensor] = []  # kept until the launch: some are copies
     arguments = []
     for weight, sigma, beta, cap in zip(weights, sigmas, betas, caps, strict=True):
         if sigma.device != weight.device:
@@ -33,14 +34,12 @@ def _normalize_kernel(
         if code is None or sigma.dtype != torch.float32:
             results.append(_reference.normalize(weight, sigma, beta, cap))
             continue
-        weight = _dense(weight)
-        result = torch.empty_like(weight)
-        results.append(result)
-        arguments.append(
-            (weight, (weight.data_ptr(), result.data_ptr(), sigma.data_ptr(), weight.numel(), beta, cap, code))
-        )
+        dense.append(_dense(weight))
+        results.append(torch.empty_like(dense[-1]))
+        addresses = dense[-1].data_ptr(), results[-1].data_ptr(), sigma.data_ptr()
+        arguments.append((*addresses, weight.numel(), beta, cap, code))
     if arguments:
-        module.normalize([argument for _, argument in arguments], stream_of(weights[0].device))
+        module.normalize(arguments, stream_of(weights[0].device))
     return results
 
 

@@ -200,7 +200,7 @@ class _Map:
             parts.append(np.pad(members, (0, -len(members) % min(columns, 16)), constant_values=-1))
         return np.concatenate(parts).astype(np.int32)
 
-    def active_slots(self, order: IntArray | None, columns: int) -> list[IntArray]:
+    def active_slots(self, order: IntArray | None, columns: int) -> list[npt.NDArray[Any]]:
         """Per tile of positions, the slots through which some position of it reads."""
         places = np.arange(self.positions, dtype=np.int32) if order is None else order
         places = np.pad(places, (0, -len(places) % columns), constant_values=-1)
@@ -249,7 +249,7 @@ class _Tiling:
             self.tile_rows = _DIRECT_ROWS if self.kind == _DIRECT else _TILE_ROWS
         self.row_blocks = -(-m.rows // self.tile_rows)
 
-    def _positions(self, kind: int) -> tuple[IntArray | None, list[IntArray], float]:
+    def _positions(self, kind: int) -> tuple[IntArray | None, list[npt.NDArray[Any]], float]:
         """Order of positions, active slots of each tile, and the cost of all tiles per channel and row of tiles."""
         if kind in (_DOT, _AXPY):
             return None, [np.zeros(1, np.int64)], 1.0
@@ -382,7 +382,7 @@ def _filled(tiling: _Tiling) -> IntArray:
 def _units(tilings: list[_Tiling], norm_offsets: list[int], parallel: int, budget: int) -> npt.NDArray[Any]:
     """All units of one half step, the costly ones first. ``budget`` bounds the partial sums (in elements)."""
     tiles = [_tile_units(t, i, first) for i, (t, first) in enumerate(zip(tilings, norm_offsets))]
-    total = sum(int((cost * len(rows)).sum()) if np.isscalar(cost) else int(cost.sum()) for rows, cost in tiles)
+    total = sum(int(cost.sum()) for _, cost in tiles)
     target = max(_LEAST_COST, total // parallel)
     while True:
         splits = [_splits(t, cost, target) for t, (_, cost) in zip(tilings, tiles)]
@@ -458,7 +458,8 @@ class GradientPlan:
         parts = min(parallel // tiles, -(-m.positions // 64), budget // (tiles * size), 16 if m.groups > 1 else 1 << 30)
         parts = max(1, parts)
         self.sizes = (m.groups, m.rows, m.channels, taps, parts)
-        self.partial_size, self.n_counters = (tiles * parts * size, tiles) if parts > 1 else (0, 0)
+        self.partial_size = tiles * parts * size if parts > 1 else 0
+        self.n_counters = tiles if parts > 1 else 0
         table = _Table()
         record = np.zeros(1, GATHER)
         for name in ("groups", "rows", "channels", "positions", "inputs"):

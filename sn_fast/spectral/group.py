@@ -125,10 +125,8 @@ def advance(members: Iterable[SpectralNorm], n_power_iterations: int | None = No
                 _copy([m.previous for m in batch], [u if m.as_matrix else v for m, u, v in zip(batch, us, vs)])
             us, vs, sigmas, groups = power_step(weights, us, vs, code, 1 if full else n, precision)
             _copy([b for m in batch for b in (m.u, m.v, m.sigma)], [t for ts in zip(us, vs, sigmas) for t in ts])
-            grouped = [
-                (b, group) for b, group in ((m.buffer("top_group"), g) for m, g in zip(batch, groups)) if b is not None
-            ]
-            _copy([b for b, _ in grouped], [group for _, group in grouped])
+            top = [(m.buffer("top_group"), group) for m, group in zip(batch, groups)]
+            _copy([b for b, _ in top if b is not None], [group for b, group in top if b is not None])
             if not torch.compiler.is_compiling():
                 for m in batch:
                     m.mark_current()

@@ -211,9 +211,9 @@ class SpectralNorm(nn.Module):
         return not self.options.full and type(weight) is nn.Parameter and weight is self.raw
 
     def can_be_ready_with(self, other: SpectralNorm) -> bool:
-        return (
-            self.can_be_ready(self.raw) and not self._freezes and self.raw.device == other.raw.device
-        ) or self is other
+        if self is other:
+            return True
+        return self.can_be_ready(self.raw) and not self._freezes and self.raw.device == other.raw.device
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the weight sets the raw weight."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,14 +71,13 @@ def build(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -
         f"-I{sysconfig.get_path('include')}",
     ]
     sources = [*sorted(csrc.rglob("*.cu")), csrc / "bindings.cpp"]
-    headers = hashlib.sha256()
-    for header in sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh")]):
-        headers.update(str(header.relative_to(csrc)).encode() + header.read_bytes())
     cache = Path(os.environ.get("SN_FAST_TEST_BUILD", Path(tempfile.gettempdir()) / f"sn_fast_on_cpu_{os.getuid()}"))
     cache.mkdir(parents=True, exist_ok=True)
 
     def key(source: Path) -> str:
-        parts = [headers.digest(), source.read_bytes(), " ".join(flags).replace(str(csrc), "").encode()]
+        read = sorted(_files_read(source, csrc))
+        parts = [str(path.relative_to(csrc)).encode() + path.read_bytes() for path in read]
+        parts += [" ".join(flags).replace(str(csrc), "").encode()]
         parts += [sys.version.encode(), compiler().encode()]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -104,6 +104,18 @@ def build(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _files_read(source: Path, csrc: Path) -> set[Path]:
+    """A source and, transitively, those of its includes that lie below ``csrc``."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.exists():
+            found.add(path)
+            waiting += [csrc / name for name in re.findall(r'^\s*#include "([^"]+)"', path.read_text(), re.MULTILINE)]
+    return found
 
 
 def _run(command: Sequence[str]) -> None:

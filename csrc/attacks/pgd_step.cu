@@ -1,0 +1,93 @@
+// Chooses between the kernels of a step by sizes alone, and starts them.
+#include "attacks/pgd_step.cuh"
+
+#include <algorithm>
+
+namespace sn_fast {
+namespace {
+
+constexpr long long kChunksPerTile = 4 * kChunkThreads;
+constexpr long long kMaxTiles = 1024;  // of one sample: every block of the last launch adds all of them up
+
+long long divided_up(long long a, long long b) { return (a + b - 1) / b; }
+
+// Of a sample on chip.
+long long shared_bytes(const Samples& samples, const std::vector<Dtype>& dtypes) {
+    long long words = 0;
+    for (Dtype dtype : dtypes) words += words_of(dtype);
+    return static_cast<long long>(sizeof(SampleBlock)) + 16 * words * samples.chunks;
+}
+
+long long shared_bytes(const PgdStep& p) {
+    std::vector<Dtype> dtypes{p.x_adv.dtype};
+    if (p.ball) dtypes.push_back(p.x.dtype);
+    if (p.grad.address) dtypes.push_back(p.grad.dtype);
+    return shared_bytes(p.samples, dtypes);
+}
+
+struct Tiling {
+    long long tiles, chunks_per_tile;
+};
+
+Tiling tiling_of(const Samples& samples) {
+    const long long chunks_per_tile = std::max(kChunksPerTile, divided_up(samples.chunks, kMaxTiles));
+    return {divided_up(samples.chunks, chunks_per_tile), chunks_per_tile};
+}
+
+unsigned checked_blocks(long long blocks) {
+    SN_CHECK(blocks < (1ll << 31), blocks, " thread blocks are too many for one launch; split the batch");
+    return static_cast<unsigned>(blocks);
+}
+
+template <Norm kNorm, bool kResident>
+void launch_samples(const PgdStep& p, const Stream& stream) {
+    const long long warps = divided_up(p.samples.chunks, kWarp);
+    const int threads = static_cast<int>(std::min<long long>(sample_threads(kResident), warps * kWarp));
+    const std::size_t shared = kResident ? static_cast<std::size_t>(shared_bytes(p)) : sizeof(SampleBlock);
+    launch(pgd_step_sample<kNorm, kResident>, "pgd_step_sample", checked_blocks(p.samples.count), threads, shared, stream,
+           p);
+}
+
+}  // namespace
+
+long long pgd_step_partials(const Samples& samples, const std::vector<Dtype>& dtypes, Norm norm,
+                            long long resident_bytes) {
+    if (norm == Norm::kInf || norm == Norm::kL1Exact || shared_bytes(samples, dtypes) <= resident_bytes) return 0;
+    return samples.count * tiling_of(samples).tiles * kSums;
+}
+
+void pgd_step(PgdStep p, Norm norm, long long resident_bytes, const Stream& stream) {
+    find_vectors(p.samples, {&p.out, &p.x_adv, &p.x, &p.grad, &p.lower.elements, &p.upper.elements});
+    // 1) inf: elements are independent.
+    if (norm == Norm::kInf)
+        return launch(pgd_step_inf, "pgd_step_inf", chunk_blocks(p.samples), kChunkThreads, 0, stream, p);
+    // 2) 1-exact: a block per sample, on chip or not.
+    const bool resident = shared_bytes(p) <= resident_bytes;
+    if (norm == Norm::kL1Exact) {
+        SN_CHECK(p.samples.size < (1ll << 32), "samples of ", p.samples.size, " elements");
+        return resident ? launch_samples<Norm::kL1Exact, true>(p, stream)
+                        : launch_samples<Norm::kL1Exact, false>(p, stream);
+    }
+    // 3) 2 and 1, on chip.
+    if (resident)
+        return norm == Norm::kL2 ? launch_samples<Norm::kL2, true>(p, stream)
+                                 : launch_samples<Norm::kL1, true>(p, stream);
+    // 4) 2 and 1, in tiles. A launch whose sums nobody reads is left out.
+    SN_CHECK(p.partials != nullptr, "a sample of ", p.samples.size, " elements does not fit on chip");
+    const Tiling tiling = tiling_of(p.samples);
+    p.tiles = tiling.tiles;
+    p.chunks_per_tile = tiling.chunks_per_tile;
+    const unsigned blocks = checked_blocks(p.samples.count * p.tiles);
+    const auto start = [&](void (*kernel)(PgdStep), const char* name) {
+        launch(kernel, name, blocks, kChunkThreads, sizeof(TileBlock), stream, p);
+    };
+    if (norm == Norm::kL2) {
+        if (p.grad.address || p.ball) start(pgd_step_l2_sums, "pgd_step_l2_sums");
+        return start(pgd_step_apply<Norm::kL2>, "pgd_step_apply");
+    }
+    if (p.grad.address) start(pgd_step_l1_gradient, "pgd_step_l1_gradient");
+    if (p.ball) start(pgd_step_l1_distance, "pgd_step_l1_distance");
+    start(pgd_step_apply<Norm::kL1>, "pgd_step_apply");
+}
+
+}  // namespace sn_fast

@@ -1,0 +1,342 @@
+// x_adv + alpha * direction of the gradient, brought into the ball around x, then clipped.
+//
+// Passes over full-size tensors (without a full-size clip; a projection has no gradient to read, and an infinite ball
+// no x):
+//   inf                 one launch, 4      a thread per chunk
+//   2, 1, 1-exact       one launch, 4      a block per sample, which is held in shared memory
+//   2, larger samples   two launches, 7    |d + s g|^2 = |d|^2 + 2 s <d, g> + s^2 |g|^2, with d = x_adv - x
+//   1, larger samples   three launches, 8  |d + s g|_1 has no such identity
+//   1-exact, larger     one launch, a block per sample, which is read again for each pass over it
+// Sums are of float64, in which the square of every float32 is a normal number: no scaling by max|g| is needed.
+#pragma once
+
+#include "attacks/chunk_step.cuh"
+#include "attacks/l1_threshold.cuh"
+
+namespace sn_fast {
+
+constexpr int kMaxThreads = 1024;
+
+// Threads of a block per sample: one that reads its sample again needs more registers.
+constexpr int sample_threads(bool resident) { return resident ? kMaxThreads : kMaxThreads / 2; }
+
+__device__ inline float signed_alpha(const PgdStep& p, long long sample) {
+    const float alpha = p.alpha.of(sample);
+    return p.targeted ? -alpha : alpha;
+}
+
+__device__ inline void finish(const PgdStep& p, const Chunk& c, Values z) {
+    clip(z, p.lower, p.upper, c);
+    store(p.out, c, encode(z, p.out.dtype));
+}
+
+__device__ inline bool is_inactive(const PgdStep& p, long long sample) { return p.active && !p.active[sample]; }
+
+// -- inf: a thread per chunk ------------------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kChunkThreads) pgd_step_inf(PgdStep p) {
+    // 1) This thread's chunk: everything is read before anything is used.
+    const Chunk c = chunk_of_thread(p.samples);
+    if (c.sample == p.samples.count) return;
+    const Raw start = load(p.x_adv, c);
+    if (is_inactive(p, c.sample)) return store(p.out, c, start);
+    const Raw centre = p.ball ? load(p.x, c) : Raw{};
+    const Raw gradient = p.grad.address ? load(p.grad, c) : Raw{};
+    Values z = decode(start, p.x_adv.dtype);
+    // 2) Along the sign of the gradient.
+    if (p.grad.address) {
+        const Values g = decode_gradient(gradient, p.grad.dtype);
+        const float alpha = signed_alpha(p, c.sample);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) z.at[e] += g.at[e] == 0.0f ? 0.0f : copysignf(1.0f, g.at[e]) * alpha;
+    }
+    // 3) Into the ball.
+    if (p.ball) {
+        const Values x = decode(centre, p.x.dtype);
+        const float eps = p.eps.of(c.sample);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) z.at[e] = clamp(z.at[e], x.at[e] - eps, x.at[e] + eps);
+    }
+    // 4) Clip, round, write.
+    finish(p, c, z);
+}
+
+// -- a block per sample -----------------------------------------------------------------------------------------------
+
+struct SampleBlock {
+    double sums[kMaxThreads / kWarp];
+    unsigned long long largest[kMaxThreads / kWarp];
+};
+
+// How many 16-byte words a chunk takes.
+__host__ __device__ inline int words_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 2 : 1; }
+
+// A sample on chip: every thread keeps its own chunks there, so no barrier is needed.
+struct Resident {
+    uint4* words;
+    long long chunks;
+
+    __device__ uint4* fill(const Elements& t, const Chunk& c, long long index) {
+        const Raw raw = load(t, c);
+        words[index] = get_words(raw, 0);
+        if (is_wide(t.dtype)) words[chunks + index] = get_words(raw, 4);
+        return words + chunks * words_of(t.dtype);
+    }
+
+    __device__ Raw get(Dtype dtype, long long index) const {
+        Raw raw = {};
+        set_words(raw, 0, words[index]);
+        if (is_wide(dtype)) set_words(raw, 4, words[chunks + index]);
+        return raw;
+    }
+};
+
+// (|g|, how many have it) as one number that compares by |g|.
+struct LargestCount {
+    __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const {
+        if (a >> 32 == b >> 32) return a + (b & 0xffffffffu);
+        return a > b ? a : b;
+    }
+};
+
+template <Norm kNorm, bool kResident>
+__global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(PgdStep p) {
+    SampleBlock& shared = shared_memory<SampleBlock>();
+    const long long sample = blockIdx.x, chunks = p.samples.chunks, step = blockDim.x;
+    const bool moves = p.grad.address != nullptr;
+    // 1) A sample that is not active is copied.
+    if (is_inactive(p, sample)) {
+        for (long long k = threadIdx.x; k < chunks; k += step) {
+            const Chunk c = chunk_at(p.samples, sample, k);
+            store(p.out, c, load(p.x_adv, c));
+        }
+        return;
+    }
+    // 2) Read the sample, once if it stays on chip.
+    Resident start{reinterpret_cast<uint4*>(&shared + 1), chunks};
+    Resident centre{start.words + chunks * words_of(p.x_adv.dtype), chunks};
+    Resident gradient{centre.words + (p.ball ? chunks * words_of(p.x.dtype) : 0), chunks};
+    if (kResident)
+        for (long long k = threadIdx.x; k < chunks; k += step) {
+            const Chunk c = chunk_at(p.samples, sample, k);
+            start.fill(p.x_adv, c, k);
+            if (p.ball) centre.fill(p.x, c, k);
+            if (moves) gradient.fill(p.grad, c, k);
+        }
+    const auto read = [&](const Elements& t, const Resident& on_chip, const Chunk& c, long long k) {
+        return kResident ? on_chip.get(t.dtype, k) : load(t, c);
+    };
+    // 3) The gradient's norm; 1-exact: its largest magnitude, and how many elements have it.
+    Direction direction;
+    if (moves) {
+        double sum = 0.0;
+        unsigned long long largest = 0;
+        for (long long k = threadIdx.x; k < chunks; k += step) {
+            const Chunk c = chunk_at(p.samples, sample, k);
+            const Values g = decode_gradient(read(p.grad, gradient, c, k), p.grad.dtype);
+#pragma unroll
+            for (int e = 0; e < kChunk; ++e) {
+                if (kNorm != Norm::kL1Exact)
+                    sum += power<kNorm>(g.at[e]);
+                else if (g.at[e] != 0.0f)
+                    largest = LargestCount{}(largest, (static_cast<unsigned long long>(float_as_bits(fabsf(g.at[e]))) << 32) + 1);
+            }
+        }
+        const float alpha = signed_alpha(p, sample);
+        if (kNorm == Norm::kL1Exact) {
+            largest = block_reduce(largest, LargestCount{}, shared.largest);
+            direction.largest = bits_as_float(static_cast<unsigned>(largest >> 32));
+            direction.length = largest ? alpha / static_cast<float>(largest & 0xffffffffu) : 0.0f;
+        } else {
+            direction = direction_of(root<kNorm>(block_reduce(sum, Add{}, shared.sums)), alpha);
+        }
+    }
+    // z = x_adv + step, of one chunk.
+    const auto moved = [&](const Chunk& c, long long k) {
+        Values z = decode(read(p.x_adv, start, c, k), p.x_adv.dtype);
+        if (moves) move<kNorm>(z, decode_gradient(read(p.grad, gradient, c, k), p.grad.dtype), direction);
+        return z;
+    };
+    // 4) Its distance from x, and from it the projection: a weight, or for 1-exact a threshold.
+    float weight = 1.0f;
+    double threshold = 0.0;
+    const float eps = p.eps.of(sample);
+    if (p.ball) {
+        const auto visit = [&](const auto& body) {
+            for (long long k = threadIdx.x; k < chunks; k += step) {
+                const Chunk c = chunk_at(p.samples, sample, k);
+                const Values z = moved(c, k), x = decode(read(p.x, centre, c, k), p.x.dtype);
+#pragma unroll
+                for (int e = 0; e < kChunk; ++e) body(z.at[e] - x.at[e]);
+            }
+        };
+        double sum = 0.0, largest = 0.0;
+        visit([&](float delta) {
+            sum += power<kNorm>(delta);
+            if (kNorm == Norm::kL1Exact) largest = fmax(largest, static_cast<double>(fabsf(delta)));
+        });
+        const double distance = root<kNorm>(block_reduce(sum, Add{}, shared.sums));
+        if (kNorm != Norm::kL1Exact) {
+            weight = weight_of(distance, eps);
+        } else if (distance > eps) {
+            largest = block_reduce(largest, [](double a, double b) { return fmax(a, b); }, shared.sums);
+            const auto magnitudes = [&](const auto& body) {
+                visit([&](float delta) { body(static_cast<double>(fabsf(delta))); });
+            };
+            threshold = l1_threshold(magnitudes, eps, distance, static_cast<double>(p.samples.size), largest, shared.sums);
+        }
+    }
+    // 5) Project, clip, round, write.
+    for (long long k = threadIdx.x; k < chunks; k += step) {
+        const Chunk c = chunk_at(p.samples, sample, k);
+        Values z = moved(c, k);
+        if (kNorm == Norm::kL1Exact ? threshold > 0.0 : weight != 1.0f) {
+            const Values x = decode(read(p.x, centre, c, k), p.x.dtype);
+            if (kNorm == Norm::kL1Exact)
+                shrink_into_ball(z, x, threshold);
+            else
+                scale_into_ball(z, x, weight);
+        }
+        finish(p, c, z);
+    }
+}
+
+// -- samples in tiles: partial sums, then the update ------------------------------------------------------------------
+
+struct TileBlock {
+    double sums[kChunkThreads / kWarp];
+};
+
+struct Tile {
+    long long sample, first, last;
+    double* partials;  // of the sample
+    long long index;
+};
+
+__device__ inline Tile tile_of_block(const PgdStep& p) {
+    const long long sample = blockIdx.x / p.tiles, index = blockIdx.x - sample * p.tiles;
+    const long long first = index * p.chunks_per_tile, end = first + p.chunks_per_tile;
+    return {sample, first, end < p.samples.chunks ? end : p.samples.chunks, p.partials + sample * p.tiles * kSums, index};
+}
+
+// One of the sample's sums over its tiles, in fixed order, in every thread.
+__device__ inline double total(const PgdStep& p, const Tile& tile, int which, TileBlock& shared) {
+    double sum = 0.0;
+    for (long long i = threadIdx.x; i < p.tiles; i += kChunkThreads) sum += tile.partials[i * kSums + which];
+    return block_reduce(sum, Add{}, shared.sums);
+}
+
+__device__ inline void leave(const Tile& tile, int which, double sum, TileBlock& shared) {
+    sum = block_reduce(sum, Add{}, shared.sums);
+    if (threadIdx.x == 0) tile.partials[tile.index * kSums + which] = sum;
+}
+
+// L2: |g|^2, <d, g>, |d|^2.
+__global__ void __launch_bounds__(kChunkThreads) pgd_step_l2_sums(PgdStep p) {
+    TileBlock& shared = shared_memory<TileBlock>();
+    const Tile tile = tile_of_block(p);
+    if (is_inactive(p, tile.sample)) return;
+    double gg = 0.0, dg = 0.0, dd = 0.0;
+    for (long long k = tile.first + threadIdx.x; k < tile.last; k += kChunkThreads) {
+        // 1) Read before use.
+        const Chunk c = chunk_at(p.samples, tile.sample, k);
+        const Raw gradient = p.grad.address ? load(p.grad, c) : Raw{};
+        const Raw start = p.ball ? load(p.x_adv, c) : Raw{}, centre = p.ball ? load(p.x, c) : Raw{};
+        // 2) A product of two float32 is exact in float64.
+        const Values g = decode_gradient(gradient, p.grad.dtype);
+        const Values z = decode(start, p.x_adv.dtype), x = decode(centre, p.x.dtype);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+            const double ge = g.at[e], d = z.at[e] - x.at[e];
+            gg += ge * ge;
+            dg += d * ge;
+            dd += d * d;
+        }
+    }
+    // 3) One number each per tile.
+    leave(tile, 0, gg, shared);
+    leave(tile, 1, dg, shared);
+    leave(tile, 2, dd, shared);
+}
+
+// L1, first launch: |g|_1.
+__global__ void __launch_bounds__(kChunkThreads) pgd_step_l1_gradient(PgdStep p) {
+    TileBlock& shared = shared_memory<TileBlock>();
+    const Tile tile = tile_of_block(p);
+    if (is_inactive(p, tile.sample)) return;
+    double sum = 0.0;
+    for (long long k = tile.first + threadIdx.x; k < tile.last; k += kChunkThreads) {
+        const Values g = decode_gradient(load(p.grad, chunk_at(p.samples, tile.sample, k)), p.grad.dtype);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) sum += fabsf(g.at[e]);
+    }
+    leave(tile, 0, sum, shared);
+}
+
+// L1, second launch: |x_adv + step - x|_1.
+__global__ void __launch_bounds__(kChunkThreads) pgd_step_l1_distance(PgdStep p) {
+    TileBlock& shared = shared_memory<TileBlock>();
+    const Tile tile = tile_of_block(p);
+    if (is_inactive(p, tile.sample)) return;
+    Direction direction;
+    if (p.grad.address) direction = direction_of(total(p, tile, 0, shared), signed_alpha(p, tile.sample));
+    double sum = 0.0;
+    for (long long k = tile.first + threadIdx.x; k < tile.last; k += kChunkThreads) {
+        const Chunk c = chunk_at(p.samples, tile.sample, k);
+        const Raw start = load(p.x_adv, c), centre = load(p.x, c);
+        const Raw gradient = p.grad.address ? load(p.grad, c) : Raw{};
+        Values z = decode(start, p.x_adv.dtype);
+        const Values x = decode(centre, p.x.dtype);
+        if (p.grad.address) move<Norm::kL1>(z, decode_gradient(gradient, p.grad.dtype), direction);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) sum += fabsf(z.at[e] - x.at[e]);
+    }
+    leave(tile, 1, sum, shared);
+}
+
+// Last launch: the update itself.
+template <Norm kNorm>
+__global__ void __launch_bounds__(kChunkThreads) pgd_step_apply(PgdStep p) {
+    TileBlock& shared = shared_memory<TileBlock>();
+    const Tile tile = tile_of_block(p);
+    const bool inactive = is_inactive(p, tile.sample), moves = p.grad.address && !inactive;
+    // 1) From the sums to the step and the part that stays.
+    Direction direction;
+    float weight = 1.0f;
+    if (!inactive) {
+        double gg = 0.0;
+        if (moves) {
+            gg = total(p, tile, 0, shared);
+            direction = direction_of(root<kNorm>(gg), signed_alpha(p, tile.sample));
+        }
+        if (p.ball) {
+            double distance;
+            if (kNorm == Norm::kL2) {
+                const double s = direction.factor();
+                const double dg = total(p, tile, 1, shared), dd = total(p, tile, 2, shared);
+                distance = sqrt(fmax(dd + 2.0 * s * dg + s * s * gg, 0.0));
+            } else {
+                distance = total(p, tile, 1, shared);
+            }
+            weight = weight_of(distance, p.eps.of(tile.sample));
+        }
+    }
+    for (long long k = tile.first + threadIdx.x; k < tile.last; k += kChunkThreads) {
+        // 2) Read before use; x only where the sample is outside.
+        const Chunk c = chunk_at(p.samples, tile.sample, k);
+        const Raw start = load(p.x_adv, c);
+        if (inactive) {
+            store(p.out, c, start);
+            continue;
+        }
+        const Raw centre = weight != 1.0f ? load(p.x, c) : Raw{};
+        const Raw gradient = moves ? load(p.grad, c) : Raw{};
+        // 3) Move, project, clip, round, write.
+        Values z = decode(start, p.x_adv.dtype);
+        if (moves) move<kNorm>(z, decode_gradient(gradient, p.grad.dtype), direction);
+        scale_into_ball(z, decode(centre, p.x.dtype), weight);
+        finish(p, c, z);
+    }
+}
+
+}  // namespace sn_fast
