@@ -10,6 +10,8 @@
 #include "attacks/random_start.h"
 #include "attacks/wrm_step.h"
 #include "core/launch.h"
+#include "spectral/half_step.h"
+#include "spectral/lanczos.h"
 #include "spectral/normalize.h"
 #include "spectral/power_step.h"
 #ifdef SN_FAST_ON_CPU
@@ -132,6 +134,24 @@ void register_spectral(py::module_& m) {
         step.partials = pointer<float>(partials), step.counters = pointer<std::int32_t>(counters);
         step.n_counters = n_counters, step.precision = precision;
         power_step(step, stream_of(stream));
+    });
+    m.def("lanczos", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_spans, int n_iterations,
+                        Addresses weights, std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,
+                        std::array<Address, 2> bases, std::array<Address, 2> results, std::array<Address, 3> norms,
+                        Address partials, Address counters, int n_counters, StreamArg stream) {
+        Lanczos l;
+        l.gathers = pointer<const Gather>(plan[0]), l.units = pointer<const Unit>(plan[1]);
+        l.spans = pointer<const Span>(plan[2]), l.table = pointer<const std::int32_t>(plan[3]);
+        l.n_spans = n_spans, l.n_iterations = n_iterations;
+        l.weights = std::move(weights);
+        for (std::size_t side = 0; side < 2; ++side) {
+            l.n_units[side] = n_units[side], l.offsets[side] = std::move(offsets[side]), l.sizes[side] = sizes[side];
+            l.bases[side] = pointer<float>(bases[side]), l.results[side] = pointer<float>(results[side]);
+        }
+        l.norms = pointer<double>(norms[0]);
+        l.diagonal = pointer<double>(norms[1]), l.off_diagonal = pointer<double>(norms[2]);
+        l.partials = pointer<float>(partials), l.counters = pointer<std::int32_t>(counters), l.n_counters = n_counters;
+        lanczos(l, stream_of(stream));
     });
     // weights: (weight, result, sigma, elements, beta, cap, dtype code)
     m.def("normalize", [](const std::vector<std::tuple<Address, Address, Address, std::int64_t, float, bool, int>>& weights,

@@ -67,10 +67,48 @@ namespace on_cpu {
 constexpr int kWarpLanes = 32;
 constexpr std::size_t kStackBytes = 256 * 1024;
 
+// Switching between stacks. ucontext does it everywhere, but makes two system calls each time.
+#ifdef __x86_64__
+
+using Context = void*;  // the stack pointer, below the saved registers
+
+__attribute__((naked, noinline)) inline void switch_context(Context*, Context) {
+    asm("pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
+        "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
+        "popq %r15\n\tpopq %r14\n\tpopq %r13\n\tpopq %r12\n\tpopq %rbx\n\tpopq %rbp\n\tret");
+}
+
+inline void swap(Context& from, Context& to) { switch_context(&from, to); }
+
+inline void make(Context& context, char* stack, std::size_t bytes, void (*entry)()) {
+    const auto top = (reinterpret_cast<std::uintptr_t>(stack) + bytes) & ~std::uintptr_t{15};
+    auto* saved = reinterpret_cast<std::uintptr_t*>(top) - 8;  // six registers, the entry, and where it would return to
+    std::fill(saved, saved + 8, std::uintptr_t{0});
+    saved[6] = reinterpret_cast<std::uintptr_t>(entry);
+    context = saved;
+}
+
+#else
+
+using Context = ucontext_t;
+
+inline void swap(Context& from, Context& to) { swapcontext(&from, &to); }
+
+// Not inlined: getcontext returns twice as far as the compiler knows.
+__noinline__ inline void make(Context& context, char* stack, std::size_t bytes, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = bytes;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+}
+
+#endif
+
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fibre {
-    ucontext_t context;
+    Context context;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     State state = State::kReady;
     dim3 thread;
@@ -173,17 +211,12 @@ private:
         shared.reset();
     }
 
-    // Not inlined: getcontext returns twice as far as the compiler knows.
-    __noinline__ static void prepare(int t) {
+    static void prepare(int t) {
         Fibre& f = pool()[static_cast<std::size_t>(t)];
         f.state = State::kReady;
         f.shuffles = 0;
         f.thread = {static_cast<unsigned>(t), 0, 0};
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.get();
-        f.context.uc_stack.ss_size = kStackBytes;
-        f.context.uc_link = nullptr;
-        makecontext(&f.context, &Machine::enter, 0);
+        make(f.context, f.stack.get(), kStackBytes, &Machine::enter);
     }
 
     // Opens every barrier at which all living threads of its block or warp wait.
@@ -214,7 +247,7 @@ private:
         void* fake = nullptr;
         __sanitizer_start_switch_fiber(&fake, f.stack.get(), kStackBytes);
 #endif
-        swapcontext(&scheduler_, &f.context);
+        swap(scheduler_, f.context);
 #ifdef __SANITIZE_ADDRESS__
         __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -232,7 +265,7 @@ private:
 #else
         (void)for_good;
 #endif
-        swapcontext(&f.context, &scheduler_);
+        swap(f.context, scheduler_);
 #ifdef __SANITIZE_ADDRESS__
         __sanitizer_finish_switch_fiber(f.fake, &scheduler_stack_, &scheduler_stack_bytes_);
 #endif
@@ -256,7 +289,7 @@ private:
     int threads_;
     std::vector<Warp> warps_;
     int running_ = 0;
-    ucontext_t scheduler_;
+    Context scheduler_;
     const std::function<void()>* body_ = nullptr;
     std::exception_ptr failure_;
 #ifdef __SANITIZE_ADDRESS__
@@ -331,6 +364,11 @@ T atomicAdd(T* address, T value) {
     const T old = *address;
     *address = old + value;
     return old;
+}
+
+template <class T>
+T __ldcg(const T* address) {
+    return *address;
 }
 
 template <class T>

@@ -231,9 +231,12 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
                 __syncthreads();
             }
         }
-        // Only one group's tiles are ever split, so all groups share their places.
-        const std::int64_t partial = static_cast<std::int64_t>(tile) * p.parts * product.kSums * kTileThreads;
-        if (!join_splits(product.sums, Split{part, p.parts, p.partials + partial, p.counters + tile}, s.last)) return;
+        if (p.parts > 1) {
+            // Only one group's tiles are ever split, so all groups share their places.
+            const std::int64_t partial = static_cast<std::int64_t>(tile) * p.parts * product.kSums * kTileThreads;
+            const Split split{part, p.parts, p.partials + partial, p.counters + tile};
+            if (!join_splits(product.sums, split, s.last)) return;
+        }
     } else if (part != 0) {
         return;  // nothing to add up: the first part stores the tile
     }

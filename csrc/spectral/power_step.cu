@@ -1,11 +1,8 @@
 #include "spectral/power_step.h"
 
-#include <algorithm>
-
 #include "spectral/power_step.cuh"
 
 namespace sn_fast {
-int parallel_blocks(int device) { return kBlocksPerMultiprocessor * multiprocessors(device); }
 
 std::vector<int> plan_struct_sizes() {
     return {static_cast<int>(sizeof(Gather)), static_cast<int>(sizeof(Unit)), static_cast<int>(sizeof(Piece))};
@@ -42,8 +39,7 @@ void power_step(const PowerStep& step, const Stream& stream) {
         // Counters of the second half lie behind those of the first.
         half.counters = step.counters;
         for (int i = 0; i < count; ++i) half.given[i] = reinterpret_cast<const float*>(step.given[h][i]);
-        const unsigned blocks = static_cast<unsigned>(std::min(half.n_units, parallel_blocks(stream.device)));
-        launch(half_step_kernel, "half_step", blocks, kTileThreads, sizeof(HalfStepShared), stream, half);
+        launch_half_step(half, stream);
     }
     launch(finish_kernel, "finish", static_cast<unsigned>(step.n_pieces), kFinishThreads, sizeof(FinishShared), stream,
            finish);

@@ -32,9 +32,6 @@ struct PowerStep {
 
 void power_step(const PowerStep& step, const Stream& stream);
 
-// Blocks of the half-step kernel that run at the same time on one device: what the plan divides the work by.
-int parallel_blocks(int device);
-
 // Sizes of the plan's structs, for sn_fast/ops/plan.py to compare with its own.
 std::vector<int> plan_struct_sizes();
 

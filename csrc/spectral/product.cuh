@@ -3,6 +3,7 @@
 
 #include "core/mma.cuh"
 #include "core/reduce.cuh"
+#include "spectral/half_step.h"
 
 namespace sn_fast {
 
@@ -10,14 +11,6 @@ constexpr int kTileThreads = 128;
 constexpr int kTileWarps = kTileThreads / kWarp;
 constexpr int kTileRows = 64;
 constexpr int kTileDepth = 16;
-
-// How products are formed. Sums are always float32.
-enum class Precision : int {
-    kFloat32 = 0,
-    kTf32 = 1,     // operands rounded to tf32
-    kTf32x3 = 2,   // operands split in two tf32 parts: about float32's accuracy
-    kBfloat16 = 3  // operands rounded to bfloat16
-};
 
 // Two buffers: one is filled while the other is multiplied. Rows are 8 elements longer than they need be: a warp's
 // fragment loads then fall into 32 different banks.
@@ -116,12 +109,17 @@ private:
                 for (int i = 0; i < 2; ++i) split<kParts>(right[k + t + 4 * i][column + 8 * n], b, i);
 #pragma unroll
                 for (int m = 0; m < kMmaRows; ++m) {
-                    float(&d)[4] = fragment(m, n);
-                    if constexpr (kParts == 2) {  // small products first; low times low is below float32's precision
+                    float(&sum)[4] = fragment(m, n);
+                    if constexpr (kParts == 1) {
+                        mma_tf32(sum, a[m][0], b[0]);
+                    } else {  // sums of sums, small products first; low times low is below float32's precision
+                        float d[4] = {};
                         mma_tf32(d, a[m][1], b[0]);
                         mma_tf32(d, a[m][0], b[1]);
+                        mma_tf32(d, a[m][0], b[0]);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sum[i] += d[i];
                     }
-                    mma_tf32(d, a[m][0], b[0]);
                 }
             }
         }

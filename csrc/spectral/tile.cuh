@@ -3,30 +3,10 @@
 
 #include "core/numeric.cuh"
 #include "core/reduce.cuh"
-#include "spectral/gather.h"
+#include "spectral/half_step.h"
 #include "spectral/product.cuh"
 
 namespace sn_fast {
-
-constexpr int kMaxOperators = 200;  // of one launch: their pointers travel as kernel parameters, 4 KB at most
-
-struct HalfStepParams {
-    Precision precision;
-    const Gather* gathers;
-    const Unit* units;
-    const std::int32_t* table;
-    int n_units;
-    const float* inputs;      // not yet normalised result of the step before; null: the given vectors are the input
-    const double* norms_in;   // partial square sums of `inputs`
-    double* norms_out;
-    float* outputs;
-    float* partials;
-    std::int32_t* counters;
-    const void* weights[kMaxOperators];
-    const float* given[kMaxOperators];  // what the vector is where there is nothing to normalise
-};
-
-static_assert(sizeof(HalfStepParams) <= 4096, "kernel parameters");
 
 // 1 / norm as a product of two factors: as one float it overflows for denormal norms.
 struct Scale {
@@ -88,18 +68,19 @@ __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32
     if (thread == 0) last = atomicAdd(split.counter, 1) == split.parts - 1;
     __syncthreads();
     if (!last) return false;
-    // 2) The last one reads all.
+    // 2) The last one reads all, from the cache that all blocks share.
     __threadfence();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
         sum[i] = 0.0f;
-        for (int part = 0; part < split.parts; ++part) sum[i] += parts[(part * kCount + i) * kTileThreads];
+        for (int part = 0; part < split.parts; ++part) sum[i] += __ldcg(parts + (part * kCount + i) * kTileThreads);
     }
     return true;
 }
 
 template <int kCount>
 __device__ bool join_splits(float (&sum)[kCount], const Unit& unit, const HalfStepParams& p, std::int32_t& last) {
+    if (unit.splits == 1) return true;  // there may be no partials to point into
     return join_splits(sum, Split{unit.split, unit.splits, p.partials + unit.partial, p.counters + unit.counter}, last);
 }
 

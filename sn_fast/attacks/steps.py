@@ -147,7 +147,8 @@ def random_start(
 
     Args:
         x: (B, *size); norm, eps, clip: as in ``pgd_step``, with a finite eps; 1 and "L1-exact" are the same ball.
-        generator: source of randomness, on any device; None: PyTorch's default for x's device.
+        generator: source of randomness, on any device; None: PyTorch's default for x's device. Where the compiled
+            kernels run they take one number from it, and so draw other points than plain PyTorch does.
 
     Returns:
         A new tensor (B, *size), laid out as x; equal values for every layout of x.

@@ -30,6 +30,11 @@ def _normalize_kernel(
     for weight, sigma, beta, cap in zip(weights, sigmas, betas, caps, strict=True):
         if sigma.device != weight.device:
             raise ValueError(f"normalize: sigma is on {sigma.device}, its weight on {weight.device}; move one of them")
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"normalize: weights are on {weights[0].device} and {weight.device}; give each its own call"
+            )
+        _check_scalar("normalize", sigma)
         code = dtype_code(weight)
         if code is None or sigma.dtype != torch.float32:
             results.append(_reference.normalize(weight, sigma, beta, cap))
@@ -44,8 +49,14 @@ def _normalize_kernel(
 
 
 def _dense(t: Tensor) -> Tensor:
-    """``t`` with every element of its memory in use once; a copy for slices and expanded tensors alone."""
-    return t if torch.empty_like(t).stride() == t.stride() else t.contiguous()
+    """``t`` with every element of its memory in use once; slices and expanded tensors are copied, in the same order."""
+    dense = torch.empty_like(t)
+    return t if dense.stride() == t.stride() else dense.copy_(t)
+
+
+def _check_scalar(operator: str, sigma: Tensor) -> None:
+    if sigma.numel() != 1:
+        raise ValueError(f"{operator}: sigma has shape {tuple(sigma.shape)}, a scalar is needed")
 
 
 _normalize = define(
@@ -54,6 +65,11 @@ _normalize = define(
     lambda weights, sigmas, betas, caps: [torch.empty_like(w) for w in weights],
     _normalize_kernel,
 )
+
+
+def _backward_reference(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """Laid out as the weight, which is what autograd wants of its gradient."""
+    return torch.empty_like(weight, dtype=grad.dtype).copy_(_reference.normalize_backward(grad, weight, *rest))
 
 
 def _normalize_backward_kernel(
@@ -69,22 +85,30 @@ def _normalize_backward_kernel(
     cap: bool,
     precision: str = "fp32",
 ) -> Tensor:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     (geometry_,) = decode(geometry)
-    weight = _dense(weight)
-    layout = Layout.of(weight, geometry_)
-    floats = all(t.dtype == torch.float32 for t in (sigma, u, v))
-    grad_code = dtype_code(grad)
-    if layout is None or grad_code is None or not floats or max(u.numel(), v.numel()) >= 2**31:
-        return _reference.normalize_backward(grad, weight, sigma, u, v, group, geometry, beta, cap, precision)
     device = weight.device
     for name, t in (("grad", grad), ("sigma", sigma), ("u", u), ("v", v), ("group", group)):
         if t is not None and t.device != device:
             raise ValueError(f"normalize_backward: {name} is on {t.device}, the weight on {device}; move one of them")
     if grad.shape != weight.shape:
         raise ValueError(f"normalize_backward: grad has shape {tuple(grad.shape)}, the weight {tuple(weight.shape)}")
+    for name, t, shape in (("u", u, geometry_.out_shape(weight.shape)), ("v", v, geometry_.in_shape(weight.shape))):
+        if tuple(t.shape) != shape:
+            raise ValueError(f"normalize_backward: {name} has shape {tuple(t.shape)}, the operator needs {shape}")
+    _check_scalar("normalize_backward", sigma)
+    weight = _dense(weight)
+    layout = Layout.of(weight, geometry_)
+    floats = all(t.dtype == torch.float32 for t in (sigma, u, v))
+    grad_code = dtype_code(grad)
+    every_group = geometry_.groups > 1 and group is None  # whose sums would share their places
+    if layout is None or grad_code is None or not floats or every_group or max(u.numel(), v.numel()) >= 2**31:
+        return _backward_reference(grad, weight, sigma, u, v, group, geometry, beta, cap, precision)
     if grad.stride() != weight.stride():
         grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     u, v = u.contiguous(), v.contiguous()
+    group = None if group is None else group.to(torch.int64)
     plan = _plan(module, layout, device, u.numel() + v.numel())
     # In terms of the convolution that describes the layer: x is its input, y its output.
     x, y = (u, v) if geometry_.transposed else (v, u)
@@ -119,8 +143,8 @@ def _plan(module: ModuleType, layout: Layout, device: torch.device, budget: int)
 _normalize_backward = define(
     "normalize_backward(Tensor grad, Tensor weight, Tensor sigma, Tensor u, Tensor v, Tensor? group, int[] geometry,"
     " float beta, bool cap, str precision='fp32') -> Tensor",
-    _reference.normalize_backward,
-    lambda grad, *_: torch.empty_like(grad),
+    _backward_reference,
+    lambda grad, weight, *_: torch.empty_like(weight, dtype=grad.dtype),
     _normalize_backward_kernel,
 )
 

@@ -7,6 +7,7 @@ equal cost, which the blocks of one launch take in turn, the costly ones first.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ UNIT = np.dtype(
 PIECE = np.dtype(
     [(n, "<i4") for n in ("op", "second", "first", "length", "output", "norm", "norms", "groups")],
 )
+SPAN = np.dtype([(n, "<i4") for n in ("start_first", "start_length", "image_first", "image_length")])  # lanczos.h
 _DOT, _AXPY, _DIRECT, _GEMM64, _GEMM16 = range(5)
 
 _THREADS = 128
@@ -74,7 +76,8 @@ class Layout:
         """None where the kernels do not take the weight: another dtype, too large, or taps without one stride."""
         dtype = dtype_code(weight)
         taps = _tap_stride(weight)
-        if dtype is None or taps is None or weight.numel() >= 2**31:
+        extent = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride()))
+        if dtype is None or taps is None or weight.numel() >= 2**31 or extent >= 2**31:
             return None
         rows, columns = weight.shape[:2]
         return Layout(geometry, rows, columns, weight.stride(0), weight.stride(1), taps, dtype)
@@ -290,7 +293,10 @@ class Plan:
         self.starts_from_v = [bool(lay.geometry.axes) for lay in layouts]
         outputs = [_lengths(t) for t in halves]
         self.result_sizes = [sum(lengths) for lengths in outputs]
-        offsets = [[0, *np.cumsum(lengths)[:-1].tolist()] for lengths in outputs]
+        self.offsets = offsets = [[0, *np.cumsum(lengths)[:-1].tolist()] for lengths in outputs]
+        self._lengths = outputs
+        self._groups = [lay.geometry.groups for lay in layouts]
+        self.n_spans = sum(self._groups)
         norm_offsets = []
         self.norm_sizes = []
         for tilings in halves:
@@ -316,6 +322,17 @@ class Plan:
     def addresses(self) -> list[int]:
         """Of gathers, units, pieces and table."""
         return [part.data_ptr() for part in self._parts]
+
+    @functools.cached_property
+    def spans(self) -> Tensor:
+        """Per group of each operator, where its vectors lie on the start side and on the other."""
+        rows = []
+        for i, groups in enumerate(self._groups):
+            start, image = (self._lengths[half][i] // groups for half in (1, 0))
+            for group in range(groups):
+                firsts = self.offsets[1][i] + group * start, self.offsets[0][i] + group * image
+                rows.append((firsts[0], start, firsts[1], image))
+        return torch.from_numpy(np.array(rows, SPAN).view(np.int32).reshape(-1)).to(self._parts[0].device)
 
     def _gather(
         self,
@@ -400,7 +417,8 @@ def _units(tilings: list[_Tiling], norm_offsets: list[int], parallel: int, budge
         channels = t.map.channels
         step = 4 if t.kind in (_DOT, _AXPY) else 1  # keeps rows aligned to 16 bytes
         edges = lambda i: np.minimum(-(-channels * i // units["splits"] // step) * step, channels)  # noqa: B023, E731
-        units["channel"], units["channel_end"] = edges(units["split"]), edges(units["split"] + 1)
+        number = units["split"].astype(np.int64)  # times channels it may leave int32
+        units["channel"], units["channel_end"] = edges(number), edges(number + 1)
         many = s > 1
         tile_counter = np.where(many, counter + np.cumsum(many) - 1, -1)
         size = _SUMS[t.kind] * _THREADS

@@ -1,8 +1,9 @@
-"""The operator of grouped power iteration."""
+"""The operators of grouped power iteration and of its start."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ..reference.geometry import Geometry, decode
+from ..reference.lanczos import lanczos_start as _lanczos_start_reference
 from ..reference.linear_map import compute_dtype
 from ..reference.power import power_step as _power_step_reference
 from .library import define, stream_of
 from .plan import Layout, Plan
 
-PRECISIONS = ("fp32", "tf32", "3xtf32", "bf16")  # csrc/spectral/tile.cuh: Precision
-_MAX_OPERATORS = 200  # csrc/spectral/tile.cuh: kMaxOperators
+PRECISIONS = ("fp32", "tf32", "3xtf32", "bf16")  # csrc/spectral/half_step.h: Precision
+_MAX_OPERATORS = 200  # csrc/spectral/half_step.h: kMaxOperators
+_MAX_LANCZOS = 32  # csrc/spectral/lanczos.cuh: kMaxLanczos
 
 
 def _power_step_fake(
@@ -137,4 +140,74 @@ power_step = define(
     _power_step_reference,
     _power_step_fake,
     _power_step_kernel,
+)
+
+
+def _lanczos_start_kernel(
+    module: ModuleType, weights: Sequence[Tensor], starts: Sequence[Tensor], geometry: Sequence[int], n_iterations: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    geometries = decode(geometry)
+    layouts = [Layout.of(w, g) for w, g in zip(weights, geometries, strict=True)]
+    known = tuple(layout for layout in layouts if layout is not None)
+    taken = len(known) == len(weights) <= _MAX_OPERATORS and 1 <= n_iterations <= _MAX_LANCZOS
+    if not weights or not taken or any(x.dtype != torch.float32 for x in starts):
+        return _lanczos_start_reference(weights, starts, geometry, n_iterations)
+    device = weights[0].device
+    plan = _plan(module, known, device)
+    n, count = n_iterations, plan.n_spans
+    # The start side is the result of the second half step, the other side that of the first.
+    sizes = plan.result_sizes[::-1]
+    bases = [torch.empty(n, size, dtype=torch.float32, device=device) for size in sizes]
+    torch.cat([x.reshape(-1) for x in starts], out=bases[0][0])
+    results = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
+    norms = [
+        torch.empty(size, dtype=torch.float64, device=device) for size in (max(plan.norm_sizes), n * count, n * count)
+    ]
+    partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
+    counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
+    gathers, units, _, table = plan.addresses
+    module.lanczos(
+        (gathers, units, plan.spans.data_ptr(), table),
+        plan.n_units,
+        count,
+        n,
+        [w.data_ptr() for w in weights],
+        plan.offsets[::-1],
+        sizes,
+        [b.data_ptr() for b in bases],
+        [r.data_ptr() for r in results],
+        [t.data_ptr() for t in norms],
+        partials.data_ptr(),
+        counters.data_ptr(),
+        plan.n_counters,
+        stream_of(device),
+    )
+    us, vs = [], []
+    for i, (weight, g) in enumerate(zip(weights, geometries)):
+        shapes = g.out_shape(weight.shape), g.in_shape(weight.shape)
+        sides = (1, 0) if g.axes else (0, 1)
+        u, v = (
+            results[side].narrow(0, plan.offsets[1 - side][i], math.prod(shape)).reshape(shape).clone()
+            for side, shape in zip(sides, shapes)
+        )
+        us.append(u)
+        vs.append(v)
+    return us, vs
+
+
+def _lanczos_start_fake(
+    weights: Sequence[Tensor], starts: Sequence[Tensor], geometry: Sequence[int], n_iterations: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    us, vs = [], []
+    for w, x, g in zip(weights, starts, decode(geometry)):
+        us.append(w.new_empty(g.out_shape(w.shape), dtype=compute_dtype(w, x)))
+        vs.append(w.new_empty(g.in_shape(w.shape), dtype=compute_dtype(w, x)))
+    return us, vs
+
+
+lanczos_start = define(
+    "lanczos_start(Tensor[] weights, Tensor[] starts, int[] geometry, int n_iterations) -> (Tensor[], Tensor[])",
+    _lanczos_start_reference,
+    _lanczos_start_fake,
+    _lanczos_start_kernel,
 )

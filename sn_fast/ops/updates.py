@@ -38,21 +38,26 @@ class _Layout:
     """
 
     def __init__(self, x_adv: Tensor) -> None:
-        self.result = torch.empty_like(x_adv)
         self.batch, self.numel = x_adv.shape[0], math.prod(x_adv.shape[1:])
+        self.result = self.out = torch.empty_like(x_adv)
+        if not (self.out.is_contiguous() or self._is_dense()):
+            self.out = torch.empty_like(x_adv, memory_format=torch.contiguous_format)
+        self._strides = self.out.stride()
         self._copies: list[Tensor] = []
-        strides = self.result.stride()
-        in_sample = [d for d in range(1, x_adv.dim()) if x_adv.shape[d] != 1]
-        self.dims = sorted(in_sample, key=lambda d: strides[d])  # from the fastest to the slowest
-        dense = 1
+
+    @property
+    def dims(self) -> list[int]:
+        """Dimensions of a sample from the fastest to the slowest; those of size 1 have no place in memory."""
+        shape, strides = self.out.shape, self.out.stride()
+        return sorted((d for d in range(len(shape) - 1, 0, -1) if shape[d] != 1), key=lambda d: strides[d])
+
+    def _is_dense(self) -> bool:
+        expected, strides = 1, self.out.stride()
         for d in self.dims:
-            if strides[d] != dense:
-                break
-            dense *= x_adv.shape[d]
-        fits = dense == self.numel and (self.batch <= 1 or strides[0] == self.numel)
-        self.out = self.result if fits else torch.empty_like(x_adv, memory_format=torch.contiguous_format)
-        if not fits:
-            self.dims = in_sample[::-1]
+            if strides[d] != expected:
+                return False
+            expected *= self.out.shape[d]
+        return self.batch <= 1 or strides[0] == self.numel
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -62,7 +67,7 @@ class _Layout:
         """A tensor of the batch's shape: address, dtype code, batch stride."""
         if t is None:
             return 0, 0, 0
-        if any(t.stride(d) != self.out.stride(d) for d in self.dims):
+        if not self._matches(t):
             t = self._kept(torch.empty_like(self.out, dtype=t.dtype).copy_(t))
         code = dtype_code(t)
         assert code is not None
@@ -79,17 +84,20 @@ class _Layout:
         """``lower`` or ``upper``: kind, address, (batch stride, inner, count, stride)."""
         if t is None:
             return 0, 0, (0, 1, 1, 0)
-        t = self._kept(t.to(torch.float32).expand(self.out.shape))
-        run = [d for d in self.dims if t.stride(d) != 0]
+        t = self._kept(t.to(torch.float32))
+        if t.numel() == 1:
+            return 1, t.data_ptr(), (0, 1, 1, 0)
+        t, dims = t.expand(self.out.shape), self.dims
+        run = [d for d in dims if t.stride(d) != 0]
         batch_stride = self.numel if self.batch == 1 else t.stride(0)
         if not run:
             return 1, t.data_ptr(), (batch_stride, 1, 1, 0)
-        if any(t.stride(d) != self.out.stride(d) for d in self.dims):
-            first, last = self.dims.index(run[0]), self.dims.index(run[-1])
+        if not self._matches(t):
+            first, last = dims.index(run[0]), dims.index(run[-1])
             is_run = last - first == len(run) - 1
             is_even = all(t.stride(b) == t.stride(a) * t.shape[a] for a, b in pairwise(run))
             if is_run and is_even and self.numel < _MAX_INDEX:
-                inner, count = (math.prod(t.shape[d] for d in dims) for dims in (self.dims[:first], run))
+                inner, count = (math.prod(t.shape[d] for d in part) for part in (dims[:first], run))
                 return 2, t.data_ptr(), (batch_stride, inner, count, t.stride(run[0]))
             t = self._kept(torch.empty_like(self.out, dtype=torch.float32).copy_(t))
             batch_stride = self.numel
@@ -109,6 +117,11 @@ class _Layout:
     def finish(self) -> Tensor:
         return self.result if self.out is self.result else self.result.copy_(self.out)
 
+    def _matches(self, t: Tensor) -> bool:
+        """Whether samples of t lie as those of ``out``."""
+        strides = t.stride()
+        return strides == self._strides or all(strides[d] == self._strides[d] for d in self.dims)
+
     def _kept(self, t: Tensor) -> Tensor:
         self._copies.append(t)
         return t
@@ -118,19 +131,26 @@ def _check(x: Tensor, alike: dict[str, Tensor], per_sample: dict[str, Tensor | N
     """Refuse what the kernels must not meet: they are given addresses."""
     if x.dim() < 1:
         raise ValueError("x has no dimensions, must be (B, *size); use x[None] for one sample")
-    bounds = {"lower": clip[0], "upper": clip[1]}
-    for name, t in {**alike, **per_sample, **bounds}.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}; move it with {name}.to(x.device)")
+    shape, device = x.shape, x.device
     for name, t in alike.items():
-        if t.shape != x.shape:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, x has {tuple(x.shape)}; they must be equal")
+        if t.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, x has {tuple(shape)}; they must be equal")
+        _check_device(name, t, device)
     for name, one in per_sample.items():
-        if one is not None and one.shape != x.shape[:1]:
-            raise ValueError(f"{name} has shape {tuple(one.shape)}, must be ({x.shape[0]},): one value per sample of x")
-    for name, bound in bounds.items():
-        if bound is not None and not _fits(bound, x):
-            raise ValueError(f"{name} of shape {tuple(bound.shape)} does not broadcast to x of shape {tuple(x.shape)}")
+        if one is not None:
+            if one.shape != shape[:1]:
+                raise ValueError(f"{name} has shape {tuple(one.shape)}, must be ({shape[0]},): one value per sample")
+            _check_device(name, one, device)
+    for name, bound in zip(("lower", "upper"), clip):
+        if bound is not None:
+            if not _fits(bound, x):
+                raise ValueError(f"{name} of shape {tuple(bound.shape)} does not broadcast to x of {tuple(shape)}")
+            _check_device(name, bound, device)
+
+
+def _check_device(name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, x on {device}; move it with {name}.to(x.device)")
 
 
 def _fits(bound: Tensor, x: Tensor) -> bool:

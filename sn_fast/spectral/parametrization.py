@@ -26,6 +26,7 @@ from .operators import LinearOperator, chain, conv_operator, whole_window_size
 from .options import Options
 
 START_ITERATIONS = 15
+START_POWER_ITERATIONS = 2  # the first repeats what Lanczos found, the second is one beyond it
 
 
 class SpectralNorm(nn.Module):
@@ -97,14 +98,14 @@ class SpectralNorm(nn.Module):
             self.sigma = self.u.new_ones(())
             if self.options.full:
                 self.register_buffer(self.previous_name, torch.empty_like(self.u if self.as_matrix else self.v))
-            advance([self], 1)
+            advance([self], START_POWER_ITERATIONS)
 
     def restart(self) -> None:
         """Find u, v, sigma anew, for a weight that has nothing to do with the one they belong to."""
         with torch.inference_mode(False), torch.no_grad():
             for buffer, vector in zip((self.u, self.v), start_vectors(self._operator(), START_ITERATIONS)):
                 buffer.copy_(vector)
-            advance([self], 1)
+            advance([self], START_POWER_ITERATIONS)
 
     def geometry_for(self, input_size: Sequence[int] | None) -> Geometry:
         """The layer's geometry; ``input_size`` is that of a convolution."""

@@ -1,0 +1,44 @@
+// A applied to one vector of every operator, or A^T, in one launch.
+#pragma once
+
+#include <cstdint>
+
+#include "core/launch.h"
+#include "spectral/gather.h"
+
+namespace sn_fast {
+
+constexpr int kMaxOperators = 200;  // of one launch: their pointers travel as kernel parameters, 4 KB at most
+
+// How products are formed. Sums are always float32.
+enum class Precision : int {
+    kFloat32 = 0,
+    kTf32 = 1,     // operands rounded to tf32
+    kTf32x3 = 2,   // operands split in two tf32 parts: about float32's accuracy
+    kBfloat16 = 3  // operands rounded to bfloat16
+};
+
+struct HalfStepParams {
+    Precision precision;
+    const Gather* gathers;
+    const Unit* units;
+    const std::int32_t* table;
+    int n_units;
+    const float* inputs;      // not yet normalised result of the step before; null: the given vectors are the input
+    const double* norms_in;   // partial square sums of `inputs`
+    double* norms_out;
+    float* outputs;
+    float* partials;
+    std::int32_t* counters;
+    const void* weights[kMaxOperators];
+    const float* given[kMaxOperators];  // what the vector is where there is nothing to normalise
+};
+
+static_assert(sizeof(HalfStepParams) <= 4096, "kernel parameters");
+
+void launch_half_step(const HalfStepParams& params, const Stream& stream);
+
+// Blocks of its kernel that run at the same time on one device: what the plan divides the work by.
+int parallel_blocks(int device);
+
+}  // namespace sn_fast
