@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -101,11 +101,23 @@ class Objective:
     ) -> None:
         self._model = model
         self._loss = cross_entropy if isinstance(loss, str) else loss
-        self._mean, self._std = mean, std
+        self.mean, self.std = mean, std
         self._autocast_dtype = autocast_dtype
         self.y = y
         self.targeted = targeted
         self.gradients = 0
+
+    def at(self, y: Tensor | None, mean: Tensor | None, std: Tensor | None) -> Objective:
+        """The same objective with other tensors."""
+        dtype = self._autocast_dtype
+        return Objective(
+            self._model, y, loss=self._loss, targeted=self.targeted, mean=mean, std=std, autocast_dtype=dtype
+        )
+
+    @property
+    def options(self) -> tuple[Hashable, ...]:
+        """What makes the objective, apart from the model and the tensors."""
+        return self._loss, self.targeted, self._autocast_dtype
 
     def gradient(self, x_adv: Tensor) -> tuple[Tensor, Evaluation]:
         """Gradient of the summed losses in x_adv, with what the forward gave. Parameters collect nothing."""
@@ -134,10 +146,10 @@ class Objective:
 
     def _forward(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
         inputs = x_adv
-        if self._mean is not None:
-            inputs = inputs - self._mean
-        if self._std is not None:
-            inputs = inputs / self._std
+        if self.mean is not None:
+            inputs = inputs - self.mean
+        if self.std is not None:
+            inputs = inputs / self.std
         dtype = self._autocast_dtype
         with nullcontext() if dtype is None else torch.autocast(x_adv.device.type, dtype=dtype):
             logits = self._model(inputs)

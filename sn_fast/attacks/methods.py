@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import updates as ops
-from ..reference.updates import box
+from ..spectral import frozen_sigma
+from ..spectral.parametrization import refresh
+from . import graph
 from .arguments import (
     Amount,
     Bound,
@@ -25,7 +27,8 @@ from .arguments import (
     check_like,
     check_samples,
 )
-from .gradient import Evaluation, Loss, Model, Objective, prepared
+from .ascent import Ascent, Region
+from .gradient import Loss, Model, Objective, prepared
 from .steps import random_point
 
 # x_adv, or (x_adv, AttackInfo) with return_info. A union of the two would make every typed caller narrow it.
@@ -150,7 +153,11 @@ def pgd(
         freeze_sn: compute spectrally normalised weights once and not at every step (``frozen_sigma``).
         autocast_dtype: run the model under ``torch.autocast`` with torch.bfloat16 or torch.float16 (whose small
             gradients vanish). None: as the caller has it.
-        cuda_graph: not in this version.
+        cuda_graph: run the whole loop as one CUDA graph, captured at the first call with these shapes and options and
+            replayed as long as they, the model's memory and its training flags stay. For small models and batches,
+            where launches take longer than the work; the model must do the same operations at every call, and its
+            forward is not run by Python in a replay (hooks do not fire). A graph keeps its memory as long as the model
+            lives; the last 4 are kept.
         generator: source of randomness of ``random_start``, on any device.
         return_info: return (x_adv, AttackInfo). Costs one forward.
 
@@ -160,7 +167,7 @@ def pgd(
     Raises:
         ValueError: an argument out of range, an unknown name, or shapes or devices that do not fit.
         TypeError: an argument of the wrong type, such as an integer x.
-        NotImplementedError: cuda_graph=True.
+        RuntimeError: cuda_graph=True, and the model or loss cannot be captured.
     """
     check_samples(x)
     order = canonical_norm(norm)
@@ -176,47 +183,90 @@ def pgd(
         if random_start:
             raise ValueError("x_init and random_start=True both set the start; give one of them")
         check_like("x_init", x_init, x)
+    ascent = Ascent(
+        norm=order,
+        steps=steps,
+        eps=radius.value,
+        alpha=stride.value,
+        targeted=targeted,
+        early_stop=early_stop,
+        keep_best=keep_best,
+        several_starts=restarts > 1,
+        labels_at_x=y is None and (random_start or x_init is not None),
+    )
+    region = Region(radius.per_sample, stride.per_sample, lower, upper)
     if cuda_graph:
-        raise NotImplementedError("cuda_graph=True needs the compiled CUDA core, which this version lacks; use False")
-
-    with prepared(model, x, y, loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype) as (x, objective):
+        _check_graph(model, x)
+    # In a graph normalised weights are part of what is captured: they must not be frozen before.
+    freeze = freeze_sn and not cuda_graph
+    with prepared(model, x, y, loss, targeted, mean, std, model_mode, freeze, autocast_dtype) as (x, objective):
         if _is_trivial(x, radius):
             return _result(x, objective) if return_info else x
-        if y is None and (random_start or x_init is not None):
-            objective.evaluate(x)  # sets the labels, which belong to x and not to the start
-        ball, low, high = radius, lower, upper
-        if order == "inf":  # ball and clip are one box: made once, it saves the steps from making it again
-            low, high = box(x, radius.value, radius.per_sample, lower, upper)
-            ball = Amount(math.inf)
-        step = partial(
-            ops.pgd_step,
-            norm=order,
-            eps=ball.value,
-            alpha=stride.value,
-            eps_per_sample=ball.per_sample,
-            alpha_per_sample=stride.per_sample,
-            lower=low,
-            upper=high,
-            targeted=targeted,
-        )
-        best = _Best(objective, fooled_first=early_stop or restarts > 1) if keep_best or restarts > 1 else None
-        for _ in range(restarts):
-            x_adv = x
-            if random_start:
-                x_adv = random_point(x, order, radius, lower, upper, generator)
-            elif x_init is not None:
-                x_adv = ops.project(x_init, x, order, radius.value, radius.per_sample, lower, upper)
-            active = None
-            for _ in range(steps):
-                gradient, evaluation = objective.gradient(x_adv)
-                if best is not None and keep_best:
-                    best.offer(x_adv, evaluation)
-                if early_stop:
-                    active = _still_active(active, objective, evaluation)
-                x_adv = step(x_adv, x, gradient, active=active)
-            if best is not None:
-                x_adv = best.offer(x_adv, objective.evaluate(x_adv))
+
+        def starts() -> Iterator[Tensor]:
+            for _ in range(restarts):
+                if random_start:
+                    yield random_point(x, order, radius, lower, upper, generator)
+                elif x_init is not None:
+                    yield ops.project(x_init, x, order, radius.value, radius.per_sample, lower, upper)
+                else:
+                    yield x
+
+        if cuda_graph:
+            assert isinstance(model, nn.Module)
+            return _graphed(model, ascent, objective, x, region, list(starts()), freeze_sn, return_info)
+        x_adv = ascent.run(objective, x, region, starts())
         return _result(x_adv, objective) if return_info else x_adv
+
+
+def _check_graph(model: Model, x: Tensor) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"cuda_graph=True needs a torch.nn.Module, got {type(model).__name__}; wrap it, or use False")
+    if x.device.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs x on a CUDA device, got {x.device}; use cuda_graph=False")
+
+
+def _graphed(
+    model: nn.Module,
+    ascent: Ascent,
+    objective: Objective,
+    x: Tensor,
+    region: Region,
+    starts: list[Tensor],
+    freeze_sn: bool,
+    return_info: bool,
+) -> Attacked:
+    """``ascent`` by a CUDA graph. Sigma is refreshed before it; normalised weights are computed in it, once."""
+    refresh(model)
+
+    def loop(tensors: graph.Tensors) -> graph.Tensors:
+        x, y, mean, std, *rest = tensors
+        assert x is not None
+        static = objective.at(y, mean, std)
+        device = x.device.type
+        uncached = torch.autocast(
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,  # cast weights must be captured, not taken from before
+        )
+        with uncached, frozen_sigma(model) if freeze_sn else nullcontext():
+            first = [t for t in rest[4:] if t is not None]
+            x_adv = ascent.run(static, x, Region(*rest[:4]), first)
+            if not return_info:
+                return [x_adv]
+            losses, logits = static.evaluate(x_adv)
+            return [x_adv, losses, static.fooled(logits), static.y]
+
+    tensors = [x, objective.y, objective.mean, objective.std, *region, *starts]
+    options = ascent, objective.options, freeze_sn, return_info
+    x_adv, *info = graph.run(model, options, loop, tensors)
+    assert x_adv is not None
+    if not return_info:
+        return x_adv
+    losses, fooled, y = info
+    assert losses is not None
+    return x_adv, AttackInfo(losses, fooled, y, ascent.steps * len(starts))
 
 
 def wrm(
@@ -323,42 +373,9 @@ def _is_trivial(x: Tensor, radius: Amount) -> bool:
     return x.shape[0] == 0 or (radius.per_sample is None and radius.value == 0)
 
 
-def _still_active(active: Tensor | None, objective: Objective, evaluation: Evaluation) -> Tensor:
-    fooled = objective.fooled(evaluation.logits)
-    if fooled is None:
-        raise ValueError("early_stop needs class labels y of shape (B,) and logits of shape (B, classes)")
-    return ~fooled if active is None else active & ~fooled
-
-
 def _result(x_adv: Tensor, objective: Objective) -> tuple[Tensor, AttackInfo]:
     if x_adv.shape[0] == 0:
         empty = torch.empty(0, device=x_adv.device)
         return x_adv, AttackInfo(empty, empty.bool(), objective.y, 0)
     losses, logits = objective.evaluate(x_adv)
     return x_adv, AttackInfo(losses, objective.fooled(logits), objective.y, objective.gradients)
-
-
-class _Best:
-    """Per sample, the best iterate so far: of highest loss (targeted: lowest), or first of all one that fools."""
-
-    def __init__(self, objective: Objective, fooled_first: bool) -> None:
-        self._objective = objective
-        self._fooled_first = fooled_first
-        self._x_adv: Tensor | None = None
-
-    def offer(self, x_adv: Tensor, evaluation: Evaluation) -> Tensor:
-        """Take each sample of x_adv that is better; return the best so far."""
-        losses, logits = evaluation
-        score = -losses if self._objective.targeted else losses
-        score = torch.where(score.isnan(), -math.inf, score)  # else the first NaN would win for good
-        fooled = self._objective.fooled(logits) if self._fooled_first else None
-        if fooled is None:
-            fooled = torch.zeros_like(score, dtype=torch.bool)
-        if self._x_adv is None:
-            self._x_adv, self._score, self._fooled = x_adv, score, fooled
-            return x_adv
-        better = torch.where(fooled == self._fooled, score > self._score, fooled)
-        self._score = torch.where(better, score, self._score)
-        self._fooled = fooled | self._fooled
-        self._x_adv = torch.where(better.reshape(-1, *[1] * (x_adv.dim() - 1)), x_adv, self._x_adv)
-        return self._x_adv

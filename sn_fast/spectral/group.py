@@ -49,7 +49,9 @@ class Group:
 
         What is computed is handed out once, so a forward of the model costs one launch and nothing is kept after it.
         """
-        if not has_kernels(member.raw.device):
+        device = member.raw.device
+        # A graph under capture has to contain the launch, and nothing that it makes may be used outside it.
+        if not has_kernels(device) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         state, value = self._ready.pop(member, (None, None))
         if value is None or state != _state(member):

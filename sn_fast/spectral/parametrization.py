@@ -303,5 +303,12 @@ class SpectralNorm(nn.Module):
         return f"{size}, beta={self.options.beta:g}, mode={self.options.mode!r}, gradient={self.options.gradient!r}"
 
 
+def refresh(model: nn.Module) -> None:
+    """Advance every normalised layer below ``model`` whose raw weight has moved, with its group."""
+    for module in model.modules():
+        if isinstance(module, SpectralNorm):
+            module.refresh()
+
+
 def _is_half(t: Tensor) -> bool:
     return t.is_floating_point() and t.dtype.itemsize < 4

@@ -85,7 +85,7 @@ def test_options_of_every_attack(base, attack, options: dict, error: type[Except
         ({"random_start": True, "eps": math.inf, "alpha": 1.0}, ValueError, r"eps=inf must be >= 0 and finite"),
         ({"x_init": torch.zeros(4, 3, 8, 7)}, ValueError, r"x_init has shape \(4, 3, 8, 7\), x has \(4, 3, 8, 8\)"),
         ({"x_init": torch.zeros(4, 3, 8, 8), "random_start": True}, ValueError, r"x_init and random_start=True"),
-        ({"cuda_graph": True}, NotImplementedError, r"cuda_graph=True needs the compiled CUDA core.*use False"),
+        ({"cuda_graph": True}, ValueError, r"cuda_graph=True needs x on a CUDA device.*use cuda_graph=False"),
     ],
 )
 def test_options_of_pgd(base, options: dict, error: type[Exception], message: str) -> None:
