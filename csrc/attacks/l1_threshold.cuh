@@ -15,9 +15,9 @@ __device__ void block_sums(double (&sums)[kCount], double* scratch) {
 // `visit(body)` calls body(|element|) for each of this thread's elements; their sum over the block is `total` > eps,
 // there are `count`, and `largest` is the largest.
 //
-// f(t) = sum of max(|element| - t, 0) - eps is convex and falls, so Newton's step from the left of its root,
-// t' = (sum - eps) / count over the elements above t, stays left of it, and is exact once these elements are the right
-// ones (Michelot 1986). A second probe halves what is left of the bracket in each pass, whatever the elements are:
+// f(t) = sum of max(|element| - t, 0) - eps is convex and falls, so Newton's step from anywhere ends left of its root:
+// t' = (sum - eps) / count over the elements above t. It is exact once these elements are the right ones (Michelot
+// 1986). A second probe, in the middle, halves what is left of the bracket in each pass, whatever the elements are:
 // after kPasses passes it is below the rounding of float64.
 template <class Visit>
 __device__ double l1_threshold(const Visit& visit, double eps, double total, double count, double largest,
@@ -33,13 +33,11 @@ __device__ double l1_threshold(const Visit& visit, double eps, double total, dou
             if (magnitude > middle) sums[2] += magnitude, sums[3] += 1.0;
         });
         block_sums(sums, scratch);
-        // 2) Newton's step from the left end; from the middle, if that is left of the root too.
+        // 2) Newton's steps from both.
         if (sums[1] == 0.0) break;  // nothing is above: low is the largest element, eps is 0
         double next = (sums[0] - eps) / sums[1];
-        if (sums[3] > 0.0 && sums[2] - sums[3] * middle >= eps)
-            next = fmax(next, (sums[2] - eps) / sums[3]);
-        else
-            high = middle;
+        if (sums[3] > 0.0) next = fmax(next, (sums[2] - eps) / sums[3]);
+        if (sums[2] - sums[3] * middle < eps) high = middle;
         // 3) A step that does not move has arrived.
         if (!(next > low)) break;
         low = next;

@@ -73,15 +73,19 @@ struct GemmTile {
 
     // kLoadsA elements of one depth of A, every kStepA rows; zero past the last row.
     template <class T>
-    __device__ void load_rows(int offset, int rows, float (&a)[kLoadsA]) {
-        const T* weight = static_cast<const T*>(p.weights[g.op]) + offset;
+    __device__ static void load_rows(const void* weights, int offset, int stride, int rows, float (&a)[kLoadsA]) {
+        const T* weight = static_cast<const T*>(weights) + offset;
 #pragma unroll
-        for (int i = 0; i < kLoadsA; ++i) a[i] = i * kStepA < rows ? to_float(weight[i * kStepA * g.row_stride]) : 0.0f;
+        for (int i = 0; i < kLoadsA; ++i) a[i] = i * kStepA < rows ? to_float(weight[i * kStepA * stride]) : 0.0f;
     }
 
     __device__ void multiply(const Input& x, int slots) {
         const int depth = (unit.channel_end - unit.channel) * slots;
-        const int corner = unit.group * g.group_stride + unit.row * g.row_stride;
+        // Read once, not in every chunk.
+        const void* weights = p.weights[g.op];
+        const Dtype dtype = static_cast<Dtype>(g.dtype);
+        const int row_stride = g.row_stride, channel_stride = g.channel_stride, inputs = g.inputs;
+        const int corner = unit.group * g.group_stride + unit.row * row_stride;
         // Where this thread loads: one depth of A, kLoadsA rows; one column of B, kLoadsB depths.
         const int depth_a = thread % kTileDepth, row_a = thread / kTileDepth;
         const int depth_b = thread / kColumns, column_b = thread % kColumns;
@@ -94,12 +98,12 @@ struct GemmTile {
 
         auto load = [&](int begin) {
             const bool inside = begin + depth_a < depth;
-            const int offset =
-                corner + (inside ? s.tap[at_a.slot] + at_a.channel * g.channel_stride + row_a * g.row_stride : 0);
-            switch (static_cast<Dtype>(g.dtype)) {
-                case Dtype::kFloat32: load_rows<float>(offset, inside ? rows : 0, a); break;
-                case Dtype::kFloat16: load_rows<half_t>(offset, inside ? rows : 0, a); break;
-                case Dtype::kBfloat16: load_rows<bfloat16_t>(offset, inside ? rows : 0, a); break;
+            const int tap = inside ? s.tap[at_a.slot] + at_a.channel * channel_stride + row_a * row_stride : 0;
+            const int count = inside ? rows : 0;
+            switch (dtype) {
+                case Dtype::kFloat32: load_rows<float>(weights, corner + tap, row_stride, count, a); break;
+                case Dtype::kFloat16: load_rows<half_t>(weights, corner + tap, row_stride, count, a); break;
+                case Dtype::kBfloat16: load_rows<bfloat16_t>(weights, corner + tap, row_stride, count, a); break;
             }
             Depth at = at_b;
 #pragma unroll
@@ -107,7 +111,7 @@ struct GemmTile {
                 b[i] = 0.0f;
                 if (begin + depth_b + i * kStepB < depth) {
                     const int position = s.position[at.slot][column_b];
-                    if (position >= 0) b[i] = x[at.channel * g.inputs + position];
+                    if (position >= 0) b[i] = x[at.channel * inputs + position];
                 }
                 at.advance(step, step_rest, slots);
             }

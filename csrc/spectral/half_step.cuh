@@ -9,11 +9,14 @@ namespace sn_fast {
 
 constexpr int kBlocksPerMultiprocessor = 3;  // leaves 168 registers a thread: enough not to spill
 
-union HalfStepShared {
-    MatrixShared matrix;
-    DirectShared direct;
-    GemmShared<64> gemm64;
-    GemmShared<16> gemm16;
+struct HalfStepShared {
+    int unit;  // a register less in every tile
+    union {
+        MatrixShared matrix;
+        DirectShared direct;
+        GemmShared<64> gemm64;
+        GemmShared<16> gemm16;
+    };
 };
 
 // Tiles that read their weights as one type throughout.
@@ -30,8 +33,10 @@ __device__ void run_typed(const Gather& g, const Unit& unit, const HalfStepParam
 // One half step of all operators: blocks take the units of work in turn, the costly ones first.
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_step_kernel(HalfStepParams p) {
     HalfStepShared& s = shared_memory<HalfStepShared>();
-    for (int i = static_cast<int>(blockIdx.x); i < p.n_units; i += static_cast<int>(gridDim.x)) {
-        const Unit unit = p.units[i];
+    if (threadIdx.x == 0) s.unit = static_cast<int>(blockIdx.x);
+    __syncthreads();
+    while (s.unit < p.n_units) {
+        const Unit unit = p.units[s.unit];
         const Gather& g = p.gathers[unit.gather];
         if (unit.kind == static_cast<int>(TileKind::kGemm64)) {
             GemmTile<64>(g, unit, p, s.gemm64).run();
@@ -45,6 +50,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_s
             }
         }
         __syncthreads();  // the next unit uses the same shared memory
+        if (threadIdx.x == 0) s.unit += static_cast<int>(gridDim.x);
+        __syncthreads();
     }
 }
 

@@ -33,7 +33,7 @@ struct Input {
     const float* data;
     float first, second;
 
-    __device__ float operator[](int i) const { return data[i] * first * second; }
+    __device__ float operator[](int i) const { return __ldg(data + i) * first * second; }
 };
 
 // Called by a whole warp.
@@ -70,10 +70,17 @@ __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32
     if (!last) return false;
     // 2) The last one reads all, from the cache that all blocks share.
     __threadfence();
+    constexpr int kAtATime = kCount < 8 ? kCount : 8;  // loads in flight: more would take too many registers
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        sum[i] = 0.0f;
-        for (int part = 0; part < split.parts; ++part) sum[i] += __ldcg(parts + (part * kCount + i) * kTileThreads);
+    for (int first = 0; first < kCount; first += kAtATime) {
+#pragma unroll
+        for (int i = first; i < first + kAtATime; ++i) sum[i] = 0.0f;
+#pragma unroll 1
+        for (int part = 0; part < split.parts; ++part) {
+#pragma unroll
+            for (int i = first; i < first + kAtATime; ++i)
+                sum[i] += __ldcg(parts + (part * kCount + i) * kTileThreads);
+        }
     }
     return true;
 }
