@@ -30,14 +30,17 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-[[maybe_unused]] Stream stream_of(Address handle, int device) { return {pointer<std::remove_pointer_t<cudaStream_t>>(handle), device}; }
+Stream stream_of(Address handle, int device) {
+    return {pointer<std::remove_pointer_t<cudaStream_t>>(handle), device};
+}
 
-// -- attacks -----------------------------------------------------------------------------------------------------------
+// -- attacks ---------------------------------------------------------------------------------------------------------
 
-using BatchArg = std::tuple<long long, long long>;             // samples, elements of a sample
-using ElementsArg = std::tuple<Address, int, long long>;       // address (0: none), dtype code, batch stride
-using AmountArg = std::tuple<double, Address>;                 // value; float32 per sample or 0
-using BoundArg = std::tuple<int, Address, std::array<long long, 4>>;  // kind, address; batch stride, inner, count, stride
+using BatchArg = std::tuple<long long, long long>;        // samples, elements of a sample
+using ElementsArg = std::tuple<Address, int, long long>;  // address (0: none), dtype code, batch stride
+using AmountArg = std::tuple<double, Address>;            // value; float32 per sample or 0
+// Kind, address, and batch stride, inner, count, stride of the numbers.
+using BoundArg = std::tuple<int, Address, std::array<long long, 4>>;
 using StreamArg = std::tuple<Address, int>;
 
 Samples samples_of(const BatchArg& batch) { return {std::get<0>(batch), std::get<1>(batch)}; }
@@ -109,7 +112,7 @@ void register_attacks(py::module_& m) {
 #endif
 }
 
-// -- spectral ----------------------------------------------------------------------------------------------------------
+// -- spectral ---------------------------------------------------------------------------------------------------------
 
 using Addresses = std::vector<Address>;
 
@@ -154,8 +157,8 @@ void register_spectral(py::module_& m) {
         lanczos(l, stream_of(stream));
     });
     // weights: (weight, result, sigma, elements, beta, cap, dtype code)
-    m.def("normalize", [](const std::vector<std::tuple<Address, Address, Address, std::int64_t, float, bool, int>>& weights,
-                          StreamArg stream) {
+    using WeightArg = std::tuple<Address, Address, Address, std::int64_t, float, bool, int>;
+    m.def("normalize", [](const std::vector<WeightArg>& weights, StreamArg stream) {
         std::vector<NormalizedWeight> all;
         for (const auto& [weight, result, sigma, count, beta, cap, dtype] : weights)
             all.push_back({pointer<const void>(weight), pointer<void>(result), pointer<const float>(sigma), count, beta,

@@ -16,7 +16,9 @@ struct Direction {
     __device__ double factor() const { return static_cast<double>(length) * scale[0] * scale[1]; }
 };
 
-__device__ inline float power_of_two(int exponent) { return bits_as_float(static_cast<unsigned>(exponent + 127) << 23); }
+__device__ inline float power_of_two(int exponent) {
+    return bits_as_float(static_cast<unsigned>(exponent + 127) << 23);
+}
 
 __device__ inline Direction direction_of(double norm, float alpha) {
     Direction d;

@@ -44,8 +44,8 @@ void launch_samples(const PgdStep& p, const Stream& stream) {
     const long long warps = divided_up(p.samples.chunks, kWarp);
     const int threads = static_cast<int>(std::min<long long>(sample_threads(kResident), warps * kWarp));
     const std::size_t shared = kResident ? static_cast<std::size_t>(shared_bytes(p)) : sizeof(SampleBlock);
-    launch(pgd_step_sample<kNorm, kResident>, "pgd_step_sample", checked_blocks(p.samples.count), threads, shared, stream,
-           p);
+    const unsigned blocks = checked_blocks(p.samples.count);
+    launch(pgd_step_sample<kNorm, kResident>, "pgd_step_sample", blocks, threads, shared, stream, p);
 }
 
 }  // namespace

@@ -93,6 +93,10 @@ struct Resident {
 
 // (|g|, how many have it) as one number that compares by |g|.
 struct LargestCount {
+    __device__ static unsigned long long one(float g) {
+        return (static_cast<unsigned long long>(float_as_bits(fabsf(g))) << 32) + 1;
+    }
+
     __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const {
         if (a >> 32 == b >> 32) return a + (b & 0xffffffffu);
         return a > b ? a : b;
@@ -139,7 +143,7 @@ __global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(
                 if (kNorm != Norm::kL1Exact)
                     sum += power<kNorm>(g.at[e]);
                 else if (g.at[e] != 0.0f)
-                    largest = LargestCount{}(largest, (static_cast<unsigned long long>(float_as_bits(fabsf(g.at[e]))) << 32) + 1);
+                    largest = LargestCount{}(largest, LargestCount::one(g.at[e]));
             }
         }
         const float alpha = signed_alpha(p, sample);
@@ -183,7 +187,8 @@ __global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(
             const auto magnitudes = [&](const auto& body) {
                 visit([&](float delta) { body(static_cast<double>(fabsf(delta))); });
             };
-            threshold = l1_threshold(magnitudes, eps, distance, static_cast<double>(p.samples.size), largest, shared.sums);
+            const double count = static_cast<double>(p.samples.size);
+            threshold = l1_threshold(magnitudes, eps, distance, count, largest, shared.sums);
         }
     }
     // 5) Project, clip, round, write.
@@ -216,7 +221,8 @@ struct Tile {
 __device__ inline Tile tile_of_block(const PgdStep& p) {
     const long long sample = blockIdx.x / p.tiles, index = blockIdx.x - sample * p.tiles;
     const long long first = index * p.chunks_per_tile, end = first + p.chunks_per_tile;
-    return {sample, first, end < p.samples.chunks ? end : p.samples.chunks, p.partials + sample * p.tiles * kSums, index};
+    const long long last = end < p.samples.chunks ? end : p.samples.chunks;
+    return {sample, first, last, p.partials + sample * p.tiles * kSums, index};
 }
 
 // One of the sample's sums over its tiles, in fixed order, in every thread.

@@ -4,8 +4,10 @@ namespace sn_fast {
 
 void random_start(RandomStart start, Norm norm, const Stream& stream) {
     find_vectors(start.samples, {&start.out, &start.x, &start.lower.elements, &start.upper.elements});
-    if (norm == Norm::kInf)
-        return launch(random_start_inf, "random_start_inf", chunk_blocks(start.samples), kChunkThreads, 0, stream, start);
+    if (norm == Norm::kInf) {
+        const unsigned blocks = chunk_blocks(start.samples);
+        return launch(random_start_inf, "random_start_inf", blocks, kChunkThreads, 0, stream, start);
+    }
     SN_CHECK(start.samples.count < (1ll << 31), "a batch of ", start.samples.count, " samples; split it");
     launch(norm == Norm::kL2 ? random_start_sample<Norm::kL2> : random_start_sample<Norm::kL1>, "random_start_sample",
            static_cast<unsigned>(start.samples.count), kChunkThreads, sizeof(RandomStartBlock), stream, start);

@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kChunkThreads) random_start_sample(RandomStart
     sum = block_reduce(sum, Add{}, shared.sums);
     const double norm = kNorm == Norm::kL2 ? sqrt(sum) : sum;
     // 2) The volume inside radius r is r^D: a radius drawn as r itself would pile up at the centre.
-    const float radius = expf(logf(unit(draw_bits(seed, sample, Draw::kRadius).words[0])) / static_cast<float>(p.samples.size));
+    const float volume = unit(draw_bits(seed, sample, Draw::kRadius).words[0]);
+    const float radius = expf(logf(volume) / static_cast<float>(p.samples.size));
     const float scale = norm > 0.0 ? static_cast<float>(p.eps.of(sample) * radius / norm) : 0.0f;
     // 3) The same point again, scaled.
     for (long long k = threadIdx.x; k < p.samples.chunks; k += kChunkThreads)

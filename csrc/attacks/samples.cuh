@@ -174,7 +174,8 @@ __device__ inline Values decode_gradient(const Raw& raw, Dtype dtype) {
 __device__ inline Values load_bound(const Bound& bound, const Chunk& c, float none) {
     if (bound.kind == Bound::Kind::kDense) return decode(load(bound.elements, c), Dtype::kFloat32);
     Values v;
-    const float* numbers = reinterpret_cast<const float*>(bound.elements.address) + c.sample * bound.elements.batch_stride;
+    const Elements& t = bound.elements;
+    const float* numbers = reinterpret_cast<const float*>(t.address) + c.sample * t.batch_stride;
     if (bound.kind == Bound::Kind::kPerChannel) {
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {

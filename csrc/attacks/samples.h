@@ -70,7 +70,7 @@ struct Bound {
     enum class Kind : int { kNone, kPerSample, kPerChannel, kDense };
 
     Kind kind = Kind::kNone;
-    Elements elements;      // kDense: as the samples lie; else where the numbers start
+    Elements elements;     // kDense: as the samples lie; else where the numbers start
     Divisor inner, count;  // kPerChannel: element i of a sample has the number (i / inner) % count
     long long stride = 0;  // between numbers
 };

@@ -194,19 +194,29 @@ private:
             order[static_cast<std::size_t>(t)] = t;
             prepare(t);
         }
+        std::vector<bool> late(warps_.size(), false);
         for (int alive = threads_; alive > 0;) {
-            if (thread_order() != 0) std::shuffle(order.begin(), order.end(), random);
-            bool moved = false;
+            if (thread_order() != 0) {
+                std::shuffle(order.begin(), order.end(), random);
+                // Some warps wait, so that others run ahead of them as far as barriers let them.
+                for (std::size_t w = 0; w < late.size(); ++w) late[w] = random() % 2 != 0;
+            }
+            bool moved = false, skipped = false;
             for (int t : order) {
                 Fibre& f = pool()[static_cast<std::size_t>(t)];
                 if (f.state != State::kReady) continue;
+                if (late[static_cast<std::size_t>(t / kWarpLanes)]) {
+                    skipped = true;
+                    continue;
+                }
                 moved = true;
                 resume(t);
                 if (failure_) std::rethrow_exception(failure_);
                 if (f.state == State::kDone) --alive;
             }
             moved |= release_barriers();
-            if (!moved) throw std::logic_error("cuda_on_cpu: deadlock, some threads wait at a barrier others never reach");
+            if (!moved && !skipped)
+                throw std::logic_error("cuda_on_cpu: deadlock, some threads wait at a barrier others never reach");
         }
         shared.reset();
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import updates as ops
+from ..ops.library import has_kernels
 from ..reference.updates import box
 from .arguments import Amount
 from .gradient import Evaluation, Objective
@@ -46,7 +47,8 @@ class Ascent:
         if self.labels_at_x:
             objective.evaluate(x)
         ball, low, high = Amount(self.eps, region.eps), region.lower, region.upper
-        if self.norm == "inf":  # ball and clip are one box: made once, it saves the steps from making it again
+        if self.norm == "inf" and not has_kernels(x.device):
+            # Ball and clip are one box: made once, it saves the steps from making it again. A kernel reads x instead.
             low, high = box(x, ball.value, ball.per_sample, low, high)
             ball = Amount(math.inf)
         step = partial(

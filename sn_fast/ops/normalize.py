@@ -28,6 +28,8 @@ def _normalize_kernel(
     dense: list[Tensor] = []  # kept until the launch: some are copies
     arguments = []
     for weight, sigma, beta, cap in zip(weights, sigmas, betas, caps, strict=True):
+        if weight.device != weights[0].device:
+            raise ValueError(f"normalize: weights are on {weights[0].device} and on {weight.device}; give one device's")
         if sigma.device != weight.device:
             raise ValueError(f"normalize: sigma is on {sigma.device}, its weight on {weight.device}; move one of them")
         if weight.device != weights[0].device:

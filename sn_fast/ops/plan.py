@@ -290,6 +290,8 @@ class Plan:
         # convolution's A is the adjoint of the convolution that describes it.
         forward = [bool(lay.geometry.axes) != lay.geometry.transposed for lay in layouts]
         halves = [[_Tiling(_Map(lay, f if h == 0 else not f)) for lay, f in zip(layouts, forward)] for h in range(2)]
+        self.device = device
+        self.shapes = [_shapes(lay) for lay in layouts]  # of u and v
         self.starts_from_v = [bool(lay.geometry.axes) for lay in layouts]
         outputs = [_lengths(t) for t in halves]
         self.result_sizes = [sum(lengths) for lengths in outputs]
@@ -384,6 +386,11 @@ class Plan:
                 if half == 1:
                     pieces.append((i, half, 0, 0, 0, norm_offsets[half][i], norms, t.map.groups))
         return np.array(pieces, PIECE)
+
+
+def _shapes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    g, weight = layout.geometry, (layout.rows, layout.columns)
+    return g.out_shape(weight), g.in_shape(weight)
 
 
 def _lengths(tilings: list[_Tiling]) -> list[int]:

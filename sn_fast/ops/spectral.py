@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..reference.geometry import Geometry, decode
+from ..reference.geometry import decode
 from ..reference.lanczos import lanczos_start as _lanczos_start_reference
 from ..reference.linear_map import compute_dtype
 from ..reference.power import power_step as _power_step_reference
@@ -22,6 +22,65 @@ _MAX_OPERATORS = 200  # csrc/spectral/half_step.h: kMaxOperators
 _MAX_LANCZOS = 32  # csrc/spectral/lanczos.cuh: kMaxLanczos
 
 
+Vectors = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+# What the operator returns: the results of the first and of the second half step, sigmas and groups, each of all
+# operators in one tensor. A list of tensors would take as long to allocate as to compute.
+Flat = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def power_step(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    geometry: Sequence[int],
+    n_iterations: int,
+    precision: str = "fp32",
+) -> Vectors:
+    """``reference.power.power_step`` by kernels where there are some; products as ``precision`` says.
+
+    The vectors returned are views of two tensors.
+    """
+    if not weights:
+        return [], [], [], []
+    images, starts, sigmas, groups = _power_step(weights, us, vs, geometry, n_iterations, precision)
+    first, second = _unflatten(images, _images(us, vs)), _unflatten(starts, _starts(us, vs))
+    u, v = _images(first, second, by=us), _starts(first, second, by=us)
+    sigma = [x.to(compute_dtype(w, like)) for x, w, like in zip(sigmas.unbind(), weights, us)]
+    return u, v, sigma, list(groups.unbind())
+
+
+def _starts(us: Sequence[Tensor], vs: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Of each operator the vector from which its iteration starts: v of a convolution, u of a matrix."""
+    return [v if like.dim() > 1 else u for u, v, like in zip(us, vs, us if by is None else by, strict=True)]
+
+
+def _images(us: Sequence[Tensor], vs: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The other one."""
+    return [u if like.dim() > 1 else v for u, v, like in zip(us, vs, us if by is None else by, strict=True)]
+
+
+def _unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        parts = [x.view(t.shape) for x, t in zip(flat.split([t.numel() for t in like]), like)]
+    else:
+        parts = torch._utils._unflatten_dense_tensors(flat, like)  # the same in one call
+    return [x.to(t.dtype) for x, t in zip(parts, like)]
+
+
+def _power_step_flat(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    geometry: Sequence[int],
+    n_iterations: int,
+    precision: str = "fp32",
+) -> Flat:
+    u, v, sigma, group = _power_step_reference(weights, us, vs, geometry, n_iterations, precision)
+    images, starts = (torch.cat([x.reshape(-1) for x in xs]) for xs in (_images(u, v), _starts(u, v)))
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in sigma))
+    return images, starts, torch.stack([x.to(dtype) for x in sigma]), torch.stack(group)
+
+
 def _power_step_fake(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -29,14 +88,16 @@ def _power_step_fake(
     geometry: Sequence[int],
     n_iterations: int,
     precision: str = "fp32",
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    sigmas = [w.new_empty((), dtype=compute_dtype(w, u)) for w, u in zip(weights, us)]
-    groups = [w.new_empty((), dtype=torch.int64) for w in weights]
-    u, v = ([torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs] for xs in (us, vs))
-    return u, v, sigmas, groups
-
-
-Vectors = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+) -> Flat:
+    dtype, sigma = (
+        functools.reduce(torch.promote_types, dtypes)
+        for dtypes in ([t.dtype for t in us], [compute_dtype(w, u) for w, u in zip(weights, us)])
+    )
+    images, starts = (
+        xs[0].new_empty(sum(x.numel() for x in xs), dtype=dtype) for xs in (_images(us, vs), _starts(us, vs))
+    )
+    n, like = len(weights), weights[0]
+    return images, starts, like.new_empty(n, dtype=sigma), like.new_empty(n, dtype=torch.int64)
 
 
 def _power_step_kernel(
@@ -47,62 +108,87 @@ def _power_step_kernel(
     geometry: Sequence[int],
     n_iterations: int,
     precision: str = "fp32",
-) -> Vectors:
+) -> Flat:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    geometries = decode(geometry)
-    if not len(weights) == len(us) == len(vs) == len(geometries):
-        raise ValueError(
-            f"power_step: {len(weights)} weights, {len(us)} us, {len(vs)} vs, {len(geometries)} geometries"
-        )
-    layouts = [_layout(w, u, v, g) for w, u, v, g in zip(weights, us, vs, geometries)]
-    known = [layout for layout in layouts if layout is not None]
-    if not weights or len(known) < len(layouts):
-        return _power_step_reference(weights, us, vs, geometry, n_iterations, precision)
-    us, vs = [u.contiguous() for u in us], [v.contiguous() for v in vs]
-    pieces: list[Vectors] = []
-    for i in range(0, len(known), _MAX_OPERATORS):
+    plans = _plans_of(module, "power_step", weights, geometry)
+    if plans is None or not _take(plans, "u", us, 0) or not _take(plans, "v", vs, 1):
+        return _power_step_flat(weights, us, vs, geometry, n_iterations, precision)
+    pieces: list[Flat] = []
+    for i, plan in zip(range(0, len(weights), _MAX_OPERATORS), plans):
         part = slice(i, i + _MAX_OPERATORS)
-        plan = _plan(module, tuple(known[part]), weights[0].device)
-        advanced: Vectors = (us[part], vs[part], [], [])
+        starts = [x.contiguous() for x in _starts(us[part], vs[part])]
+        images = [x.contiguous() for x in _images(us[part], vs[part])]
         for _ in range(n_iterations):
-            advanced = _power_step_once(module, plan, weights[part], advanced[0], advanced[1], precision)
-        pieces.append(advanced)
+            flat = _power_step_once(module, plan, weights[part], starts, images, precision)
+            images, starts = _unflatten(flat[0], images), _unflatten(flat[1], starts)
+        pieces.append(flat)
     if len(pieces) == 1:
         return pieces[0]
-    u, v, sigma, group = ([t for piece in column for t in piece] for column in zip(*pieces))
-    return u, v, sigma, group
+    first, second, sigmas, groups = (torch.cat(column) for column in zip(*pieces))
+    return first, second, sigmas, groups
 
 
-def _layout(weight: Tensor, u: Tensor, v: Tensor, geometry: Geometry) -> Layout | None:
-    """What the kernels need to know; None where they do not take the tensors. Wrong shapes and devices raise."""
-    for name, t, shape in (("u", u, geometry.out_shape(weight.shape)), ("v", v, geometry.in_shape(weight.shape))):
-        if tuple(t.shape) != shape:
-            raise ValueError(f"power_step: {name} has shape {tuple(t.shape)}, the operator needs {shape}")
-        if t.device != weight.device:
-            raise ValueError(f"power_step: {name} is on {t.device}, its weight on {weight.device}; move one of them")
-    if u.dtype != torch.float32 or v.dtype != torch.float32 or max(u.numel(), v.numel()) >= 2**31:
+Weight = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+def _plans_of(
+    module: ModuleType, operator: str, weights: Sequence[Tensor], geometry: Sequence[int]
+) -> list[Plan] | None:
+    """A plan for every 200 operators; None where the kernels do not take them. What does not fit together raises."""
+    if not weights:
         return None
-    return Layout.of(weight, geometry)
+    device = weights[0].device
+    for w in weights:
+        if w.device != device:
+            raise ValueError(f"{operator}: weights are on {device} and on {w.device}; one call is for one device")
+    return _plans(module, operator, tuple(geometry), tuple((w.shape, w.stride(), w.dtype) for w in weights), device)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(module: ModuleType, layouts: tuple[Layout, ...], device: torch.device) -> Plan:
-    return Plan(module, layouts, device, module.parallel_blocks(stream_of(device)[1]))
+def _plans(
+    module: ModuleType, operator: str, geometry: tuple[int, ...], weights: tuple[Weight, ...], device: torch.device
+) -> list[Plan] | None:
+    geometries = decode(geometry)
+    if len(weights) != len(geometries):
+        raise ValueError(f"{operator}: {len(weights)} weights for {len(geometries)} geometries; give one of each")
+    layouts = []
+    for (shape, stride, dtype), g in zip(weights, geometries):
+        if tuple(shape[2:]) != tuple(a.kernel for a in g.axes):
+            raise ValueError(f"{operator}: a weight of shape {tuple(shape)} does not fit its geometry {g}")
+        layout = Layout.of(torch.empty_strided(shape, stride, dtype=dtype, device="meta"), g)
+        if layout is None or max(math.prod(g.in_shape(shape)), math.prod(g.out_shape(shape))) >= 2**31:
+            return None
+        layouts.append(layout)
+    parallel = module.parallel_blocks(stream_of(device)[1])
+    plans = [
+        Plan(module, layouts[i : i + _MAX_OPERATORS], device, parallel) for i in range(0, len(layouts), _MAX_OPERATORS)
+    ]
+    return plans if all(max(plan.result_sizes) < 2**31 for plan in plans) else None
+
+
+def _take(plans: list[Plan], name: str, vectors: Sequence[Tensor], side: int) -> bool:
+    """Whether the kernels take these vectors, u (side 0) or v (side 1). Wrong shapes and devices raise."""
+    shapes = [shape[side] for plan in plans for shape in plan.shapes]
+    if len(vectors) != len(shapes):
+        raise ValueError(f"power_step: {len(vectors)} vectors {name} for {len(shapes)} weights; give one of each")
+    for x, shape in zip(vectors, shapes):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"power_step: {name} has shape {tuple(x.shape)}, the operator needs {shape}")
+        if x.device != plans[0].device:
+            raise ValueError(f"power_step: {name} is on {x.device}, its weight on {plans[0].device}; move one of them")
+    return all(x.dtype == torch.float32 for x in vectors)
 
 
 def _power_step_once(
     module: ModuleType,
     plan: Plan,
     weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    images: Sequence[Tensor],
     precision: str,
-) -> Vectors:
-    device = weights[0].device
-    # Of each operator: the vector it starts from, and the one of the other side.
-    starts = [v if first else u for u, v, first in zip(us, vs, plan.starts_from_v)]
-    others = [u if first else v for u, v, first in zip(us, vs, plan.starts_from_v)]
+) -> Flat:
+    device = plan.device
     results = [torch.empty(n, dtype=torch.float32, device=device) for n in plan.result_sizes]
     sigmas = torch.empty(len(weights), dtype=torch.float32, device=device)
     groups = torch.empty(len(weights), dtype=torch.int64, device=device)
@@ -115,7 +201,7 @@ def _power_step_once(
         plan.n_pieces,
         [w.data_ptr() for w in weights],
         [t.data_ptr() for t in starts],
-        [t.data_ptr() for t in others],
+        [t.data_ptr() for t in images],
         [r.data_ptr() for r in results],
         sigmas.data_ptr(),
         groups.data_ptr(),
@@ -126,18 +212,13 @@ def _power_step_once(
         PRECISIONS.index(precision),
         stream_of(device),
     )
-    # Views of the results, one per operator: separate allocations and copies would cost more than the kernels.
-    first = torch._utils._unflatten_dense_tensors(results[0], others)
-    second = torch._utils._unflatten_dense_tensors(results[1], starts)
-    u = [a if start else b for a, b, start in zip(first, second, plan.starts_from_v)]
-    v = [b if start else a for a, b, start in zip(first, second, plan.starts_from_v)]
-    return u, v, list(sigmas.unbind()), list(groups.unbind())
+    return results[0], results[1], sigmas, groups
 
 
-power_step = define(
+_power_step = define(
     "power_step(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] geometry, int n_iterations, str precision='fp32')"
-    " -> (Tensor[], Tensor[], Tensor[], Tensor[])",
-    _power_step_reference,
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _power_step_flat,
     _power_step_fake,
     _power_step_kernel,
 )
@@ -146,14 +227,15 @@ power_step = define(
 def _lanczos_start_kernel(
     module: ModuleType, weights: Sequence[Tensor], starts: Sequence[Tensor], geometry: Sequence[int], n_iterations: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    geometries = decode(geometry)
-    layouts = [Layout.of(w, g) for w, g in zip(weights, geometries, strict=True)]
-    known = tuple(layout for layout in layouts if layout is not None)
-    taken = len(known) == len(weights) <= _MAX_OPERATORS and 1 <= n_iterations <= _MAX_LANCZOS
-    if not weights or not taken or any(x.dtype != torch.float32 for x in starts):
+    plans = _plans_of(module, "lanczos_start", weights, geometry)
+    taken = plans is not None and len(plans) == 1 and 1 <= n_iterations <= _MAX_LANCZOS
+    if not taken or any(x.dtype != torch.float32 for x in starts):
         return _lanczos_start_reference(weights, starts, geometry, n_iterations)
-    device = weights[0].device
-    plan = _plan(module, known, device)
+    assert plans is not None
+    (plan,), device = plans, weights[0].device
+    for x, w in zip(starts, weights, strict=True):
+        if x.device != w.device:
+            raise ValueError(f"lanczos_start: a start is on {x.device}, its weight on {w.device}; move one of them")
     n, count = n_iterations, plan.n_spans
     # The start side is the result of the second half step, the other side that of the first.
     sizes = plan.result_sizes[::-1]
@@ -183,9 +265,8 @@ def _lanczos_start_kernel(
         stream_of(device),
     )
     us, vs = [], []
-    for i, (weight, g) in enumerate(zip(weights, geometries)):
-        shapes = g.out_shape(weight.shape), g.in_shape(weight.shape)
-        sides = (1, 0) if g.axes else (0, 1)
+    for i, (shapes, from_v) in enumerate(zip(plan.shapes, plan.starts_from_v)):
+        sides = (1, 0) if from_v else (0, 1)
         u, v = (
             results[side].narrow(0, plan.offsets[1 - side][i], math.prod(shape)).reshape(shape).clone()
             for side, shape in zip(sides, shapes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops.library import has_kernels
+from ..ops.library import has_kernels, stream_of
 from ..ops.normalize import normalize_all
 from ..ops.spectral import power_step
 
@@ -27,7 +27,7 @@ class Group:
 
     def __init__(self) -> None:
         self._members: list[weakref.ref[SpectralNorm]] = []
-        self._ready: dict[SpectralNorm, tuple[object, Tensor]] = {}
+        self._ready: _Ready = weakref.WeakKeyDictionary()
 
     def add(self, member: SpectralNorm) -> None:
         self._members.append(weakref.ref(member))
@@ -56,15 +56,19 @@ class Group:
         state, value = self._ready.pop(member, (None, None))
         if value is None or state != _state(member):
             with torch.inference_mode(False), torch.no_grad():
-                self._ready = _normalized([m for m in self.members() if m.can_be_ready_with(member)])
-            _, value = self._ready.pop(member)
+                ready = _normalized([m for m in self.members() if m.can_be_ready_with(member)])
+            _, value = ready.pop(member)  # before other threads can take it
+            self._ready = ready
         return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return Group()  # each copied member joins the new group itself; deepcopy's memo makes it one for all
 
 
-def _normalized(members: list[SpectralNorm]) -> dict[SpectralNorm, tuple[object, Tensor]]:
+_Ready: TypeAlias = "weakref.WeakKeyDictionary[SpectralNorm, tuple[object, Tensor]]"
+
+
+def _normalized(members: list[SpectralNorm]) -> _Ready:
     options = [m.options for m in members]
     values = normalize_all(
         [m.operand(m.raw) for m in members],
@@ -72,13 +76,14 @@ def _normalized(members: list[SpectralNorm]) -> dict[SpectralNorm, tuple[object,
         [o.beta for o in options],
         [o.cap for o in options],
     )
-    return {m: (_state(m), value) for m, value in zip(members, values)}
+    return weakref.WeakKeyDictionary({m: (_state(m), value) for m, value in zip(members, values)})
 
 
 def _state(member: SpectralNorm) -> object:
-    """Changes with everything that a normalised weight depends on."""
+    """Changes with everything that a normalised weight depends on, and with the stream that it is computed on."""
     weight, sigma = member.raw, member.sigma
-    return _address(weight), _version(weight), _placement(weight), _version(sigma), sigma.data_ptr()
+    of_weight = _address(weight), _version(weight), _placement(weight)
+    return of_weight, _version(sigma), sigma.data_ptr(), stream_of(weight.device)
 
 
 class WeightMark:
