@@ -312,7 +312,7 @@ inline Machine& machine() { return *Machine::current(); }
 
 }  // namespace on_cpu
 
-// -- what launch.h offers on a GPU --------------------------------------------------------------------------------------
+// -- what launch.h offers on a GPU -----------------------------------------------------------------------------------
 
 struct Stream;
 
@@ -334,7 +334,7 @@ void launch(void (*kernel)(Params), const char*, unsigned blocks, int threads, s
 
 }  // namespace sn_fast
 
-// -- CUDA's names -------------------------------------------------------------------------------------------------------
+// -- CUDA's names ----------------------------------------------------------------------------------------------------
 
 #define threadIdx (::sn_fast::on_cpu::machine().fibre().thread)
 #define blockIdx (::sn_fast::on_cpu::machine().blockIdx)

@@ -24,8 +24,8 @@ struct OrthogonalizeShared {
     double scratch[kLanczosThreads / kWarp];
 };
 
-// Makes vector `index` of a basis orthogonal to those before it and a unit vector, and stores its length. Where rounding
-// is all that is left, the span is exhausted: the vector and its length become zero.
+// Makes vector `index` of a basis orthogonal to those before it and a unit vector, and stores its length. Where only
+// rounding is left, the span is exhausted: the vector and its length become zero.
 __global__ void __launch_bounds__(kLanczosThreads) orthogonalize_kernel(OrthogonalizeParams p) {
     OrthogonalizeShared& s = shared_memory<OrthogonalizeShared>();
     const Span span = p.spans[blockIdx.x];

@@ -72,7 +72,8 @@ __device__ void dot_tile(const Gather& g, const Unit& unit, const T* weight, con
 
 // Elements unit.row .. of y = sum_c W[., c] x[c]; columns contiguous (row_stride 1).
 template <class T>
-__device__ void axpy_tile(const Gather& g, const Unit& unit, const T* weight, const HalfStepParams& p, MatrixShared& s) {
+__device__ void axpy_tile(const Gather& g, const Unit& unit, const T* weight, const HalfStepParams& p,
+                          MatrixShared& s) {
     constexpr int kVector = Pack<T>::kCount, kColumns = kAxpyLanes * kVector, kUnroll = 4;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kAxpyLanes, first = thread / kAxpyLanes;
     const Input x = input_of(p, g, unit.group);

@@ -51,7 +51,8 @@ __device__ void normalize_block(const NormalizedWeight& w, std::int64_t block) {
 #pragma unroll
         for (int i = 0; i < kPacksPerThread; ++i) {
 #pragma unroll
-            for (int e = 0; e < kVector; ++e) packs[i].values[e] = from_float<T>(to_float(packs[i].values[e]) / divisor);
+            for (int e = 0; e < kVector; ++e)
+                packs[i].values[e] = from_float<T>(to_float(packs[i].values[e]) / divisor);
             *reinterpret_cast<Pack<T>*>(result + first + i * kNormalizeThreads * kVector) = packs[i];
         }
         return;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kNormalizeThreads) normalize_kernel(NormalizeP
     }
 }
 
-// -- gradient -----------------------------------------------------------------------------------------------------------
+// -- gradient ---------------------------------------------------------------------------------------------------------
 
 constexpr int kInnerThreads = 256;
 
@@ -135,7 +136,8 @@ __global__ void __launch_bounds__(kInnerThreads) inner_kernel(NormalizeBackward 
     if (p.parts > 1)
         for (std::int64_t i = index; i < tiles_of_group(p); i += stride) p.counters[i] = 0;
     double sum = 0.0;
-    const bool vectors = is_aligned(static_cast<const float*>(p.grad)) && is_aligned(static_cast<const float*>(p.weight));
+    const bool vectors =
+        is_aligned(static_cast<const float*>(p.grad)) && is_aligned(static_cast<const float*>(p.weight));
     const std::int64_t fours = vectors ? p.count / 4 : 0;
     for (std::int64_t i = index; i < fours; i += stride) {
         float g[4], w[4];
