@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from . import on_device
+
+on_device.activate()
 torch.set_num_threads(1)  # the tensors are small, and several processes may share the cores
 
 hypothesis.settings.register_profile("sn_fast", deadline=None, derandomize=True, print_blob=True)

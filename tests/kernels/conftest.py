@@ -1,34 +1,54 @@
-"""The kernels, compiled for the CPU, in the place that they have on a GPU."""
+"""The kernels, compiled for the CPU, in the place that they have on a GPU; or on one (SN_FAST_TEST_DEVICE=cuda)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from sn_fast.ops.library import UseKernels
+from sn_fast.ops import compiled
+from sn_fast.ops.library import UseKernels, has_kernels
 
+from ..on_device import DEVICE
 from . import on_cpu
 
-THREAD_ORDERS = (0, 1, 2, 3)  # 0: as numbered
+THREAD_ORDERS = (0, 1, 2, 3) if DEVICE.type == "cpu" else (0,)  # 0: as numbered; a GPU has its own
+
+
+class _OnGpu:
+    """The installed module; what only the CPU build has skips the test that asks for it."""
+
+    def set_thread_order(self, seed: int) -> None:
+        """A GPU's threads run in no order that one could set."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(compiled.MODULE, name):
+            pytest.skip(f"{name} is in the CPU build alone")
+        return getattr(compiled.MODULE, name)
 
 
 @pytest.fixture(scope="session")
 def module() -> ModuleType:
     """The compiled module."""
-    return on_cpu.build()
+    if DEVICE.type == "cpu":
+        return on_cpu.build()
+    if compiled.MODULE is None:
+        pytest.fail(f"no kernels to test: {compiled.STATUS}")
+    return _OnGpu()  # type: ignore[return-value]
 
 
 @pytest.fixture
 def kernels(module: ModuleType) -> Iterator[ModuleType]:
-    """The compiled module, serving the operators on CPU tensors."""
-    served = UseKernels(module, "cpu")
+    """The compiled module, serving the operators on tensors of the tests' device."""
+    served = None if has_kernels(DEVICE) else UseKernels(module, DEVICE.type)
     try:
         yield module
     finally:
         module.set_thread_order(0)
-        served.stop()
+        if served is not None:
+            served.stop()
 
 
 @pytest.fixture(params=THREAD_ORDERS, ids=lambda seed: f"order{seed}")

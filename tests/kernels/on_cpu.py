@@ -98,7 +98,8 @@ def build(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -
         shared = [f for f in flags if f.startswith("-fsanitize")]
         _run([compiler(), "-shared", *shared, *map(str, objects), "-o", str(partial)])
         partial.replace(library)
-    spec = importlib.util.spec_from_file_location(name, library)
+    # pybind11 keeps modules by their full name, of which only the last part has to be the library's.
+    spec = importlib.util.spec_from_file_location(f"{digest}.{name}", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,28 @@
+"""All tests of the kernels once more, under AddressSanitizer and UBSan: an index out of bounds ends them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..on_device import DEVICE
+from . import on_cpu
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the sanitizers watch the CPU")
+@pytest.mark.skipif(on_cpu.sanitizers_loaded(), reason="this is the run under sanitizers")
+def test_kernels_under_sanitizers() -> None:
+    """Without what compiles code of its own, which is not watched."""
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-k", "not compile"],
+        cwd=Path(__file__).parents[2],
+        env=on_cpu.sanitized_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]

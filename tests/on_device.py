@@ -1,0 +1,81 @@
+"""The tests of operators, layers and attacks with their tensors on another device: SN_FAST_TEST_DEVICE=cuda pytest.
+
+A test makes its tensors as if there were only the CPU, with the same random numbers everywhere, and they are moved as
+they are made. What sn_fast itself makes is left alone: code that forgets a device fails here as it does for a user.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _pytest
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+DEVICE = torch.device(os.environ.get("SN_FAST_TEST_DEVICE") or "cpu")
+
+_HERE = Path(__file__).parent
+_MOVED = tuple(str(_HERE / folder) + os.sep for folder in ("attacks", "kernels", "spectral"))
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_PYTEST = str(Path(_pytest.__file__).parent) + os.sep
+# What these do is their caller's: a layer's parameters, methods written in Python, approx, arrays read for a test.
+_HELPERS = (f"{_TORCH}nn{os.sep}", f"{_TORCH}_tensor.py", f"{_TORCH}overrides.py", _PYTEST, str(_HERE / "published.py"))
+_MAKERS = {
+    *(torch.arange, torch.as_tensor, torch.empty, torch.empty_strided, torch.eye, torch.full),
+    *(torch.linspace, torch.logspace, torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm),
+    *(torch.scalar_tensor, torch.tensor, torch.zeros),
+}
+_DRAWS = {Tensor.bernoulli_, Tensor.exponential_, Tensor.normal_, Tensor.random_, Tensor.uniform_}
+_TO_NUMPY: set[Any] = {Tensor.numpy, Tensor.__array__}
+
+
+class OnDevice(TorchFunctionMode):
+    """Moves what the tests make."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if func in _MAKERS and kwargs.get("device") is None and _by_a_test():
+            wanted = kwargs.pop("requires_grad", False)
+            made = func(*args, **kwargs).to(DEVICE)
+            return made.requires_grad_() if wanted else made
+        generator = kwargs.get("generator")
+        if func in _DRAWS and generator is not None and generator.device != args[0].device and _by_a_test():
+            drawn = func(torch.empty_like(args[0], device=generator.device), *args[1:], **kwargs)
+            return args[0].copy_(drawn)
+        if func in _TO_NUMPY and args[0].device.type != "cpu" and _by_a_test():
+            args = (args[0].cpu(), *args[1:])
+        return func(*args, **kwargs)
+
+
+def _by_a_test() -> bool:
+    """Whether the call comes from a test's own code, or from a layer's constructor that a test calls."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_HELPERS):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_filename.startswith(_MOVED)
+
+
+_cpu_from_numpy = torch.from_numpy
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    made = _cpu_from_numpy(array)
+    return made.to(DEVICE) if _by_a_test() else made
+
+
+def activate() -> None:
+    """To the end of the process, if SN_FAST_TEST_DEVICE is set."""
+    if "SN_FAST_TEST_DEVICE" in os.environ:
+        torch.backends.cudnn.allow_tf32 = False  # the tests' bounds are those of float32
+        torch.from_numpy = _from_numpy  # type: ignore[assignment]  # the one maker that no mode sees
+        OnDevice().__enter__()

@@ -1,0 +1,259 @@
+"""The check of the kernels on a GPU, as far as a machine without one can tell: its parts, and a rehearsal of it all."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sn_fast
+from benchmarks import eager_updates, models
+from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check import plan, results, runner, summary
+from benchmarks.gpu_check.context import Context
+from benchmarks.gpu_check.roofline import layers, total, work
+from benchmarks.gpu_check.stages.sanitizer import count_errors
+from benchmarks.gpu_check.timing import Timer, quartiles
+from benchmarks.published_loop import PublishedLoop
+
+ROOT = Path(__file__).parents[1]
+
+
+# -- what is compared -------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1),
+        nn.ELU(),
+        nn.Conv2d(6, 4, 3, stride=2, padding=0, dilation=1),
+        nn.Flatten(),
+        nn.Linear(4 * 2 * 3, 5),
+    )
+
+
+def test_published_loop_finds_the_norms_of_the_layers() -> None:
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(1, 3, 11, 13)
+    sizes = {0: (11, 13), 2: (6, 7), 4: None}
+    loop = PublishedLoop(model, x)
+    for _ in range(300):
+        found = loop.refresh()
+    for (i, size), sigma in zip(sizes.items(), found, strict=True):
+        wanted = sn_fast.operator_norm(sn_fast.operator_of(model[i], size), method="dense")
+        torch.testing.assert_close(sigma, wanted, rtol=1e-4, atol=0)
+    for normalised, layer, sigma in zip(loop.normalise(loop.weights, 0.1), (0, 2, 4), found, strict=True):
+        torch.testing.assert_close(normalised, model[layer].weight.detach() * 0.1 / sigma, rtol=1e-4, atol=1e-6)
+
+
+def test_published_loop_takes_the_steps_of_sn_fast() -> None:
+    torch.manual_seed(0)
+    model, x = network()[:3], torch.randn(1, 3, 11, 13)
+    loop = PublishedLoop(model, x)
+    sn_fast.apply_spectral_norm(model, x, reduce=False)
+    for layer, u in zip(layers(model), loop.us, strict=True):
+        u.copy_(layer.state.v[None])
+    found = loop.refresh()
+    sn_fast.update_spectral_norm(model)
+    for layer, sigma, u in zip(layers(model), found, loop.us, strict=True):
+        torch.testing.assert_close(sigma, layer.state.sigma, rtol=1e-3, atol=0)  # <A u, v> and |A^T v|
+        torch.testing.assert_close(u[0], layer.state.v, rtol=1e-4, atol=1e-5)
+
+
+def test_eager_updates_are_those_of_torchattacks() -> None:
+    torchattacks = pytest.importorskip("torchattacks")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5)).eval()
+    x, y = torch.rand(6, 3, 4, 4), torch.randint(5, (6,))
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(nn.functional.cross_entropy(model(leaf), y), leaf)
+    attack = torchattacks.PGD(model, eps=0.1, alpha=0.07, steps=1, random_start=False)
+    torch.testing.assert_close(eager_updates.linf(x, x, grad, 0.1, 0.07), attack(x, y), rtol=0, atol=1e-7)
+    attack = torchattacks.PGDL2(model, eps=0.5, alpha=0.7, steps=1, random_start=False)
+    torch.testing.assert_close(eager_updates.l2(x, x, grad, 0.5, 0.7), attack(x, y), rtol=0, atol=1e-6)
+
+
+def test_networks_are_the_published_ones() -> None:
+    counts = {}
+    for name, n in models.NETWORKS.items():
+        model = n.make()
+        counts[name] = (
+            sum(isinstance(m, nn.Conv2d) for m in model.modules()),
+            sum(p.numel() for p in model.parameters()),
+        )
+    assert counts == {
+        "ResNet-18, 32x32": (20, 11_173_962),
+        "ResNet-50, 224x224": (53, 25_557_032),  # as torchvision's
+        "WRN-28-10, 32x32": (28, 36_479_194),
+    }
+
+
+def test_least_work_of_a_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(6 * 25, 2))
+    sn_fast.apply_spectral_norm(model, torch.randn(1, 4, 5, 5))
+    conv, pointwise, linear = (work(x.weight, x.geometry) for x in layers(model))
+    assert conv.multiply_adds == 2 * 4 * 8 * 13 * 13  # of 15 taps along an axis two read padding
+    assert conv.bytes == 2 * 4 * 4 * 8 * 9 + 2 * 4 * (4 * 25 + 8 * 25)
+    assert pointwise == (2 * 4 * 48 + 2 * 4 * 14, 2 * 48)  # a matrix
+    assert linear == (2 * 4 * 300 + 2 * 4 * 152, 2 * 300)
+    floors = total([conv, linear]).floors({"copy_gb_per_s": 1.0, "tf32_tflop_per_s": 1e-3}, "3xtf32")
+    assert floors["memory"] == pytest.approx((conv.bytes + linear.bytes) / 1e3, abs=0.01)
+    assert floors["arithmetic"] == pytest.approx(6 * (conv.multiply_adds + linear.multiply_adds) / 1e3, abs=0.01)
+
+
+# -- the machinery ----------------------------------------------------------------------------------------------------
+
+
+def test_stages_by_number_and_name() -> None:
+    assert [s.number for s in plan.chosen("8,1,4-6,build")] == [1, 4, 5, 6, 8]
+    assert plan.chosen("all") == list(plan.STAGES)
+    for text in ("9", "0", "power2", ",", "3-9"):
+        with pytest.raises(ValueError, match="stage"):
+            plan.chosen(text)
+
+
+def test_no_stage_takes_the_time_of_a_later_one() -> None:
+    left = 540.0
+    for i, stage in enumerate(plan.STAGES):
+        limit = plan.limit_of(stage, plan.STAGES[i:], left)
+        assert limit == pytest.approx(stage.seconds * 540 / sum(s.seconds for s in plan.STAGES))
+        left -= limit
+    assert left == pytest.approx(0, abs=1e-9)
+
+
+def test_results_are_written_whole_and_without_paths(tmp_path: Path) -> None:
+    path = tmp_path / "new" / results.file_name("NVIDIA H100 80GB HBM3")
+    assert path.name == "NVIDIA-H100-80GB-HBM3.json"
+    assert results.read(path) == {}
+    stages = {
+        "build": {"error": 'File "/opt/some.where/lib/x.py", line 3; 3 GB/s, and/or, a/b/c', "results": {"n": 1.5}}
+    }
+    results.write(path, {"schema": results.SCHEMA, "stages": stages})
+    assert results.read(path) == {
+        "build": {"error": 'File "x.py", line 3; 3 GB/s, and/or, a/b/c', "results": {"n": 1.5}}
+    }
+    results.write(path, {"schema": 0, "stages": stages})
+    assert results.read(path) == {}
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_context_records_as_it_goes(tmp_path: Path) -> None:
+    context = Context(tmp_path / "out.json", {}, ends=math.inf)
+    context.record("a/b/c", 1)
+    context.record("a/b/d", 2)
+
+    def broken() -> None:
+        raise RuntimeError("no")
+
+    assert context.attempt("part", broken) is None
+    assert context.attempt("other", lambda: 3) == 3
+    context.ends = 0.0
+    assert not context.has_time("the rest", 1.0)
+    assert json.loads((tmp_path / "out.json").read_text()) == {
+        "results": {"a": {"b": {"c": 1, "d": 2}}, "left_out": ["the rest"]},
+        "failures": ["part: RuntimeError: no"],
+    }
+
+
+def test_a_stage_that_is_stopped_or_dies_keeps_what_it_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "benchmarks" / "gpu_check"
+    package.mkdir(parents=True)
+    script = """
+import json, os, sys, time
+out = sys.argv[sys.argv.index("--out") + 1]
+json.dump({"results": {"half": 1}, "failures": []}, open(out, "w"))
+print("working", flush=True)
+os._exit(7) if "power" in sys.argv else time.sleep(60)
+"""
+    (package / "__init__.py").write_text("")
+    (package / "child.py").write_text(script)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    by_name = {s.name: s for s in plan.STAGES}
+    arguments = ([], {}, tmp_path, tmp_path / "nowhere", 0.0)
+    stopped = runner._run_stage(by_name["peaks"], 2.0, *arguments)
+    died = runner._run_stage(by_name["power"], 30.0, *arguments)
+    assert (stopped["status"], died["status"]) == ("timeout", "failed")
+    assert stopped["results"] == died["results"] == {"half": 1}
+    assert stopped["output"] == ["working"]
+    assert died["error"] == "exit code 7"
+
+
+def test_times_on_the_host() -> None:
+    calls: list[str] = []
+    timer = Timer("cpu", 4)
+    found = timer.on_device({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, inner=2)
+    assert calls == ["a", "b", *"aabbbbaaaabbbbaa"]  # warm-up, then in turn
+    assert {name: t["n"] for name, t in found.items()} == {"a": 4, "b": 4}
+    assert quartiles([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0, "n": 3}
+
+
+@pytest.mark.parametrize(
+    ("output", "errors"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0),
+        ("========= ERROR SUMMARY: 12 errors", 12),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n", 3),
+        ("killed", None),
+    ],
+)
+def test_the_sanitizers_verdict(output: str, errors: int | None) -> None:
+    assert count_errors(output) == errors
+
+
+def test_bars() -> None:
+    published = {"host_times_sn_fast": 25.0}
+    network = {
+        "multiply_adds": 1,
+        "fp32": {"power_step": {"times_larger_floor": 2.6}},
+        "peers": {"published": published},
+    }
+    update = {"of_copy": 0.9, "eager_times_sn_fast": 4.5}
+    found = {
+        "tests": {"counts": {"passed": 3, "failed": 1}, "ended": True},
+        "power": {"net": network},
+        "updates": {"large, x": {"float32": {"pgd_step inf": update}}},
+    }
+    stages = {name: {"results": r, "status": "ok", "failures": []} for name, r in found.items()}
+    unknown = "not measured"
+    verdicts = ["MISS", "MISS", "PASS", unknown, "PASS", "PASS", unknown, unknown]
+    assert [b.verdict for b in summary.bars(stages)] == verdicts
+    text, misses = summary.summary({"device": "a GPU", "stages": stages}, list(stages))
+    assert misses == 2
+    assert "90.0%" in text
+
+
+def test_without_a_gpu_one_clear_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_probe", lambda scratch: {"gpu": False, "torch": "2"})
+    assert command.main(["--stages", "5"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "gpu_check: no GPU (torch sees no CUDA device); --rehearse runs every stage on the CPU"
+    ]
+    assert command.main(["--stages", "nine"]) == 2
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path: Path) -> None:
+    arguments = ["--rehearse", "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr
+    content = json.loads((tmp_path / "rehearsal-on-the-CPU.json").read_text())
+    assert content["rehearsal"] is True
+    assert {n: (e["status"], e["failures"]) for n, e in content["stages"].items()} == {
+        s.name: ("ok", []) for s in plan.STAGES
+    }
+    assert str(ROOT) not in json.dumps(content)
+    assert "MISS" not in run.stdout
