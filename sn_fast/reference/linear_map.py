@@ -6,7 +6,8 @@ differentiable by autograd. Weights are those of the PyTorch layer, also for a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -45,24 +46,44 @@ def weight_gradient(u: Tensor, v: Tensor, weight_shape: Sequence[int], geometry:
     x, y = (u, v) if geometry.transposed else (v, u)
     padded, padding = _padded(x[None], geometry)
     axes = geometry.axes
-    return torch.ops.aten.convolution_backward(
-        y[None],
-        padded,
-        y.new_empty(1).expand(list(weight_shape)),  # only its shape is read
-        None,
-        [a.stride for a in axes],
-        padding,
-        [a.dilation for a in axes],
-        False,
-        [0] * len(axes),
-        geometry.groups,
-        [False, True, False],
-    )[1]
+    with _full_precision(u):
+        return torch.ops.aten.convolution_backward(
+            y[None],
+            padded,
+            y.new_empty(1).expand(list(weight_shape)),  # only its shape is read
+            None,
+            [a.stride for a in axes],
+            padding,
+            [a.dilation for a in axes],
+            False,
+            [0] * len(axes),
+            geometry.groups,
+            [False, True, False],
+        )[1]
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Norms are computed in the precision of their operands, also where the caller runs the model under autocast."""
-    return torch.autocast(x.device.type, enabled=False)
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Norms are computed in the precision of their operands: not in autocast's, nor in cuDNN's TF32."""
+    context = torch.autocast(x.device.type, enabled=False)
+    # Compiled code keeps the setting that it finds; so does float64, which has no such mode.
+    if x.device.type != "cuda" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return context
+    return _without_tf32(context)
+
+
+@contextmanager
+def _without_tf32(context: AbstractContextManager[object]) -> Iterator[None]:
+    conv = getattr(torch.backends.cudnn, "conv", None)  # torch 2.9 and newer have a setting for convolutions alone
+    holder, name, exact = (
+        (torch.backends.cudnn, "allow_tf32", False) if conv is None else (conv, "fp32_precision", "ieee")
+    )
+    before = getattr(holder, name)
+    setattr(holder, name, exact)
+    try:
+        with context:
+            yield
+    finally:
+        setattr(holder, name, before)
 
 
 def _forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -97,6 +97,19 @@ def assert_close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-4) -> N
         assert float((x - y).norm()) <= tolerance * float(y.norm()) + 1e-12
 
 
+class Chosen(nn.Module):
+    """Applies the layers that one names, in that order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(6, 6) for name in "abc"})
+
+    def forward(self, x: Tensor, names: str = "abc") -> Tensor:
+        for name in names:
+            x = torch.tanh(self.layers[name](x))
+        return x
+
+
 # -- one launch -------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +155,15 @@ def test_layers_of_every_kind_in_one_call() -> None:
         with plain_pytorch():
             twin(X).square().sum().backward()
         assert_close(found, gradients(twin), 1e-5)
+
+
+def test_without_kernels_each_layer_computes_its_own() -> None:
+    """What is computed before it is needed takes memory, and there is no launch to save."""
+    model = normalised()
+    with Calls() as calls, plain_pytorch():
+        model(X)
+    assert calls.normalize == [1, 1, 1, 1]
+    assert ready(model) == 0
 
 
 def test_models_do_not_mix() -> None:
@@ -241,8 +263,12 @@ def write_sigma(model: nn.Module) -> None:
 
 
 def replace_sigma(model: nn.Module) -> None:
+    """By another, as often written."""
     for m in layers(model):
-        m.sigma = m.sigma * 2.0
+        sigma, version = m.sigma * 2.0, m.sigma._version
+        while sigma._version < version:
+            sigma.mul_(1.0)
+        m.sigma = sigma
 
 
 def step_with_a_hook(model: nn.Module) -> None:
@@ -335,6 +361,31 @@ def test_a_change_in_the_middle_of_a_forward() -> None:
         agree(model)
 
 
+def test_a_weight_transposed_in_place() -> None:
+    """Its memory and version stay."""
+    x = torch.randn(4, 6)
+    model = apply_spectral_norm(Chosen(), x, beta=0.5)
+    model(x, "c")  # the others are ready
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = p.data.T
+    found = model(x)
+    with plain_pytorch():
+        assert torch.equal(found, model(x))
+
+
+def test_another_weight_than_the_layers_own() -> None:
+    """A parametrization called on a parameter of one's own."""
+    model = normalised()
+    member = layers(model)[-1]
+    other = nn.Parameter(moved(member.raw))
+    leave_ready(model)
+    found = member(other)
+    with plain_pytorch():
+        assert torch.equal(found, member(other))
+    assert ready(model) == 3
+
+
 def test_ready_weights_serve_the_next_use_if_nothing_has_changed() -> None:
     model = normalised()
     expected = agree(model)
@@ -344,37 +395,23 @@ def test_ready_weights_serve_the_next_use_if_nothing_has_changed() -> None:
     assert calls.normalize == [4]  # at the last layer, whose weight was used
 
 
-class TwiceAndSkipped(nn.Module):
-    """Its second layer is used as often as one asks for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.again, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor, n: int = 2) -> Tensor:
-        x = torch.tanh(self.first(x))
-        for _ in range(n):
-            x = torch.tanh(self.again(x))
-        return self.last(x)
-
-
 def test_a_layer_used_twice_or_skipped() -> None:
     x = torch.randn(4, 6)
-    model = apply_spectral_norm(TwiceAndSkipped(), x, beta=0.5)
+    model = apply_spectral_norm(Chosen(), x, beta=0.5)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    for n in (2, 1, 0, 3, 0, 0, 2, 1):
-        found = model(x, n)
+    for names in ("abbc", "abc", "ac", "c", "abbbc", "b", "ba", "cba", "abab", "abc"):
+        found = model(x, names)
         with plain_pytorch():
-            assert torch.equal(found, model(x, n))
+            assert torch.equal(found, model(x, names))
         optimizer.zero_grad()
         found.square().mean().backward()
         used = gradients(model)
         optimizer.zero_grad()
         with plain_pytorch():
-            model(x, n).square().mean().backward()
+            model(x, names).square().mean().backward()
         assert_close(used, gradients(model), 1e-5)
         optimizer.step()
-    model(x, 1)  # the last whole forward leaves nothing
+    model(x)
     assert ready(model) == 0
 
 
@@ -619,6 +656,17 @@ def test_functional_call() -> None:
         agree(model)
 
 
+def test_functional_calls_with_other_tensors_one_after_the_other() -> None:
+    """Tensors in the parameters' place have no address that tells them apart."""
+    x = torch.randn(4, 6)
+    model = apply_spectral_norm(Chosen(), x, beta=0.5)
+    first, second = ({name: moved(p) for name, p in model.named_parameters()} for _ in range(2))
+    torch.func.functional_call(model, first, (x, "ac"))
+    found = torch.func.functional_call(model, second, (x, "bac"))
+    with plain_pytorch():
+        assert torch.equal(found, torch.func.functional_call(model, second, (x, "bac")))
+
+
 def test_transforms_of_functions_take_plain_operations() -> None:
     model = normalised()
     leave_ready(model)
@@ -628,7 +676,12 @@ def test_transforms_of_functions_take_plain_operations() -> None:
         return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X)
-    torch.testing.assert_close(torch.func.vmap(model)(X[:, None])[:, 0], model(X), rtol=1e-5, atol=1e-6)
+    group = layers(model)[0]._group
+    waiting = group._ready
+    mapped = torch.func.vmap(model)(X[:, None])[:, 0]
+    assert group._ready is waiting  # nothing computed, nothing taken
+    assert len(waiting) == 3
+    torch.testing.assert_close(mapped, model(X), rtol=1e-5, atol=1e-6)
     for i, x in enumerate(X):
         model.zero_grad()
         model(x[None]).square().sum().backward()

@@ -270,6 +270,14 @@ def test_precisions(kernels: ModuleType, name: str, precision: str) -> None:
     check_precision(CHOSEN[name](), precision)
 
 
+@pytest.mark.parametrize(("precision", "factor"), [("fp32", 2.0), ("3xtf32", 4.0)])
+def test_long_sums_are_sums_of_sums(kernels: ModuleType, precision: str, factor: float) -> None:
+    """The error of thousands of products in one sum, without parts, stays near PyTorch's, which adds in blocks."""
+    long = [line(4, 1500, 20), line(4, 5000, 20, 1), line(20, 1500, 20), line(20, 500, 70, 9), matrix(20, 20_000)]
+    with planning(_LEAST_COST=1 << 50):
+        Call.of(*long).check(precision=precision, factor=factor)
+
+
 def test_lower_precision_is_lower(kernels: ModuleType) -> None:
     """The precisions do what their names say: the error is that of rounding the operands."""
     call = Call.of(CHOSEN["gemm64"]())
