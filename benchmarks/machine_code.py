@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-docs", action="store_true", help="leave docs/machine_code.md as it is")
     options = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT / "build_tools"))
-    import cuda_build  # type: ignore[import-not-found]
+    import cuda_build
 
     toolkit, _ = cuda_build.find_toolkit(os.environ)
     cuobjdump = find_tool("cuobjdump", toolkit.home if toolkit else None)
