@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) 
     __syncthreads();
     if (thread != 0) return;
     for (int w = 1; w < kFinishThreads / kWarp; ++w) {
-        if (is_larger(s.sigma[w], best) || (s.sigma[w] == best && s.group[w] < best_group)) {
+        if (is_larger(s.sigma[w], best) || (!is_larger(best, s.sigma[w]) && s.group[w] < best_group)) {
             best = s.sigma[w];
             best_group = s.group[w];
         }

@@ -493,6 +493,18 @@ def test_groups_are_independent(kernels: ModuleType, groups: int) -> None:
     assert call.run()[3][0] == 0  # the first of equals
 
 
+@pytest.mark.parametrize("value", [3.0, math.nan])
+@pytest.mark.parametrize("first", [1, 9, 15])
+def test_the_first_of_equal_groups_is_the_top(kernels: ModuleType, value: float, first: int) -> None:
+    weight = torch.ones(40, 2, 3)
+    weight[[first, 16, 24, 33]] = value
+    call = Call.of(ConvOperator(weight, (7,), padding=1, groups=40))
+    call.vs[0].fill_(1.0)
+    (sigma,), (top,) = call.run()[2:]
+    assert top == first == call.by_reference()[3][0]
+    assert sigma.isnan() == math.isnan(value)
+
+
 def test_matrices_do_not_read_what_they_were_given_of_the_result(kernels: ModuleType) -> None:
     for op, unused in ((matrix(20, 30), "vs"), (CHOSEN["gemm64"](), "us"), (CHOSEN["depthwise"](), "us")):
         call = Call.of(op)
