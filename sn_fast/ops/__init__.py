@@ -1,6 +1,6 @@
 """The operators: schema, fake, reference, kernel and autograd. The only package that calls the compiled module."""
 
-from . import normalize, spectral, updates  # noqa: F401 - importing them defines the operators
+from . import normalize, power_step, updates  # noqa: F401 - importing them defines the operators
 from .compiled import MODULE
 from .library import UseKernels
 

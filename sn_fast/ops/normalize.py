@@ -14,7 +14,7 @@ from ..reference import normalize as _reference
 from ..reference.geometry import decode
 from .library import define, dtype_code, stream_of
 from .plan import GradientPlan, Layout
-from .spectral import PRECISIONS
+from .power_step import PRECISIONS
 
 
 def _normalize_kernel(
@@ -32,28 +32,24 @@ def _normalize_kernel(
             raise ValueError(f"normalize: weights are on {weights[0].device} and on {weight.device}; give one device's")
         if sigma.device != weight.device:
             raise ValueError(f"normalize: sigma is on {sigma.device}, its weight on {weight.device}; move one of them")
-        if weight.device != weights[0].device:
-            raise ValueError(
-                f"normalize: weights are on {weights[0].device} and {weight.device}; give each its own call"
-            )
         _check_scalar("normalize", sigma)
         code = dtype_code(weight)
         if code is None or sigma.dtype != torch.float32:
             results.append(_reference.normalize(weight, sigma, beta, cap))
             continue
-        dense.append(_dense(weight))
-        results.append(torch.empty_like(dense[-1]))
-        addresses = dense[-1].data_ptr(), results[-1].data_ptr(), sigma.data_ptr()
+        result = torch.empty_like(weight)
+        dense.append(_laid_out_as(result, weight))
+        results.append(result)
+        addresses = dense[-1].data_ptr(), result.data_ptr(), sigma.data_ptr()
         arguments.append((*addresses, weight.numel(), beta, cap, code))
     if arguments:
         module.normalize(arguments, stream_of(weights[0].device))
     return results
 
 
-def _dense(t: Tensor) -> Tensor:
-    """``t`` with every element of its memory in use once; slices and expanded tensors are copied, in the same order."""
-    dense = torch.empty_like(t)
-    return t if dense.stride() == t.stride() else dense.copy_(t)
+def _laid_out_as(result: Tensor, t: Tensor) -> Tensor:
+    """``t`` in the layout of ``result``, which is dense: as it is, or a copy (of a slice, an expanded tensor, ...)."""
+    return t if t.stride() == result.stride() else torch.empty_like(result, dtype=t.dtype).copy_(t)
 
 
 def _check_scalar(operator: str, sigma: Tensor) -> None:
@@ -100,21 +96,19 @@ def _normalize_backward_kernel(
         if tuple(t.shape) != shape:
             raise ValueError(f"normalize_backward: {name} has shape {tuple(t.shape)}, the operator needs {shape}")
     _check_scalar("normalize_backward", sigma)
-    weight = _dense(weight)
+    result = torch.empty_like(weight, dtype=grad.dtype)
+    weight, grad = _laid_out_as(result, weight), _laid_out_as(result, grad)
     layout = Layout.of(weight, geometry_)
     floats = all(t.dtype == torch.float32 for t in (sigma, u, v))
     grad_code = dtype_code(grad)
     every_group = geometry_.groups > 1 and group is None  # whose sums would share their places
     if layout is None or grad_code is None or not floats or every_group or max(u.numel(), v.numel()) >= 2**31:
         return _backward_reference(grad, weight, sigma, u, v, group, geometry, beta, cap, precision)
-    if grad.stride() != weight.stride():
-        grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     u, v = u.contiguous(), v.contiguous()
     group = None if group is None else group.to(torch.int64)
     plan = _plan(module, layout, device, u.numel() + v.numel())
     # In terms of the convolution that describes the layer: x is its input, y its output.
     x, y = (u, v) if geometry_.transposed else (v, u)
-    result = torch.empty_like(grad)
     inner = torch.empty(module.normalize_backward_blocks(weight.numel()), dtype=torch.float64, device=device)
     partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
     counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.library import has_kernels, stream_of
 from ..ops.normalize import normalize_all
-from ..ops.spectral import power_step
+from ..ops.power_step import power_step
 
 if TYPE_CHECKING:
     from .parametrization import SpectralNorm

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.spectral import lanczos_start
+from ..ops.power_step import lanczos_start
 from ..reference.linear_map import compute_dtype
 from ..reference.power import normalized
 from .operators import LinearOperator, as_int

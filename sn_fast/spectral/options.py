@@ -8,7 +8,7 @@ from numbers import Real
 
 import torch
 
-from ..ops.spectral import PRECISIONS
+from ..ops.power_step import PRECISIONS
 from .operators import as_int
 
 _OF_MATMUL = {"highest": "fp32", "high": "tf32", "medium": "bf16"}  # torch.set_float32_matmul_precision

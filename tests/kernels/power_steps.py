@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sn_fast import LinearOperator
 from sn_fast.ops import plan as plans
-from sn_fast.ops import spectral as ops
+from sn_fast.ops import power_step as ops
 from sn_fast.ops.plan import Layout, Plan
 from sn_fast.reference.power import power_step as reference
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sn_fast import ConvOperator, LinearOperator, MatrixOperator
 from sn_fast.ops import normalize as ops
 from sn_fast.ops.plan import GradientPlan, Layout
-from sn_fast.ops.spectral import PRECISIONS
+from sn_fast.ops.power_step import PRECISIONS
 from sn_fast.reference import normalize as reference
 
 from ..on_device import DEVICE

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sn_fast import ConvOperator, LinearOperator, MatrixOperator
-from sn_fast.ops import spectral as ops
+from sn_fast.ops import power_step as ops
 from sn_fast.ops.plan import Layout
 from sn_fast.reference.geometry import Axis, Geometry
 from sn_fast.reference.linear_map import matvec, rmatvec
@@ -661,6 +661,7 @@ def test_compile(kernels: ModuleType, computed: bool) -> None:
         ({"vs": [torch.zeros(5), torch.zeros(3, 6), torch.zeros(3), torch.zeros(4, 5)]}, r"v has shape \(3, 6\)"),
         ({"us": [torch.zeros(3)]}, "1 vectors u for 4 weights"),
         ({"vs": []}, "0 vectors v for 4 weights"),
+        ({"n_iterations": 0}, "n_iterations=0 must be >= 1"),
         ({"weights": [torch.zeros(3, 5)]}, "1 weights for 4 geometries"),
         ({"geometry": Geometry().encode()}, "4 weights for 1 geometries"),
         ({"weights": [torch.zeros(3, 5)] * 4}, r"a weight of shape \(3, 5\) does not fit its geometry"),
@@ -668,10 +669,10 @@ def test_compile(kernels: ModuleType, computed: bool) -> None:
 )
 def test_what_the_operator_refuses(kernels: ModuleType, change: dict[str, Any], says: str) -> None:
     call = small_call()
-    args = {"weights": call.weights, "us": call.us, "vs": call.vs, "geometry": call.code, "precision": "fp32"}
-    args |= change
+    args = {"weights": call.weights, "us": call.us, "vs": call.vs, "geometry": call.code}
+    args |= {"n_iterations": 1, "precision": "fp32"} | change
     with pytest.raises(ValueError, match=says):
-        ops.power_step(args["weights"], args["us"], args["vs"], args["geometry"], 1, args["precision"])
+        ops.power_step(*(args[name] for name in ("weights", "us", "vs", "geometry", "n_iterations", "precision")))
 
 
 @pytest.mark.parametrize("names", [["us"], ["vs"], ["weights"], ["us", "vs", "weights"]])

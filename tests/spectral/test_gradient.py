@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sn_fast
 from sn_fast import ConvOperator, MatrixOperator, apply_spectral_norm, update_spectral_norm
 from sn_fast.ops.normalize import normalize
-from sn_fast.ops.spectral import power_step
+from sn_fast.ops.power_step import power_step
 from sn_fast.reference import power
 from sn_fast.reference.linear_map import weight_gradient
 from sn_fast.spectral.norm import start_vectors

@@ -111,8 +111,15 @@ def _power_step_kernel(
 ) -> Flat:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if n_iterations < 1:
+        raise ValueError(f"power_step: n_iterations={n_iterations} must be >= 1")
     plans = _plans_of(module, "power_step", weights, geometry)
-    if plans is None or not _take(plans, "u", us, 0) or not _take(plans, "v", vs, 1):
+    u_shapes, v_shapes = ([shapes[side] for plan in plans or () for shapes in plan.shapes] for side in (0, 1))
+    if (
+        plans is None
+        or not _take("power_step", "u", us, u_shapes, weights[0])
+        or not _take("power_step", "v", vs, v_shapes, weights[0])
+    ):
         return _power_step_flat(weights, us, vs, geometry, n_iterations, precision)
     pieces: list[Flat] = []
     for i, plan in zip(range(0, len(weights), _MAX_OPERATORS), plans):
@@ -167,16 +174,15 @@ def _plans(
     return plans if all(max(plan.result_sizes) < 2**31 for plan in plans) else None
 
 
-def _take(plans: list[Plan], name: str, vectors: Sequence[Tensor], side: int) -> bool:
-    """Whether the kernels take these vectors, u (side 0) or v (side 1). Wrong shapes and devices raise."""
-    shapes = [shape[side] for plan in plans for shape in plan.shapes]
+def _take(operator: str, name: str, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], like: Tensor) -> bool:
+    """Whether the kernels take these vectors of ``like``'s device. Wrong numbers, shapes and devices raise."""
     if len(vectors) != len(shapes):
-        raise ValueError(f"power_step: {len(vectors)} vectors {name} for {len(shapes)} weights; give one of each")
+        raise ValueError(f"{operator}: {len(vectors)} vectors {name} for {len(shapes)} weights; give one of each")
     for x, shape in zip(vectors, shapes):
         if tuple(x.shape) != shape:
-            raise ValueError(f"power_step: {name} has shape {tuple(x.shape)}, the operator needs {shape}")
-        if x.device != plans[0].device:
-            raise ValueError(f"power_step: {name} is on {x.device}, its weight on {plans[0].device}; move one of them")
+            raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}, the operator needs {shape}")
+        if x.device != like.device:
+            raise ValueError(f"{operator}: {name} is on {x.device}, its weight on {like.device}; move one of them")
     return all(x.dtype == torch.float32 for x in vectors)
 
 
@@ -228,14 +234,14 @@ def _lanczos_start_kernel(
     module: ModuleType, weights: Sequence[Tensor], starts: Sequence[Tensor], geometry: Sequence[int], n_iterations: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     plans = _plans_of(module, "lanczos_start", weights, geometry)
-    taken = plans is not None and len(plans) == 1 and 1 <= n_iterations <= _MAX_LANCZOS
-    if not taken or any(x.dtype != torch.float32 for x in starts):
+    if n_iterations < 1:
+        raise ValueError(f"lanczos_start: n_iterations={n_iterations} must be >= 1")
+    if plans is None or len(plans) > 1 or n_iterations > _MAX_LANCZOS:
         return _lanczos_start_reference(weights, starts, geometry, n_iterations)
-    assert plans is not None
+    shapes_of_starts = [v if from_v else u for (u, v), from_v in zip(plans[0].shapes, plans[0].starts_from_v)]
+    if not _take("lanczos_start", "start", starts, shapes_of_starts, weights[0]):
+        return _lanczos_start_reference(weights, starts, geometry, n_iterations)
     (plan,), device = plans, weights[0].device
-    for x, w in zip(starts, weights, strict=True):
-        if x.device != w.device:
-            raise ValueError(f"lanczos_start: a start is on {x.device}, its weight on {w.device}; move one of them")
     n, count = n_iterations, plan.n_spans
     # The start side is the result of the second half step, the other side that of the first.
     sizes = plan.result_sizes[::-1]
