@@ -2,15 +2,17 @@
 
 from ._version import __version__
 from .info import info
-from .spectral import (
+from .operators import (
     ConvergenceWarning,
     ConvOperator,
     LinearOperator,
     MatrixOperator,
-    apply_spectral_norm,
-    frozen_sigma,
     operator_norm,
     operator_of,
+)
+from .spectral import (
+    apply_spectral_norm,
+    frozen_sigma,
     remove_spectral_norm,
     sigmas,
     spectral_norm,

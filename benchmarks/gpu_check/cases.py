@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import sn_fast
+from sn_fast.operators.norm import start_vectors
 from sn_fast.ops import normalize as _normalize_ops  # noqa: F401 - registers the operators
 from sn_fast.ops import updates as updates_ops
 from sn_fast.ops.power_step import PRECISIONS
-from sn_fast.spectral.norm import start_vectors
 
 from .results import ROOT
 

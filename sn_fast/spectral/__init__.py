@@ -1,4 +1,4 @@
-"""True spectral norms: operators, their norms, and normalised layers and models."""
+"""Normalised layers and models."""
 
 from .model import (
     apply_spectral_norm,
@@ -8,18 +8,10 @@ from .model import (
     spectral_norm,
     update_spectral_norm,
 )
-from .norm import ConvergenceWarning, operator_norm
-from .operators import ConvOperator, LinearOperator, MatrixOperator, operator_of
 
 __all__ = [
-    "ConvOperator",
-    "ConvergenceWarning",
-    "LinearOperator",
-    "MatrixOperator",
     "apply_spectral_norm",
     "frozen_sigma",
-    "operator_norm",
-    "operator_of",
     "remove_spectral_norm",
     "sigmas",
     "spectral_norm",

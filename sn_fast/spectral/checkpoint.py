@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..operators.linear import whole_window_size
 from ..reference.linear_map import compute_dtype, matvec, rmatvec
 from ..reference.power import normalized
-from .operators import whole_window_size
 
 if TYPE_CHECKING:
     from .parametrization import SpectralNorm

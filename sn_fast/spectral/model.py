@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .group import Group, advance
-from .norm import operator_norm
-from .operators import (
+from ..operators.linear import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
     as_int,
@@ -24,6 +22,8 @@ from .operators import (
     raw_weight,
     whole_window_size,
 )
+from ..operators.norm import operator_norm
+from .group import Group, advance
 from .options import Options
 from .parametrization import SpectralNorm
 

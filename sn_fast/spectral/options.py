@@ -8,8 +8,8 @@ from numbers import Real
 
 import torch
 
+from ..operators.linear import as_int
 from ..ops.power_step import PRECISIONS
-from .operators import as_int
 
 _OF_MATMUL = {"highest": "fp32", "high": "tf32", "medium": "bf16"}  # torch.set_float32_matmul_precision
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..operators.linear import LinearOperator, chain, conv_operator, whole_window_size
+from ..operators.norm import start_vectors
 from ..ops.normalize import normalize
 from ..reference.geometry import Geometry
 from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import sigma_through_last_iteration
 from . import checkpoint
 from .group import Group, WeightMark, advance
-from .norm import start_vectors
-from .operators import LinearOperator, chain, conv_operator, whole_window_size
 from .options import Options
 
 START_ITERATIONS = 15

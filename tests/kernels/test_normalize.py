@@ -22,7 +22,7 @@ from sn_fast.ops.power_step import PRECISIONS
 from sn_fast.reference import normalize as reference
 
 from ..on_device import DEVICE
-from ..spectral.geometries import Case, cases
+from ..operators.geometries import Case, cases
 from .conftest import THREAD_ORDERS
 from .power_steps import UNIT_ROUNDOFF, judge
 

@@ -23,7 +23,7 @@ from sn_fast.reference.geometry import Axis, Geometry
 from sn_fast.reference.linear_map import matvec, rmatvec
 
 from ..attacks.models import same_bits
-from ..spectral.geometries import cases
+from ..operators.geometries import cases
 from .conftest import THREAD_ORDERS
 from .power_steps import (
     KINDS,

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import sn_fast
 from sn_fast import ConvOperator, MatrixOperator, apply_spectral_norm, update_spectral_norm
+from sn_fast.operators.norm import start_vectors
 from sn_fast.ops.normalize import normalize
 from sn_fast.ops.power_step import power_step
 from sn_fast.reference import power
 from sn_fast.reference.linear_map import weight_gradient
-from sn_fast.spectral.norm import start_vectors
 
 OPERATORS = {
     "matrix": lambda w=None: MatrixOperator(w if w is not None else torch.randn(4, 6, dtype=torch.float64)),

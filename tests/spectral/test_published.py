@@ -87,7 +87,7 @@ def test_sigma_vectors_and_weight_after_each_run(name: str, published) -> None:
 @pytest.mark.parametrize("name", SN_FILES)
 def test_true_norm(name: str, published) -> None:
     from sn_fast import operator_norm, operator_of
-    from sn_fast.spectral.operators import LinearOperator
+    from sn_fast.operators.linear import LinearOperator
 
     case = Published(name, published(name + ".npz"))
     raw = case.state.operand(case.state.raw.detach()).double()

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .info import info
-from .training import TrainConfig, UserError, resume, table, train
-from .training.config import DEFAULTS
+from ..info import info
+from ..training import TrainConfig, UserError, resume, table, train
+from ..training.config import DEFAULTS
 
 _TRAIN_DESCRIPTION = """\
 Train a small convolutional network twice on attacked images, without normalisation

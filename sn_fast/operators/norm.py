@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.power_step import lanczos_start
 from ..reference.linear_map import compute_dtype
 from ..reference.power import normalized
-from .operators import LinearOperator, as_int
+from .linear import LinearOperator, as_int
 
 _DEFAULT_MAX_ITERATIONS = {"power": 2000, "lanczos": 400, "block": 1000}
 _BLOCK = 4

@@ -1,0 +1,6 @@
+"""The linear maps of layers, and their norms measured from below."""
+
+from .linear import ConvOperator, LinearOperator, MatrixOperator, operator_of
+from .norm import ConvergenceWarning, operator_norm
+
+__all__ = ["ConvOperator", "ConvergenceWarning", "LinearOperator", "MatrixOperator", "operator_norm", "operator_of"]
