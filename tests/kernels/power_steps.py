@@ -1,4 +1,4 @@
-"""Calls of power_step and the judge of their accuracy, shared by the tests of its kernels."""
+"""Calls of power_step and the operators they are made for, shared by the tests of its kernels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,56 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sn_fast import LinearOperator
 from sn_fast.ops import plan as plans
 from sn_fast.ops import power_step as ops
 from sn_fast.ops.plan import Layout, Plan
+from sn_fast.reference.linear_map import matvec, rmatvec
 from sn_fast.reference.power import power_step as reference
 
+from .accuracy import judge, round_operands
+from .small_operators import DTYPES, any_operator, conv, line, matrix
+
 KINDS = ("dot", "axpy", "direct", "gemm64", "gemm16")  # csrc/spectral/gather.h: TileKind
-UNIT_ROUNDOFF = 2.0**-24  # of float32
+
+CHOSEN: dict[str, Callable[[], LinearOperator]] = {
+    "gemm64": lambda: line(70, 20, 70),
+    "gemm64_split": lambda: conv(64, 128, (3, 3), (8, 8), padding=1),
+    "gemm16": lambda: conv(40, 30, (3, 3), (4, 4), padding=1),
+    "gemm16_split": lambda: conv(70, 80, (3, 3), (4, 4), padding=1),
+    "direct": lambda: conv(4, 3, (3, 3), (12, 12), padding=1),
+    "direct_split": lambda: conv(3, 64, (3, 3), (12, 12), padding=1),
+    "depthwise": lambda: conv(48, 48, (3, 3), (7, 7), padding=1, groups=48),
+    "grouped": lambda: conv(96, 40, (3, 3), (5, 5), padding=1, groups=2),
+    "matrix": lambda: matrix(21, 50),
+    "matrix_wide_split": lambda: matrix(40, 3000),
+    "matrix_tall_split": lambda: matrix(3000, 40),
+    "point": lambda: conv(40, 30, (1, 1), (1, 1)),
+    "patch": lambda: conv(20, 3, (4, 4), (16, 16), stride=4).reduced(),
+    "stride": lambda: conv(33, 17, (3, 3), (9, 8), stride=2, padding=1),
+    "stride_3": lambda: conv(33, 17, (5, 4), (21, 20), stride=3, padding=2),
+    "81_slots": lambda: conv(20, 12, (9, 9), (10, 10), padding=4),
+    "64_slots": lambda: conv(20, 10, (8, 8), (9, 9), padding=4),
+    "65_slots": lambda: conv(20, 10, (13, 5), (13, 5), padding="same"),
+    "81_slots_split": lambda: conv(12, 100, (9, 9), (5, 5), padding=4),
+    "81_slots_direct": lambda: conv(4, 30, (9, 9), (6, 6), padding=4),
+    "one_channel": lambda: line(33, 1, 20),
+    "one_row": lambda: line(1, 33, 20),
+    "8_rows": lambda: line(8, 9, 140),
+    "9_rows": lambda: line(9, 8, 140),
+}
+
+
+@st.composite
+def operators(draw: st.DrawFn, most_products: int = 1_000_000) -> LinearOperator:
+    """Any operator that is quick to run."""
+    op = any_operator(draw, draw(st.sampled_from(DTYPES)), one_matrix_in=6, largest=300)
+    assume(useful_products(Call([op], [], [])) <= most_products)
+    return op
 
 
 @dataclass
@@ -70,52 +110,44 @@ class Call:
         return found
 
 
-def judge(
-    found: Sequence[Tensor],
-    function: Callable[..., Sequence[Tensor]],
-    operands: Sequence[Tensor],
-    groups: Sequence[int],
-    factor: float = 2.0,
-) -> Sequence[Tensor]:
-    """Compare with ``function`` in float64 and return its results; errors are relative, the largest over the groups.
-
-    Allowed is ``factor`` times the error of ``function`` in float32. That is luck where there is little to add up (0 at
-    best), so twice what rounding the operands alone does to the result comes on top (the largest of a few draws of
-    relative errors of up to one unit roundoff: a sum that cancels suffers, whoever computes it), and the roundings that
-    all elements share: of the two norms and of sigma.
-    """
-    exact = function(*(x.double() for x in operands))
-    yardstick = _errors(function(*(x.float() for x in operands)), exact, groups)
-    generator = torch.Generator().manual_seed(1)
-    noise = [0.0] * len(exact)
-    for _ in range(3):
-        moved = [
-            x.double() * (1 + UNIT_ROUNDOFF * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1))
-            for x in operands
-        ]
-        noise = list(map(max, noise, _errors(function(*moved), exact, groups)))
-    for i, error in enumerate(_errors(found, exact, groups)):
-        allowed = factor * yardstick[i] + 2 * noise[i] + 3 * UNIT_ROUNDOFF
-        assert error <= allowed, f"result {i}: error {error:.3g}, PyTorch's {yardstick[i]:.3g}, noise {noise[i]:.3g}"
-    return exact
-
-
-def _errors(found: Sequence[Tensor], exact: Sequence[Tensor], groups: Sequence[int]) -> list[float]:
-    errors = []
-    for a, b, n in zip(found, exact, groups, strict=True):
-        assert a.shape == b.shape
-        difference = (a.double() - b).reshape(n, -1).norm(dim=1)
-        size = b.reshape(n, -1).norm(dim=1).clamp(min=1e-300)
-        errors.append(float((difference / size).max()))
-    return errors
-
-
 def check_top_group(op: LinearOperator, u: Tensor, v: Tensor, group: int) -> None:
     """``group`` must attain sigma, up to rounding."""
     weight, g = op.weight.double(), op.geometry
     image = LinearOperator(weight, g).rmatvec(u) if g.axes else LinearOperator(weight, g).matvec(v)
     norms = image.reshape(g.groups, -1).norm(dim=1)
     assert norms[group] >= norms.max() * (1 - 1e-5)
+
+
+def check_precision(op: LinearOperator, precision: str) -> None:
+    """Each half step of its own, from the very input it had, with operands rounded as GEMM tiles round them."""
+    call = Call.of(op)
+    if precision in ("fp32", "3xtf32"):
+        call.check(precision=precision, factor=2.0 if precision == "fp32" else 4.0)
+        return
+    (u,), (v,), (sigma,), _ = call.run(precision=precision)
+    first, second = (set(units["kind"]) for units in units_of(plan_of(call)))
+    g = op.geometry
+    halves: list[tuple[Callable[..., Tensor], Tensor, Tensor, set[int]]] = [
+        (matvec, call.vs[0], u, first),
+        (rmatvec, u, v, second),
+    ]
+    if not g.axes:
+        halves = [(rmatvec, call.us[0], v, first), (matvec, v, u, second)]
+    for apply, start, found, kinds in halves:
+
+        def normalized(weight: Tensor, x: Tensor, apply: Callable[..., Tensor] = apply) -> list[Tensor]:
+            groups = apply(x[None], weight, g)[0].reshape(g.groups, -1)
+            norms = groups.norm(dim=1, keepdim=True)
+            return [groups / norms.clamp(min=1e-30), norms.max()]
+
+        gemm = any(KINDS[kind].startswith("gemm") for kind in kinds)
+        operands = round_operands(precision if gemm else "fp32", op.weight.float(), start)
+        alive = bool((normalized(*operands)[0].norm(dim=1) > 0).all())
+        if alive:
+            last = found is halves[1][2]
+            results = [found.reshape(g.groups, -1), sigma if last else normalized(*(x.double() for x in operands))[1]]
+            # Matrix instructions add one product after the other; that is still far below what rounding costs.
+            judge(results, normalized, operands, [g.groups, 1], factor=8.0 if gemm else 2.0)
 
 
 def plan_of(call: Call, parallel: int = 9) -> Plan:

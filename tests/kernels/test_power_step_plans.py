@@ -1,0 +1,92 @@
+"""The plans of grouped power iteration: every result is computed once, however sums are split."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sn_fast import LinearOperator
+from sn_fast.ops.plan import Layout
+from sn_fast.reference.geometry import Geometry
+
+from .power_steps import KINDS, Call, gathers_of, operators, plan_from, plan_of, units_of
+from .small_operators import conv, matrix, properties
+
+
+def check_plan(call: Call, parallel: int = 9) -> None:
+    """Every result is computed once, from all channels, in parts that do not share memory."""
+    plan = plan_of(call, parallel)
+    counters: set[int] = set()
+    for half, (gathers, units) in enumerate(zip(gathers_of(plan), units_of(plan))):
+        norms: set[int] = set()
+        partials: list[tuple[int, int]] = []
+        for op, g in enumerate(gathers):
+            mine = units[units["gather"] == op]
+            assert g["op"] == op
+            kind = KINDS[mine["kind"][0]]
+            assert (mine["kind"] == mine["kind"][0]).all()
+            rows = {"dot": 16, "axpy": 32 if g["dtype"] == 0 else 64, "direct": 4}.get(kind, 64)
+            tiles = g["groups"] * -(-g["rows"] // rows) * g["tiles"]
+            assert g["norms_out"] * g["groups"] == tiles
+            keys = list(zip(*(mine[name].tolist() for name in ("group", "row", "tile"))))
+            assert len(set(keys)) == (-(-tiles // 4) if kind == "direct" else tiles)
+            for key in set(keys):
+                parts = np.sort(mine[[k == key for k in keys]], order="split")
+                assert (parts["split"] == np.arange(len(parts))).all()
+                assert (parts["splits"] == len(parts)).all()
+                assert parts["channel"][0] == 0
+                assert parts["channel_end"][-1] == g["channels"]
+                assert (parts["channel"][1:] == parts["channel_end"][:-1]).all()
+                assert (parts["channel"] < parts["channel_end"]).all()
+                assert len(set(parts["norm"])) == 1
+                assert parts["norm"][0] >= g["norm_out"]
+                norms.update(range(parts["norm"][0], parts["norm"][0] + (4 if kind == "direct" else 1)))
+                if len(parts) > 1:
+                    assert len(set(parts["counter"])) == len(set(parts["partial"])) == 1
+                    assert parts["counter"][0] not in counters
+                    counters.add(int(parts["counter"][0]))
+                    size = 128 * {"dot": 1, "axpy": 1, "direct": 16, "gemm64": 32, "gemm16": 8}[kind]
+                    partials.append((int(parts["partial"][0]), len(parts) * size))
+        assert norms >= set(range(plan.norm_sizes[half]))
+        end = 0
+        for first, size in sorted(partials):
+            assert first >= end
+            end = first + size
+        assert end <= plan.partial_size
+    assert counters == set(range(plan.n_counters))
+    assert plan.partial_size <= sum(plan.result_sizes)
+
+
+@settings(properties, max_examples=60)
+@given(mixture=st.lists(operators(), min_size=1, max_size=4), parallel=st.sampled_from([1, 9, 400]))
+def test_plans_cover_all_work_once(mixture: list[LinearOperator], parallel: int) -> None:
+    check_plan(Call.of(*mixture), parallel)
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("parallel", [3 * 132, 3])
+def test_plan_of_resnet18(reduced: bool, parallel: int) -> None:
+    chosen: list[LinearOperator] = [conv(64, 3, (3, 3), (32, 32), padding=1)]
+    for width, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
+        before = max(64, width // 2)
+        chosen += [conv(width, width, (3, 3), (size, size), padding=1)] * (4 if width == 64 else 3)
+        if width > 64:
+            chosen.append(conv(width, before, (3, 3), (2 * size, 2 * size), padding=1, stride=2))
+            chosen.append(conv(width, before, (1, 1), (2 * size, 2 * size), stride=2))
+    chosen = [op.reduced() if reduced else op for op in (*chosen, matrix(10, 512))]
+    call = Call.of(*chosen)
+    check_plan(call, parallel)
+    for units in units_of(plan_of(call, parallel)):
+        assert parallel == 3 or (units["splits"] > 1).any()
+
+
+def test_plans_of_long_sums_do_not_overflow() -> None:
+    """12 million columns times hundreds of parts is more than 2^31."""
+    layout = Layout(Geometry(), 16, 12_000_000, 12_000_000, 1, 0, 0)
+    plan = plan_from([layout], parallel=396)
+    for units, channels in zip(units_of(plan), (16, 12_000_000)):
+        assert (units["channel"] < units["channel_end"]).all()
+        assert units["channel_end"].max() == channels
+    assert len(units_of(plan)[1]) > 100
