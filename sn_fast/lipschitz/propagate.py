@@ -1,0 +1,299 @@
+"""A certified bound of a whole network's Lipschitz constant: the bound of every node, from the input on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from . import activations, layout, products, reductions, refusals, sums, windows  # noqa: F401 - they register rules
+from .graph import Alone, Untraceable, evaluating, is_leaf, trace, unwrapped
+from .report import LayerBound, LipschitzReport
+from .rounding import root_of_squares
+from .rules import Call, Outcome, apply_rule, find, kind_of, leaves, outcome_of
+
+_INTEGERS_JUMP = "integers computed from the input jump: no finite bound"
+_ALIASED = "written in place through a view: no rule"
+
+
+def lipschitz_bound(
+    model: nn.Module, example_input: Tensor | tuple[Any, ...], *, fold_batchnorm: bool = True
+) -> LipschitzReport:
+    """A number that |f(x) - f(y)|_2 / |x - y|_2 never exceeds, for a model f in eval mode, and each layer's share.
+
+    The model is written as a graph by torch.fx. Each node carries a bound of the map from the network's input to it:
+    layers multiply it by their constant, sums add, concatenations take the root of the squares (docs/lipschitz.md).
+    The constants are certified: computed in float64 and rounded up. They are those of the exact function; the rounding
+    of the network's own arithmetic is not in them.
+
+    Args:
+        model: is run once in eval mode, without gradients; training flags, weights and attributes stay as they are.
+        example_input: a tensor, or a tuple of arguments; batch size 1 is enough. Convolutions and pooling are bounded
+            for its spatial size. With several tensors the bound is with respect to all of them together,
+            |(x1, x2)|_2, also those of integers (masks, indices), for which there is no finite one.
+        fold_batchnorm: bound a convolution or linear layer and the batch normalisation that alone follows it as one
+            linear map, whose norm is at most the product of the two.
+
+    Returns:
+        The report. The bound is per sample if the model treats the samples of a batch independently. It is infinite
+        where a layer has no finite bound, or none that is of use; the report says which and why.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``example_input`` neither tensor nor tuple.
+        ValueError: a weight has NaN or infinite elements, is on the meta device, or has no shape yet.
+    Warns:
+        UserWarning: torch.fx cannot trace the model: the report has the layers one by one, and no bound.
+
+    Forward hooks that change a layer's output are not supported.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    if not isinstance(example_input, (Tensor, tuple)):
+        raise TypeError(f"example_input is a {type(example_input).__name__}; give a tensor, or a tuple of arguments")
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    if not any(isinstance(a, Tensor) for a in leaves(args)):
+        raise TypeError("example_input is a tuple without a tensor; give the model's arguments")
+    model = unwrapped(model)
+    _check_tensors(model, args)
+    with evaluating(model):
+        try:
+            root = Alone(model) if is_leaf(model) and len(args) == 1 else model
+            graph, constants = trace(root, len(args))
+            propagation = _Propagation(root, graph, constants, fold_batchnorm)
+            output = propagation.run(*_copied(args))
+            bound = propagation.output_bound
+            if math.isfinite(bound) and not _equal(output, model(*_copied(args))):
+                raise Untraceable("the traced graph computes something else than the model")
+        except Untraceable as error:
+            reason = f"the model could not be traced by torch.fx ({error})"
+            warnings.warn(f"lipschitz_bound: {reason}; the report has layers only, and no bound", stacklevel=2)
+            return LipschitzReport(math.inf, tuple(_layers_alone(model, _copied(args))), reason)
+    return LipschitzReport(bound, tuple(propagation.rows.values()), propagation.output_reason)
+
+
+class _Propagation(fx.Interpreter):
+    """Runs the graph, and beside each value computes the bound of the map from the input to it."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, constants: dict[str, Any], fold: bool) -> None:
+        super().__init__(root, graph=graph)
+        self.extra_traceback = False
+        self.constants = constants
+        self.fold = fold
+        self.bounds: dict[fx.Node, float] = {}
+        self.rows: dict[fx.Node, LayerBound] = {}
+        self.output_bound = 0.0
+        self.output_reason = ""
+        self.cache: dict[Any, Any] = {}
+        self.waiting: dict[fx.Node, Call] = {}  # a normalisation, and the layer before it that it is folded into
+        self.tainted: set[int] = set()  # storages that were overwritten with what depends on the input
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        versions = [(t, t._version) for t in _tensors((args, kwargs))]
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # the model itself fails on this input, or only its trace: the fallback finds out
+            raise Untraceable(f"its graph fails at {n.name}: {type(error).__name__}") from error
+        if n.op == "placeholder":
+            self.bounds[n] = 1.0 if list(_tensors(value)) else 0.0
+        elif n.op == "get_attr":
+            owned = any(t.untyped_storage().data_ptr() in self.tainted for t in _tensors(value))
+            self.bounds[n] = math.inf if owned else 0.0
+        elif n.op == "output":
+            self._finish(n)
+        else:
+            self.bounds[n] = self._bound_of(n, args, kwargs, value)
+            written = [t for t, version in versions if t._version != version]
+            self._spread_in_place(n, written)
+        return value
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.constants[target] if target in self.constants else super().fetch_attr(target)
+
+    def _bound_of(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> float:
+        if not any(self.bounds[i] for i in n.all_input_nodes):
+            return 0.0
+        call = self._call(n, args, kwargs, value)
+        if self.fold and (norm := self._normalisation_after(n)) is not None:
+            self.waiting[norm] = call
+            return call.x_bound
+        layer = self.waiting.pop(n, None)
+        if layer is not None:
+            return self._fold(n, layer, call)
+        outcome = apply_rule(call)
+        if isinstance(value, Tensor) and outcome.bound and not (value.is_floating_point() or value.is_complex()):
+            outcome = Outcome(math.inf, math.inf, "none", outcome.reason or _INTEGERS_JUMP)
+        self._add_row(n, call, outcome)
+        return outcome.bound
+
+    def _call(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Call:
+        def bound(argument: Any) -> Any:
+            return self.bounds[argument] if isinstance(argument, fx.Node) else 0.0
+
+        bounds, keyword_bounds = (fx.node.map_aggregate(a, bound) for a in (n.args, n.kwargs))
+        target = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+        name = str(n.target) if n.op == "call_module" else _function_name(n)
+        if isinstance(self.module, Alone) and n.op == "call_module":
+            name = kind_of(target)
+        return Call(name, target, args, kwargs, bounds, keyword_bounds, value, self.cache)  # type: ignore[arg-type]
+
+    def _normalisation_after(self, n: fx.Node) -> fx.Node | None:
+        """The batch normalisation that alone uses the result of this linear layer."""
+        entry = self._entry(n)
+        if entry is None or entry.function is not products.linear_layer or len(n.users) != 1:
+            return None
+        (after,) = n.users
+        entry = self._entry(after)
+        is_norm = entry is not None and entry.function is products.batch_norm
+        return after if is_norm and after.all_input_nodes[0] is n and _used_once(n, after) else None
+
+    def _entry(self, n: fx.Node) -> Any:
+        if n.op not in ("call_module", "call_function", "call_method"):
+            return None
+        return find(self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target)
+
+    def _fold(self, n: fx.Node, layer: Call, norm: Call) -> float:
+        constant = products.folded(layer, norm) if not any(layer.other_bounds() + norm.other_bounds()) else None
+        if constant is None:
+            alone = apply_rule(layer)
+            self._add_row(n.all_input_nodes[0], layer, alone)
+            norm.bounds = (alone.bound, *norm.bounds[1:])
+            outcome = apply_rule(norm)
+            self._add_row(n, norm, outcome)
+            return outcome.bound
+        outcome = outcome_of(norm, constant, layer.x_bound)
+        row = LayerBound(
+            f"{layer.name} + {norm.name}",
+            f"{layer.kind} + {norm.kind}",
+            outcome.constant,
+            outcome.bound,
+            outcome.how,
+            outcome.reason,
+        )
+        self.rows[n] = row
+        return outcome.bound
+
+    def _add_row(self, n: fx.Node, call: Call, outcome: Outcome) -> None:
+        entry = find(call.target)
+        moves_only = entry is not None and entry.function.__module__ == layout.__name__
+        if call.module is None and moves_only and outcome.constant in (0.0, 1.0):
+            return
+        row = LayerBound(call.name, call.kind, outcome.constant, outcome.bound, outcome.how, outcome.reason)
+        self.rows[n] = row
+
+    def _spread_in_place(self, n: fx.Node, written: list[Tensor]) -> None:
+        """Give every other name of a tensor that was overwritten the bound of what is in it now."""
+        for t in written:
+            storage = t.untyped_storage().data_ptr()
+            if self.bounds[n]:
+                self.tainted.add(storage)
+            for other, value in self.env.items():
+                if any(v.untyped_storage().data_ptr() == storage for v in _tensors(value)):
+                    same = isinstance(value, Tensor) and _place(value) == _place(t)
+                    self.bounds[other] = self.bounds[n] if same else math.inf
+                    if not same and self._used_after(other, n):
+                        self.rows[other] = LayerBound(_function_name(other), "view", None, math.inf, "none", _ALIASED)
+
+    def _used_after(self, node: fx.Node, now: fx.Node) -> bool:
+        order = {m: i for i, m in enumerate(self.graph.nodes)}
+        return any(order[user] > order[now] for user in node.users)
+
+    def _finish(self, output: fx.Node) -> None:
+        parts = [n for n in output.all_input_nodes if self.bounds[n]]
+        self.output_bound = root_of_squares(self.bounds[n] for n in parts)
+        if any(not (t.is_floating_point() or t.is_complex()) for n in parts for t in _tensors(self.env[n])):
+            self.output_bound, self.output_reason = math.inf, _INTEGERS_JUMP
+        elif math.isinf(self.output_bound):
+            self.output_reason = next((f"{r.name}: {r.reason}" for r in self.rows.values() if r.reason), "overflow")
+
+
+def _layers_alone(model: nn.Module, args: tuple[Any, ...]) -> Iterator[LayerBound]:
+    """The layers of a model whose graph is not known, in the order of their calls."""
+    calls: list[Call] = []
+    cache: dict[Any, Any] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            bounds = tuple(float(isinstance(a, Tensor)) for a in args)
+            keyword_bounds = {k: float(isinstance(a, Tensor)) for k, a in kwargs.items()}
+            calls.append(Call(name, module, args, kwargs, bounds, keyword_bounds, out, cache))
+
+        return hook
+
+    handles = [
+        m.register_forward_hook(watch(name or kind_of(m)), with_kwargs=True)
+        for name, m in model.named_modules()
+        if is_leaf(m) and not isinstance(m, nn.utils.parametrize.ParametrizationList)
+    ]
+    try:
+        model(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for call in calls:
+        if any(call.all_bounds()):
+            outcome = apply_rule(call)
+            yield LayerBound(call.name, call.kind, outcome.constant, math.inf, outcome.how, outcome.reason)
+
+
+def _check_tensors(model: nn.Module, args: tuple[Any, ...]) -> None:
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, t in named:
+        if is_lazy(t):
+            raise ValueError(f"{name!r} has no shape yet: run the model once before lipschitz_bound")
+        if t.is_meta:
+            raise ValueError(f"{name!r} is on the meta device and has no values; move the model to a real device")
+        # Infinity may be meant in a buffer, such as an attention mask.
+        bad = t.isnan() if not isinstance(t, nn.Parameter) else ~t.isfinite()
+        if t.is_floating_point() and bool(bad.any()):
+            layer, _, own = name.rpartition(".")
+            raise ValueError(f"layer {layer or type(model).__name__!r}: {own} has NaN or infinite elements")
+    if any(t.is_meta for t in _tensors(args)):
+        raise ValueError("example_input is on the meta device; give a real tensor")
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in leaves(nested) if isinstance(leaf, Tensor))
+
+
+def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, tensors copied: the model may write in place."""
+    copied = fx.node.map_aggregate(args, lambda a: a.detach().clone() if isinstance(a, Tensor) else a)
+    return tuple(copied)
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), tuple(t.shape), t.stride()
+
+
+def _used_once(n: fx.Node, user: fx.Node) -> bool:
+    count = 0
+
+    def look(argument: fx.Node) -> fx.Node:
+        nonlocal count
+        count += argument is n
+        return argument
+
+    fx.node.map_arg((user.args, user.kwargs), look)
+    return count == 1
+
+
+def _function_name(n: fx.Node) -> str:
+    """The node's name, below the module whose forward has the call."""
+    stack = n.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return f"{path}.{n.name}".lstrip(".")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two outputs agree up to rounding."""
+    ours, theirs = list(_tensors(a)), list(_tensors(b))
+    return len(ours) == len(theirs) and all(
+        x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-3, atol=1e-4, equal_nan=True)
+        for x, y in zip(ours, theirs)
+    )

@@ -1,0 +1,177 @@
+"""The result of ``lipschitz_bound``: a table, JSON, a plot, and certified radii."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_HEAD = ("layer", "type", "constant", "bound so far", "how")
+_BAR_COLOUR, _NO_BOUND_COLOUR = "#0072B2", "#D55E00"  # Okabe and Ito's
+_DPI = 150
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """One layer or operation.
+
+    Attributes:
+        name: path of the module, or of the module whose forward has the call and the name of the call.
+        kind: class of the module, or name of the function.
+        constant: its own l2 Lipschitz constant, from above; None where several bounds combine (sums, concatenations).
+        bound: of the map from the network's input to its output; infinite if unknown.
+        how: "closed form", the method of the certificate ("dense", "fft", ...), or "none".
+        reason: why the constant is infinite, else empty.
+    """
+
+    name: str
+    kind: str
+    constant: float | None
+    bound: float
+    how: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LipschitzReport:
+    """A certified bound of a network's l2 Lipschitz constant, and where it comes from.
+
+    Attributes:
+        bound: of the map from input to output; infinite if there is none.
+        layers: in the order of execution; folded layers are one row.
+        reason: why the bound is infinite, else empty.
+    """
+
+    bound: float
+    layers: tuple[LayerBound, ...]
+    reason: str = ""
+
+    def certified_radius(self, logits: Tensor, y: Tensor | None = None) -> Tensor:
+        """l2 distance within which no input changes the prediction: margin / (sqrt(2) L).
+
+        Each difference of two logits is sqrt(2) L-Lipschitz (Tsuzuku, Sato, Sugiyama 2018, Lipschitz-margin training).
+
+        Args:
+            logits: (B, classes), outputs of the network.
+            y: (B,) true classes; None: the network's own prediction.
+
+        Returns:
+            (B,) in float64, in the units of the input; 0 where the prediction is not ``y``, and where the bound is
+            infinite.
+        """
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise ValueError(f"logits has shape {tuple(logits.shape)}; give (B, classes), at least two classes")
+        if not logits.is_floating_point():
+            raise TypeError(f"logits has dtype {logits.dtype}; give a floating-point tensor")
+        scores = logits.detach().double()
+        if y is None:
+            y = scores.argmax(dim=1)
+        if y.shape != scores.shape[:1] or y.is_floating_point():
+            raise ValueError(f"y has shape {tuple(y.shape)}, {y.dtype}; give {scores.shape[0]} class indices")
+        chosen = scores.gather(1, y[:, None].long())[:, 0]
+        margin = chosen - scores.scatter(1, y[:, None].long(), -math.inf).amax(dim=1)
+        # The quotient of two rounded numbers: an ulp or two, the other way.
+        radius = margin / (math.sqrt(2) * self.bound) * (1 - 1e-12) if self.bound else margin * math.inf
+        return torch.where(margin > 0, radius, 0.0)
+
+    def __str__(self) -> str:
+        rows = [_HEAD, *(_cells(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+        lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+        end = f"Lipschitz bound: {_number(self.bound)}" + (f" ({self.reason})" if self.reason else "")
+        return "\n".join([*lines, end])
+
+    def to_dict(self) -> dict[str, Any]:
+        """bound, reason and layers; numbers as they are."""
+        return {"bound": self.bound, "reason": self.reason, "layers": [asdict(layer) for layer in self.layers]}
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON. Infinity is the string "inf", which ``float`` reads; no constant is null."""
+        document = self.to_dict()
+        for entry in (document, *document["layers"]):
+            entry.update({k: "inf" for k, v in entry.items() if isinstance(v, float) and math.isinf(v)})
+        return json.dumps(document, indent=1, allow_nan=False)
+
+    def plot(self, target: str | os.PathLike[str] | Axes) -> None:
+        """Bars of the layers' constants: written to an image file (png, pdf, svg), or drawn into axes of matplotlib.
+
+        Raises:
+            ImportError: matplotlib is not installed. ValueError: no layer has a constant.
+        """
+        layers = [layer for layer in self.layers if layer.constant is not None]
+        if not layers:
+            raise ValueError("the report has no layer with a constant: nothing to plot")
+        figure = _matplotlib("figure").Figure(figsize=(7.0, 1.2 + 0.24 * len(layers)), layout="constrained")
+        if not isinstance(target, (str, os.PathLike)):
+            self._draw(target, layers)
+            return
+        self._draw(figure.subplots(), layers)
+        path = Path(target)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=_DPI, format=path.suffix.lstrip(".").lower() or "png")
+        _write(path, image.getvalue())
+
+    def _draw(self, axes: Axes, layers: list[LayerBound]) -> None:
+        constants = [layer.constant or 0.0 for layer in layers]
+        finite = [c for c in constants if 0 < c < math.inf] or [1.0]
+        left, right = min(1.0, *finite) / 2, max(1.0, *finite) * 2
+        for i, c in enumerate(constants):
+            if math.isinf(c):
+                axes.barh(i, right / left, left=left, height=0.7, fill=False, hatch="//", edgecolor=_NO_BOUND_COLOUR)
+                axes.text(left * 1.05, i, "no finite bound", va="center", fontsize="small")
+            else:
+                axes.barh(i, max(c - left, 0.0), left=left, height=0.7, color=_BAR_COLOUR)
+        axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(layers)), [f"{layer.name} ({layer.kind})" for layer in layers], fontsize="small")
+        axes.set(
+            xscale="log",
+            xlim=(left, right),
+            ylim=(len(layers) - 0.5, -0.5),
+            xlabel="l2 Lipschitz constant of the layer (bound from above)",
+            title=f"Lipschitz bound of the network: {_number(self.bound)}",
+        )
+
+
+def _cells(layer: LayerBound) -> tuple[str, ...]:
+    constant = "-" if layer.constant is None else _number(layer.constant)
+    return layer.name, layer.kind, constant, _number(layer.bound), layer.reason or layer.how
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    right = (2, 3)  # numbers
+    return [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+
+
+def _number(x: float) -> str:
+    return f"{x:.6g}"
+
+
+def _matplotlib(module: str) -> Any:
+    try:
+        return importlib.import_module(f"matplotlib.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":  # installed, but broken: its own message says more
+            raise
+        raise ImportError("plots need the package matplotlib; run: pip install 'sn_fast[train]'") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: whoever dies in between leaves the old one."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
