@@ -1,6 +1,7 @@
 """sn_fast: fast, true spectral norms of neural-network layers, and adversarial training with them."""
 
 from ._version import __version__
+from .certified import BoundInfo, operator_norm_bound, operator_norm_interval
 from .info import info
 from .operators import (
     ConvergenceWarning,
@@ -9,6 +10,7 @@ from .operators import (
     MatrixOperator,
     operator_norm,
     operator_of,
+    singular_values,
 )
 from .spectral import (
     apply_spectral_norm,
@@ -20,6 +22,7 @@ from .spectral import (
 )
 
 __all__ = [
+    "BoundInfo",
     "ConvOperator",
     "ConvergenceWarning",
     "LinearOperator",
@@ -29,9 +32,12 @@ __all__ = [
     "frozen_sigma",
     "info",
     "operator_norm",
+    "operator_norm_bound",
+    "operator_norm_interval",
     "operator_of",
     "remove_spectral_norm",
     "sigmas",
+    "singular_values",
     "spectral_norm",
     "update_spectral_norm",
 ]

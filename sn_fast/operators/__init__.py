@@ -2,5 +2,14 @@
 
 from .linear import ConvOperator, LinearOperator, MatrixOperator, operator_of
 from .norm import ConvergenceWarning, operator_norm
+from .singular_values import singular_values
 
-__all__ = ["ConvOperator", "ConvergenceWarning", "LinearOperator", "MatrixOperator", "operator_norm", "operator_of"]
+__all__ = [
+    "ConvOperator",
+    "ConvergenceWarning",
+    "LinearOperator",
+    "MatrixOperator",
+    "operator_norm",
+    "operator_of",
+    "singular_values",
+]

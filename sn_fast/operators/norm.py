@@ -19,7 +19,7 @@ _DEFAULT_MAX_ITERATIONS = {"power": 2000, "lanczos": 400, "block": 1000}
 _BLOCK = 4
 _WINDOW = 32  # Lanczos vectors kept before a restart
 _KEPT = 4  # Ritz vectors that a restart keeps
-_DENSE_LIMIT = 1 << 26  # elements of a dense matrix, 512 MiB in float64
+DENSE_LIMIT = 1 << 26  # elements of a dense matrix, 512 MiB in float64
 
 
 class ConvergenceWarning(UserWarning):
@@ -42,6 +42,7 @@ def operator_norm(
     tol: float = 1e-5,
     max_iterations: int | None = None,
     generator: torch.Generator | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
     return_vectors: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The largest singular value of ``op``, estimated from below (exact for "dense").
@@ -53,6 +54,8 @@ def operator_norm(
         tol: iterations stop when |A^T u - sigma v| <= tol * sigma.
         max_iterations: applications of A and A^T; None: 2000 (power), 400 (lanczos), 1000 (block).
         generator: of the random start; None: a fixed seed, so that equal calls give equal results.
+        start: singular vectors (u, v) to start from, those of an earlier call or of a similar weight: u (*out_shape),
+            v (*in_shape). The random start stays part of "lanczos" and "block", so a poor one does no harm.
         return_vectors: also return the unit singular vectors.
 
     Returns:
@@ -67,22 +70,19 @@ def operator_norm(
     """
     if method not in ("power", "lanczos", "block", "dense"):
         raise ValueError(f"method={method!r} is unknown; choose 'power', 'lanczos', 'block' or 'dense'")
-    if not isinstance(op, LinearOperator):
-        raise TypeError(f"op is a {type(op).__name__}; give an operator: operator_of(layer) or MatrixOperator(weight)")
-    if not isinstance(tol, Real) or not tol > 0:
-        raise ValueError(f"tol={tol!r} must be a number > 0")
+    check_operator(op)
+    check_tolerance(tol)
     if max_iterations is not None:
         max_iterations = as_int("max_iterations", max_iterations, minimum=1)
-    if not bool(torch.isfinite(op.weight).all()):
-        raise ValueError("the operator's weight has NaN or infinite elements; its norm is not defined")
     with torch.no_grad(), torch.autocast(op.weight.device.type, enabled=False):
-        problem = _Grouped(op.reduced())
+        problem = Grouped(op.reduced())
+        warm = None if start is None else unit(_restricted(op, start).reshape(1, problem.groups, -1))[0]
         if method == "dense":
             triple = _dense(problem)
         else:
             limit = max_iterations or _DEFAULT_MAX_ITERATIONS[method]
             solve = {"power": _power, "lanczos": _lanczos, "block": _block}[method]
-            triple = solve(problem, limit, tol, generator)
+            triple = solve(problem, limit, tol, problem.starts(1 if method != "block" else _BLOCK, warm, generator))
             _warn_unless_converged(triple, method, limit, tol)
         sigma, group = triple.sigma.max(dim=0)
         sigma = sigma * problem.scale
@@ -91,6 +91,20 @@ def operator_norm(
         top = torch.arange(problem.groups, device=sigma.device)[:, None] == group
         u, v = (torch.where(top, x, 0.0) for x in (triple.u, triple.v))
         return sigma, *lift(op, u, v)
+
+
+def check_operator(op: LinearOperator) -> None:
+    """Raise unless ``op`` is an operator with finite elements."""
+    if not isinstance(op, LinearOperator):
+        raise TypeError(f"op is a {type(op).__name__}; give an operator: operator_of(layer) or MatrixOperator(weight)")
+    if not bool(torch.isfinite(op.weight).all()):
+        raise ValueError("the operator's weight has NaN or infinite elements; its norm is not defined")
+
+
+def check_tolerance(tol: float) -> None:
+    """Raise unless ``tol`` is a positive number."""
+    if not isinstance(tol, Real) or not tol > 0:
+        raise ValueError(f"tol={tol!r} must be a number > 0")
 
 
 def start_vectors(op: LinearOperator, n_iterations: int = 15) -> tuple[Tensor, Tensor]:
@@ -121,13 +135,30 @@ def lift(op: LinearOperator, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (inputs, outputs) if geometry.transposed else (outputs, inputs)
 
 
+def _restricted(op: LinearOperator, start: tuple[Tensor, Tensor]) -> Tensor:
+    """The right one of two vectors for ``op``, or for its reduction already, as one for ``op.reduced()``."""
+    geometry, reduced = op.geometry, op.reduced()
+    fits = {(op.out_shape, op.in_shape), (reduced.out_shape, reduced.in_shape)}
+    shapes = tuple(tuple(t.shape) for t in start)
+    if shapes not in fits:
+        raise ValueError(f"start has shapes {shapes}, expected u {op.out_shape} and v {op.in_shape}")
+    v = start[1]
+    if tuple(v.shape) == reduced.in_shape:
+        return v
+    for i, (axis, window) in enumerate(zip(geometry.axes, geometry.whole_windows())):
+        if window is not None:
+            places = [window] if geometry.transposed else axis.window(window, geometry.mode)
+            v = v.index_select(1 + i, torch.tensor(places, device=v.device))
+    return v
+
+
 def _scatter(x: Tensor, dim: int, positions: Tensor, size: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = size
     return x.new_zeros(shape).index_copy(dim, positions, x)
 
 
-class _Grouped:
+class Grouped:
     """An operator as ``groups`` independent ones on flat vectors: (j, G, n) -> (j, G, m) and back.
 
     The weight is scaled to a largest element of 1, so that squares neither under- nor overflow.
@@ -153,22 +184,31 @@ class _Grouped:
         """Random unit vectors (k, G, n)."""
         generator = generator or torch.Generator().manual_seed(0)
         v = torch.randn(k, self.groups, self.n, generator=generator, device=generator.device)
-        return _unit(v.to(self.op.weight))[0]
+        return unit(v.to(self.op.weight))[0]
+
+    def starts(self, k: int, warm: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Where an iteration begins: the warm vectors (1, G, n), if there are, and k random ones."""
+        drawn = self.random(k, generator)
+        if warm is None:
+            return drawn
+        # Groups outside the top one have no warm vector.
+        warm = torch.where(warm.abs().amax(dim=2, keepdim=True) > 0, warm.to(drawn), self.random(1, generator))
+        return torch.cat([warm, drawn])[: max(k, min(2, self.n))]
 
     def triple(self, u: Tensor, v: Tensor, value: Tensor) -> tuple[Triple, Tensor]:
         """From u (G, m), v (G, n) with A v = value u: the sharper triple after applying A^T, and A^T u - value v."""
         w = self.rmatvec(u[None])[0]
         residual = w - value[:, None] * v
-        unit, sigma = _unit(w[None])
-        v = torch.where(sigma[0][:, None] > 0, unit[0], v)
+        direction, sigma = unit(w[None])
+        v = torch.where(sigma[0][:, None] > 0, direction[0], v)
         return Triple(sigma[0], u, v, torch.linalg.vector_norm(residual, dim=1)), residual
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors along the last dimension, zero where ``x`` is zero, and the norms; ``x`` is (j, G, n)."""
     flat = x.reshape(-1, x.shape[-1])
-    unit, norms = normalized(flat, torch.zeros_like(flat), 1)
-    return unit.reshape(x.shape), norms.reshape(x.shape[:-1])
+    units, norms = normalized(flat, torch.zeros_like(flat), 1)
+    return units.reshape(x.shape), norms.reshape(x.shape[:-1])
 
 
 def _converged(triple: Triple, tol: float) -> bool:
@@ -189,10 +229,10 @@ def _warn_unless_converged(triple: Triple, method: str, limit: int, tol: float) 
     )
 
 
-def _power(problem: _Grouped, limit: int, tol: float, generator: torch.Generator | None) -> Triple:
-    v = problem.random(1, generator)[0]
+def _power(problem: Grouped, limit: int, tol: float, starts: Tensor) -> Triple:
+    v = starts[0]
     for _ in range(limit):
-        u, value = _unit(problem.matvec(v[None]))
+        u, value = unit(problem.matvec(v[None]))
         triple, _ = problem.triple(u[0], v, value[0])
         v = triple.v
         if _converged(triple, tol):
@@ -200,24 +240,24 @@ def _power(problem: _Grouped, limit: int, tol: float, generator: torch.Generator
     return triple
 
 
-def _lanczos(problem: _Grouped, limit: int, tol: float, generator: torch.Generator | None) -> Triple:
+def _lanczos(problem: Grouped, limit: int, tol: float, starts: Tensor) -> Triple:
     """Golub-Kahan-Lanczos in Ritz form: expand the basis V by the residual of its best singular pair.
 
     The residual of the Ritz pair spans the next Krylov direction, so this is Lanczos with full reorthogonalisation;
     the images A V are kept, so an iteration costs one A and one A^T, and a restart keeps the best Ritz vectors.
     """
-    basis = problem.random(1, generator)
+    basis = orthonormal(starts)
     images = problem.matvec(basis)
     for i in range(limit):
-        rotation = _ritz_rotation(images)
-        v, image = _combine(rotation[:, :, :1], basis), _combine(rotation[:, :, :1], images)
-        u, value = _unit(image)
+        rotation = ritz_rotation(images)
+        v, image = combine(rotation[:, :, :1], basis), combine(rotation[:, :, :1], images)
+        u, value = unit(image)
         triple, residual = problem.triple(u[0], v[0], value[0])
         if _converged(triple, tol) or i == limit - 1:
             break
         if basis.shape[0] >= _WINDOW:
             best = rotation[:, :, :_KEPT]
-            basis, images = _combine(best, basis), _combine(best, images)
+            basis, images = combine(best, basis), combine(best, images)
         direction = _orthogonal_direction(residual, basis, floor=triple.sigma)
         if direction is None:  # the basis spans an invariant space of every group: nothing is left to gain
             break
@@ -226,13 +266,13 @@ def _lanczos(problem: _Grouped, limit: int, tol: float, generator: torch.Generat
     return triple
 
 
-def _ritz_rotation(images: Tensor) -> Tensor:
+def ritz_rotation(images: Tensor) -> Tensor:
     """Coefficients (G, j, j) of the right singular vectors of A restricted to the basis, largest first."""
     gram = torch.einsum("jgm,kgm->gjk", images, images).double()
     return torch.linalg.eigh(gram).eigenvectors.flip(-1).to(images.dtype)
 
 
-def _combine(rotation: Tensor, vectors: Tensor) -> Tensor:
+def combine(rotation: Tensor, vectors: Tensor) -> Tensor:
     return torch.einsum("gjk,jgn->kgn", rotation, vectors)
 
 
@@ -243,42 +283,43 @@ def _orthogonal_direction(residual: Tensor, basis: Tensor, floor: Tensor) -> Ten
     alive = norm_before > eps * floor
     direction = residual[None]
     for _ in range(2):
-        direction, _ = _unit(direction)
-        direction = direction - _combine(torch.einsum("jgn,kgn->gjk", basis, direction), basis)
-    direction, norm = _unit(direction)
+        direction, _ = unit(direction)
+        direction = direction - combine(torch.einsum("jgn,kgn->gjk", basis, direction), basis)
+    direction, norm = unit(direction)
     alive &= norm[0] > 0.1
     return torch.where(alive[:, None], direction, 0.0) if bool(alive.any()) else None
 
 
-def _block(problem: _Grouped, limit: int, tol: float, generator: torch.Generator | None) -> Triple:
-    k = min(_BLOCK, problem.n, problem.m)
-    v = _orthonormal(problem.random(k, generator))
+def _block(problem: Grouped, limit: int, tol: float, starts: Tensor) -> Triple:
+    v = orthonormal(starts[: min(problem.n, problem.m)])
     for _ in range(limit):
         image = problem.matvec(v)
-        rotation = _ritz_rotation(image)
-        v, image = _combine(rotation, v), _combine(rotation, image)
-        u, value = _unit(image[:1])
+        rotation = ritz_rotation(image)
+        v, image = combine(rotation, v), combine(rotation, image)
+        u, value = unit(image[:1])
         triple, _ = problem.triple(u[0], v[0], value[0])
         if _converged(triple, tol):
             break
-        v = _orthonormal(problem.rmatvec(image))
+        v = orthonormal(problem.rmatvec(image))
     return triple
 
 
-def _orthonormal(v: Tensor) -> Tensor:
+def orthonormal(v: Tensor) -> Tensor:
     return torch.linalg.qr(v.permute(1, 2, 0)).Q.permute(2, 0, 1)
 
 
-def _dense(problem: _Grouped) -> Triple:
-    size = problem.groups * problem.m * problem.n
-    if size > _DENSE_LIMIT:
-        raise ValueError(
-            f"method='dense' would need {problem.groups} matrices of {problem.m} x {problem.n}; use method='lanczos'"
-        )
+def _dense(problem: Grouped) -> Triple:
+    matrices = dense_matrices(problem, "method='dense'", "method='lanczos'")
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    return Triple(s[:, 0], u[:, :, 0], vh[:, 0, :], torch.zeros_like(s[:, 0]))
+
+
+def dense_matrices(problem: Grouped, what: str, remedy: str) -> Tensor:
+    """The matrices (G, m, n) of the groups; raises where they are too large, naming ``what`` wants them."""
+    if problem.groups * problem.m * problem.n > DENSE_LIMIT:
+        raise ValueError(f"{what} would need {problem.groups} matrices of {problem.m} x {problem.n}; use {remedy}")
     # One column of every group at a time, (n, G, n) -> (n, G, m), or one row if rows are fewer.
     by_rows = problem.m < problem.n
     eye = torch.eye(min(problem.m, problem.n), dtype=problem.op.weight.dtype, device=problem.op.weight.device)
     units = eye[:, None, :].expand(-1, problem.groups, -1).contiguous()
-    matrices = problem.rmatvec(units).permute(1, 0, 2) if by_rows else problem.matvec(units).permute(1, 2, 0)
-    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-    return Triple(s[:, 0], u[:, :, 0], vh[:, 0, :], torch.zeros_like(s[:, 0]))
+    return problem.rmatvec(units).permute(1, 0, 2) if by_rows else problem.matvec(units).permute(1, 2, 0)
