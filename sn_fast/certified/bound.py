@@ -15,7 +15,7 @@ from ..operators.linear import LinearOperator, per_axis
 from ..operators.norm import ConvergenceWarning, check_operator, operator_norm
 from .definite import eigenvalue_bound
 from .dense import gram_matrix, gram_size
-from .grid import Grid, every_size, own_size, padding_norm, riesz_sizes
+from .grid import Grid, every_size, own_size, padding_norm, padding_norm_at_every_size, riesz_sizes
 from .kernel_gram import gram_iteration_bound
 from .lanczos import lanczos_bound
 from .problem import Problem
@@ -106,15 +106,19 @@ def operator_norm_bound(
 class Search:
     """The methods, each a function that returns a bound and how it was found.
 
-    ``lower`` is a norm that some vector attains, where the caller knows one.
+    ``lower`` is a norm that some vector attains, where the caller knows one. With ``every_size`` the norm of a padding
+    other than zeros is the largest that any input size has, so that "fft", "gram" and "rowsum" hold for all.
     """
 
-    def __init__(self, op: LinearOperator, tightness: float, lower: float | None = None) -> None:
+    def __init__(
+        self, op: LinearOperator, tightness: float, lower: float | None = None, *, every_size: bool = False
+    ) -> None:
         self.op = op
         self.tightness = tightness
         self.problem = Problem.of(op)
         self._lower = lower
-        self._padding = math.prod(padding_norm(a, self.problem.geometry.mode) for a in self.problem.geometry.axes)
+        of_axis = padding_norm_at_every_size if every_size else padding_norm
+        self._padding = math.prod(of_axis(a, self.problem.geometry.mode) for a in self.problem.geometry.axes)
         self._zeros = self.problem.geometry.mode == "zeros"
 
     def auto(self) -> tuple[float, BoundInfo]:

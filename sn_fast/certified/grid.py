@@ -109,6 +109,16 @@ def padding_norm(axis: Axis, mode: str) -> float:
     return math.sqrt(max(Counter(read.values()).values()))
 
 
+def padding_norm_at_every_size(axis: Axis, mode: str) -> float:
+    """The largest ``padding_norm`` of this axis at any input size; its last window has to end with the padding."""
+    before, after = max(axis.before, 0), max(axis.after, 0)
+    if mode == "zeros" or (mode == "circular" and axis.stride == 1 and before + after < axis.extent):
+        return 1.0
+    if mode == "replicate":
+        return math.sqrt(1 + before + after)  # attained by an input of size 1
+    return math.sqrt(1 + (before > 0) + (after > 0))
+
+
 def _is_periodic(axis: Axis, mode: str) -> bool:
     return mode == "circular" and axis.size % axis.stride == 0 and axis.out * axis.stride <= axis.size
 

@@ -17,6 +17,8 @@ from ..reference.geometry import PADDING_MODES, Axis, Geometry
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+_NOMINAL_OUTPUTS = 12
+
 Padding = int | str | Sequence[int | tuple[int, int]]
 
 
@@ -228,6 +230,31 @@ def whole_window_size(module: nn.Module) -> tuple[int | None, ...]:
         padding = 0 if isinstance(module.padding, str) else module.padding[i]
         separate = extent <= stride and (padding == 0 or module.padding_mode == "zeros")
         sizes.append(extent + stride + 2 * padding + 3 if separate else None)
+    return tuple(sizes)
+
+
+def nominal_size(module: nn.Module) -> tuple[int, ...]:
+    """An input size at which some output sees every tap, the last window ends with the padding, and which is small.
+
+    Stands for every size where the size does not matter.
+    """
+    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+    sizes = []
+    for i, whole in enumerate(whole_window_size(module)):
+        kernel, stride, dilation = module.kernel_size[i], module.stride[i], module.dilation[i]
+        extent = dilation * (kernel - 1) + 1
+        if whole is not None or module.transposed:
+            sizes.append(whole or _NOMINAL_OUTPUTS)
+            continue
+        padding = (
+            extent - 1
+            if module.padding == "same"
+            else 0
+            if isinstance(module.padding, str)
+            else (2 * module.padding[i])
+        )
+        least = extent + padding + 1
+        sizes.append(least + (extent - padding - least) % stride + _NOMINAL_OUTPUTS * stride)
     return tuple(sizes)
 
 

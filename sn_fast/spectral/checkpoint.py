@@ -36,7 +36,9 @@ def translate(p: SpectralNorm, state_dict: dict[str, Any], prefix: str) -> bool:
     if p.geometry is None and v.numel():
         _adopt_sizes(p, u, v)
     own = {prefix + name: buffer for name, buffer in p._buffers.items()}
-    for name in ("u_prev", "v_prev", "top_group"):  # of a layer with other options, or none
+    if prefix + "estimate" not in own and prefix + "estimate" in state_dict:
+        state_dict[prefix + "sigma"] = state_dict[prefix + "estimate"]  # of a layer with bound=True
+    for name in ("u_prev", "v_prev", "top_group", "estimate"):  # of a layer with other options, or none
         if prefix + name not in own:
             state_dict.pop(prefix + name, None)
     fits = u.shape == p.u.shape and v.shape == p.v.shape
@@ -48,7 +50,7 @@ def translate(p: SpectralNorm, state_dict: dict[str, Any], prefix: str) -> bool:
     incomplete = own.keys() - state_dict.keys()
     if incomplete:  # what is missing is recomputed at the next use, which a sigma of NaN brings about
         state_dict.update({key: own[key] for key in incomplete})
-        state_dict[prefix + "sigma"] = torch.full_like(p.sigma, math.nan)
+        state_dict[prefix + ("estimate" if p.options.bound else "sigma")] = torch.full_like(p.sigma, math.nan)
     return True
 
 
@@ -68,7 +70,7 @@ def belongs(p: SpectralNorm) -> bool:
         image = back(start, weight, geometry)
         _, norms = normalized(image, image, geometry.groups)
         _, lengths = normalized(start, start, geometry.groups)
-        sigma = p.sigma.to(weight.dtype)
+        sigma = p.iterated_sigma.to(weight.dtype)
         fits = (norms.amax() - sigma).abs() <= _MISMATCH * sigma
         return bool(fits & ((lengths - 1).abs().amax() <= _MISMATCH))
 
@@ -91,6 +93,8 @@ def _adopt_sizes(p: SpectralNorm, u: Tensor, v: Tensor) -> None:
             p.set_geometry(geometry)
             like = p.raw.detach().new_empty((), dtype=compute_dtype(p.raw))
             p.u, p.v, p.sigma = like.new_zeros(u.shape), like.new_zeros(v.shape), like.new_zeros(())
+            if p.options.bound:
+                p.estimate = like.new_zeros(())
             if p.options.full:
                 p.register_buffer(p.previous_name, like.new_zeros(u.shape if p.as_matrix else v.shape))
             return

@@ -134,6 +134,9 @@ def advance(members: Iterable[SpectralNorm], n_power_iterations: int | None = No
             _copy([b for m in batch for b in (m.u, m.v, m.sigma)], [t for ts in zip(us, vs, sigmas) for t in ts])
             top = [(m.buffer("top_group"), group) for m, group in zip(batch, groups)]
             _copy([b for b, _ in top if b is not None], [group for b, group in top if b is not None])
+            for m in batch:
+                if m.options.bound:
+                    m.certify(m.sigma)
             if not torch.compiler.is_compiling():
                 for m in batch:
                     m.mark_current()

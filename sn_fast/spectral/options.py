@@ -25,6 +25,7 @@ class Options:
     gradient: str = "detached"
     reduce: bool = True
     precision: str | None = None
+    bound: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("cap", "scale"):
@@ -41,6 +42,8 @@ class Options:
             raise ValueError(f"beta={self.beta!r} must be > 0 (inf switches the normalisation off)")
         if self.mode == "scale" and self.beta == math.inf:
             raise ValueError("beta=inf must be finite with mode='scale'")
+        if self.bound and self.full:
+            raise ValueError("bound=True has no gradient='full': the certificate is not differentiated; use 'detached'")
         object.__setattr__(self, "beta", float(self.beta))
         n = as_int("n_power_iterations", self.n_power_iterations, minimum=1)
         object.__setattr__(self, "n_power_iterations", n)

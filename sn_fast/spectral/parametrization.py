@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..certified.layer import certified_sigma
 from ..operators.linear import LinearOperator, chain, conv_operator, whole_window_size
 from ..operators.norm import start_vectors
 from ..ops.normalize import normalize
@@ -34,19 +35,22 @@ class SpectralNorm(nn.Module):
 
     Buffers: ``v`` (right singular vector, input space), ``u`` (left, output space), ``sigma`` (scalar, of the raw
     weight); for grouped convolutions also ``top_group``, the group that attains sigma (u, v hold a unit pair per
-    group); with ``gradient="full"`` also ``v_prev`` (``u_prev`` for a matrix), the start of the last iteration.
+    group); with ``gradient="full"`` also ``v_prev`` (``u_prev`` for a matrix), the start of the last iteration. With
+    ``bound=True`` sigma is a certified bound, and ``estimate`` what the iteration found.
     They are kept in float32 at least, whatever the weight's dtype.
     """
 
     u: Tensor
     v: Tensor
     sigma: Tensor
+    estimate: Tensor
 
-    def __init__(self, group: Group, options: Options, *, as_matrix: bool, matrix_dim: int) -> None:
+    def __init__(self, group: Group, options: Options, *, as_matrix: bool, matrix_dim: int, every_size: bool) -> None:
         super().__init__()
         self.options = options
         self.as_matrix = as_matrix
         self.matrix_dim = matrix_dim
+        self.every_size = every_size  # sigma bounds the norm for every input size
         self.geometry: Geometry | None = None  # what is iterated; None until the input size is known
         self.layer_geometry: Geometry | None = None  # the layer's own, before the exact reductions
         self.code: list[int] = []
@@ -57,7 +61,7 @@ class SpectralNorm(nn.Module):
         self._freezes = 0
         self._frozen: Tensor | None = None
         self._warned = False
-        for name in ("u", "v", "sigma"):
+        for name in ("u", "v", "sigma", *(["estimate"] if options.bound else [])):
             self.register_buffer(name, torch.empty(0))
 
     # -- the weight ---------------------------------------------------------------------------------------------------
@@ -96,6 +100,8 @@ class SpectralNorm(nn.Module):
             self.set_geometry(self.geometry_for(input_size))
             self.u, self.v = start_vectors(self._operator(), START_ITERATIONS)
             self.sigma = self.u.new_ones(())
+            if self.options.bound:
+                self.estimate = self.sigma.clone()
             if self.options.full:
                 self.register_buffer(self.previous_name, torch.empty_like(self.u if self.as_matrix else self.v))
             advance([self], START_POWER_ITERATIONS)
@@ -151,6 +157,27 @@ class SpectralNorm(nn.Module):
             return False
         return self._mark is None or not self._mark.fits(self.raw)
 
+    def certify(self, estimate: Tensor) -> None:
+        """Keep the norm that iteration found as ``estimate``, and have a certified bound as sigma."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "spectral_norm(bound=True) computes its certificate in eager code: call update_spectral_norm(model) "
+                "outside torch.compile"
+            )
+        geometry = self.layer_geometry
+        assert geometry is not None
+        geometries = {geometry}
+        if geometry.mode != "zeros" and not self.every_size:  # else the largest size has the largest norm
+            geometries |= {self.geometry_for(size) for size in self.sizes}
+        bound = certified_sigma(self.operand(self.raw), geometries, every_size=self.every_size)
+        self.estimate.copy_(estimate)
+        self.sigma.fill_(_rounded_up(bound, self.sigma.dtype))
+
+    @property
+    def iterated_sigma(self) -> Tensor:
+        """The norm that u and v attain."""
+        return self.estimate if self.options.bound else self.sigma
+
     def mark_current(self) -> None:
         """Note that u, v and sigma belong to the raw weight as it is now."""
         self._mark = WeightMark(self.raw)
@@ -197,9 +224,11 @@ class SpectralNorm(nn.Module):
             sigma = sigma_through_last_iteration(operand, self.previous, self.known_geometry)
             result = normalize_reference(operand, sigma, beta, cap)
         else:
-            group, precision = self.buffer("top_group"), self.options.products()
+            group, precision, u = self.buffer("top_group"), self.options.products(), self.u
+            if self.options.bound:  # the gradient of the bound, as far as the bound follows the norm in proportion
+                u = u * torch.where(self.estimate > 0, self.sigma / self.estimate, 1.0)
             ready = self._group.take_normalized(self) if self.can_be_ready(weight) else None
-            result = normalize(operand, self.sigma, self.u, self.v, group, self.code, beta, cap, precision, ready)
+            result = normalize(operand, self.sigma, u, self.v, group, self.code, beta, cap, precision, ready)
         if operand is weight:
             return result
         dims = [weight.shape[self.matrix_dim], *weight.shape[: self.matrix_dim], *weight.shape[self.matrix_dim + 1 :]]
@@ -249,7 +278,7 @@ class SpectralNorm(nn.Module):
         """
         geometry = self.layer_geometry
         assert geometry is not None
-        if not geometry.axes or size in self.sizes:
+        if not geometry.axes or self.every_size or size in self.sizes:
             return True
         whole = whole_window_size(self.module)
         return all(
@@ -296,6 +325,8 @@ class SpectralNorm(nn.Module):
         self.mark_stale()
         for m in {self, *self._group.members()}:  # layers that share this weight saw it written once more
             if m.geometry is not None and m.raw is self.raw and checkpoint.belongs(m):
+                if m.options.bound:  # a proof is not taken on trust
+                    m.certify(m.estimate)
                 m.mark_current()
 
     def extra_repr(self) -> str:
@@ -308,6 +339,11 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SpectralNorm):
             module.refresh()
+
+
+def _rounded_up(value: float, dtype: torch.dtype) -> float:
+    rounded = torch.tensor(value, dtype=dtype)
+    return float(rounded if float(rounded) >= value else torch.nextafter(rounded, torch.tensor(torch.inf, dtype=dtype)))
 
 
 def _is_half(t: Tensor) -> bool:

@@ -263,7 +263,7 @@ def lazy_model() -> nn.Module:
         (lambda: spectral_norm(nn.Conv2d(1, 1, 3), input_size=(2, 2)), "does not fit"),
         (lambda: spectral_norm(nn.Conv2d(1, 1, 3), input_size=(8,)), "input_size=(8,)"),
         (lambda: spectral_norm(nn.Conv2d(1, 1, 3), input_size="all"), "input_size='all'"),
-        (lambda: spectral_norm(nn.Conv2d(1, 1, 3), input_size="any"), "certified bound"),
+        (lambda: spectral_norm(nn.Linear(2, 2), bound=True, gradient="full"), "bound=True"),
         (lambda: spectral_norm(spectral_norm(nn.Linear(2, 2))), "already parametrized by SpectralNorm"),
         (lambda: apply_spectral_norm(nn.Sequential(nn.ReLU()), X), "no layer to normalise"),
         (lambda: apply_spectral_norm(small(), X, exclude="."), "no layer to normalise"),

@@ -1,0 +1,50 @@
+"""The input sizes at which a model uses its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+
+
+def observed_input_sizes(
+    model: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | tuple[Any, ...]
+) -> dict[str, list[tuple[int, ...]]]:
+    """Run ``model`` once, in eval mode and without gradients, and watch what ``layers`` are given.
+
+    Returns:
+        {name: spatial size of the input, call by call}: ``()`` for layers other than convolutions. Layers that are not
+        called are left out.
+    """
+    sizes: dict[str, list[tuple[int, ...]]] = {}
+
+    def watch(name: str, n: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())), None)
+            sizes.setdefault(name, []).append(tuple(x.shape[-n:]) if n and isinstance(x, Tensor) else ())
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name, _spatial_axes(module)), with_kwargs=True)
+        for name, module in layers.items()
+    ]
+    training = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, flag in training.items():
+            m.training = flag
+    return sizes
+
+
+def _spatial_axes(module: nn.Module) -> int:
+    return len(module.kernel_size) if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) else 0
