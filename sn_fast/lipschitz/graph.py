@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from .rules import find, is_parametrized_class
+from .rules import find, is_parametrized_class, kind_of
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -30,23 +30,21 @@ class Tracer(fx.Tracer):
         return is_leaf(m)
 
 
-class Alone(nn.Module):
-    """A model that is itself one layer, as a model of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Any:
-        return self.layer(x)
-
-
 def is_leaf(module: nn.Module) -> bool:
     """Whether a call of this module is one node of the graph."""
     if isinstance(module, parametrize.ParametrizationList) or find(module) is not None:
         return True
     own = next(c for c in type(module).__mro__ if not is_parametrized_class(c))
     return own.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, _CONTAINERS)
+
+
+def graph_of_layer(layer: nn.Module, n_arguments: int) -> tuple[nn.Module, fx.Graph]:
+    """A model that is itself one layer, as a module that holds it, and its graph."""
+    graph = fx.Graph()
+    arguments = tuple(graph.placeholder(f"x{i}") for i in range(n_arguments))
+    name = kind_of(layer)
+    graph.output(graph.call_module(name, arguments))
+    return nn.ModuleDict({name: layer}), graph
 
 
 def trace(model: nn.Module, n_arguments: int) -> tuple[fx.Graph, dict[str, Any]]:

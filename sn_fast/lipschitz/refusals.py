@@ -26,6 +26,10 @@ _REASONS: dict[str, tuple[str | type[nn.Module], ...]] = {
     "product of two activations: no finite bound": ("bilinear", "glu", nn.Bilinear, nn.GLU),
     "powers of activations grow without limit: no finite bound": ("pow", "ipow", "square", "exp", "expm1"),
     "its slope is infinite at zero: no finite bound": ("log", "sqrt", "rsqrt", "reciprocal", "log1p"),
+    "its result jumps: no finite bound": (
+        *("gt", "lt", "ge", "le", "eq", "ne", "argmax", "argmin", "argsort", "sign", "sgn", "round", "floor", "ceil"),
+        *("trunc", "frac", "floordiv", "floor_divide", "mod", "remainder", "fmod", "bool", "long", "int", "short"),
+    ),
     "no bound is known for it": (
         *("lp_pool1d", "lp_pool2d", "lp_pool3d", nn.LPPool1d, nn.LPPool2d, nn.LPPool3d),
         *("fractional_max_pool2d", "fractional_max_pool2d_with_indices", nn.FractionalMaxPool2d),
@@ -37,7 +41,7 @@ _REASONS: dict[str, tuple[str | type[nn.Module], ...]] = {
 def _refuse(reason: str) -> None:
     @joint_rule(*_REASONS[reason])
     def _no_bound(call: Call) -> Constant:
-        return no_bound(f"{call.kind}: {reason}")
+        return no_bound(reason)
 
 
 for _reason in _REASONS:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -182,7 +182,8 @@ def apply_rule(call: Call) -> Outcome:
     if entry.depends is not Depends.ANY:
         return outcome_of(call, result, max(bounds) if entry.depends is Depends.ONE else call.x_bound)
     constant = result if isinstance(result, Constant) else Constant(result)
-    return Outcome(None, outcome_of(call, constant, 1.0).bound, constant.how, constant.reason)
+    outcome = outcome_of(call, constant, 1.0)
+    return outcome if constant.reason else replace(outcome, constant=None)
 
 
 def outcome_of(call: Call, result: float | Constant, bound: float) -> Outcome:

@@ -117,9 +117,10 @@ def _interpolation_norm(
     along_one = {"bicubic": "bicubic", "nearest": "nearest", "nearest-exact": "nearest-exact"}.get(mode, "bilinear")
 
     def apply(x: Tensor) -> Tensor:
-        columns = x[:, None, :, None]
-        target: dict[str, Any] = {"size": (out, 1)} if scale is None else {"scale_factor": (scale, 1.0)}
-        return F.interpolate(columns, mode=along_one, align_corners=align, antialias=antialias, **target)[:, 0, :, 0]
+        # Along the last axis: with antialias PyTorch resamples a strided column wrongly.
+        rows = x[:, None, None, :]
+        target: dict[str, Any] = {"size": (1, out)} if scale is None else {"scale_factor": (1.0, scale)}
+        return F.interpolate(rows, mode=along_one, align_corners=align, antialias=antialias, **target)[:, 0, 0]
 
     return _axis_norm(apply, size)
 

@@ -1,0 +1,106 @@
+"""The report: table, JSON, plot, certified radii."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sn_fast.lipschitz import LipschitzReport, lipschitz_bound
+
+
+@pytest.fixture
+def report() -> LipschitzReport:
+    return lipschitz_bound(
+        nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(1, 4)
+    )
+
+
+@pytest.fixture
+def finite() -> LipschitzReport:
+    return lipschitz_bound(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(1, 4))
+
+
+def test_table(report: LipschitzReport, finite: LipschitzReport) -> None:
+    head, *rows, end = str(report).splitlines()
+    assert head.split() == ["layer", "type", "constant", "bound", "so", "far", "how"]
+    assert [row.split()[:2] for row in rows] == [["0", "Linear"], ["1", "LayerNorm"], ["2", "ReLU"], ["3", "Linear"]]
+    assert end.startswith("Lipschitz bound: inf (1: divides by")
+    assert str(finite).splitlines()[-1] == f"Lipschitz bound: {finite.bound:.6g}"
+
+
+def test_bounds_accumulate(finite: LipschitzReport) -> None:
+    constants = [row.constant for row in finite.layers]
+    assert finite.layers[-1].bound == finite.bound == pytest.approx(math.prod(constants), rel=1e-14)
+
+
+def test_json_round_trip(report: LipschitzReport) -> None:
+    document = json.loads(report.to_json())
+    assert document["bound"] == "inf"
+    assert [row["name"] for row in document["layers"]] == ["0", "1", "2", "3"]
+    assert [float(row["constant"]) for row in document["layers"]] == [row.constant for row in report.layers]
+    assert report.to_dict()["bound"] == math.inf
+
+
+def test_plot(report: LipschitzReport, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    for name in ("bars.png", "bars.svg"):
+        report.plot(tmp_path / name)
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bars.png", "bars.svg"]
+    axes = Figure().subplots()
+    report.plot(axes)
+    assert len(axes.patches) == 4
+
+
+def test_plot_without_matplotlib(report: LipschitzReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="matplotlib"):
+        report.plot(tmp_path / "bars.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_certified_radius_of_a_linear_classifier() -> None:
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(50, 4, dtype=torch.float64), torch.randint(3, (50,))
+    logits = model(x)
+    report = lipschitz_bound(model, x[:1])
+    radius = report.certified_radius(logits, y)
+    # The true distance to each other class's half-space.
+    w, own = model.weight, model.weight[y]
+    gaps = logits.gather(1, y[:, None]) - logits
+    distances = gaps / (own[:, None] - w).norm(dim=2).clamp_min(1e-300)
+    distances.scatter_(1, y[:, None], math.inf)
+    truth = distances.amin(dim=1).clamp_min(0)
+    assert bool((radius <= truth).all())
+    assert torch.equal(radius > 0, logits.argmax(1) == y)
+    own_prediction = report.certified_radius(logits)
+    assert torch.equal(own_prediction[radius > 0], radius[radius > 0])
+    assert bool((own_prediction > 0).all())
+
+
+def test_certified_radius_is_margin_over_root_two_times_bound() -> None:
+    report = LipschitzReport(3.0, ())
+    logits = torch.tensor([[1.0, 4.0, 2.0], [5.0, 5.0, 0.0]])
+    expected = torch.tensor([2 / (math.sqrt(2) * 3), 0.0], dtype=torch.float64)
+    torch.testing.assert_close(report.certified_radius(logits), expected)
+    torch.testing.assert_close(report.certified_radius(logits, torch.tensor([2, 0])), torch.zeros(2).double())
+    assert not LipschitzReport(math.inf, ()).certified_radius(logits).any()
+    assert LipschitzReport(0.0, ()).certified_radius(logits).tolist() == [math.inf, 0.0]
+
+
+def test_certified_radius_refuses_nonsense(finite: LipschitzReport) -> None:
+    with pytest.raises(ValueError, match="classes"):
+        finite.certified_radius(torch.ones(3))
+    with pytest.raises(TypeError, match="floating-point"):
+        finite.certified_radius(torch.ones(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="class indices"):
+        finite.certified_radius(torch.ones(3, 2), torch.zeros(2, dtype=torch.int64))
