@@ -121,7 +121,9 @@ def _defaults(model: nn.Module, n_arguments: int) -> dict[str, Any]:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters: Sequence[inspect.Parameter] = list(inspect.signature(model.forward).parameters.values())
     given = [p.name for p in parameters if p.kind in positional][:n_arguments]
-    return {p.name: p.default for p in parameters if p.name not in given and p.default is not inspect.Parameter.empty}
+    # torch.fx would take containers apart.
+    plain = (type(None), bool, int, float, str)
+    return {p.name: p.default for p in parameters if p.name not in given and isinstance(p.default, plain)}
 
 
 def _first_line(error: BaseException) -> str:

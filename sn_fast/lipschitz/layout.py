@@ -26,8 +26,10 @@ _SAME_ELEMENTS = ("T", "mT", "data", "values", "real")
 @rule("float", "double", "half", "bfloat16", "cpu", "cuda", "identity", "masked_fill")
 @rule(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 @rule(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
-def _each_element_once(call: Call) -> float:
+def _each_element_once(call: Call) -> float | Constant:
     # every element of the result is one of the input (up to sign), and no two are the same one; or a constant
+    if call.kind == "view" and any(isinstance(a, torch.dtype) for a in leaves([call.args, call.kwargs])):
+        return no_bound("the bits of one dtype read as another")
     return 1.0
 
 

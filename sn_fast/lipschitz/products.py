@@ -166,7 +166,7 @@ def _operands(call: Call) -> tuple[Any, Any]:
 
 def _largest(factor: Any) -> float:
     if isinstance(factor, Tensor):
-        return float(factor.detach().abs().max()) if factor.numel() else 0.0
+        return float(factor.detach().double().abs().max()) if factor.numel() else 0.0
     return abs(float(factor))
 
 

@@ -28,7 +28,7 @@ def lipschitz_bound(
     """A number that |f(x) - f(y)|_2 / |x - y|_2 never exceeds, for a model f in eval mode, and each layer's share.
 
     The model is written as a graph by torch.fx. Each node carries a bound of the map from the network's input to it:
-    layers multiply it by their constant, sums add, concatenations take the root of the squares (docs/lipschitz.md).
+    layers multiply it by their constant, sums add, concatenations take the root of the squares.
     The constants are certified: computed in float64 and rounded up. They are those of the exact function; the rounding
     of the network's own arithmetic is not in them.
 
@@ -142,7 +142,7 @@ class _Propagation(fx.Interpreter):
         call = self._call(n, args, kwargs, value)
         if self.fold and not self.hooked and (norm := self._normalisation_after(n)) is not None:
             self.waiting[norm] = call
-            return call.x_bound
+            return max(call.all_bounds())  # not zero: the normalisation must be reached
         layer = self.waiting.pop(n, None)
         if layer is not None:
             return self._fold(n, layer, call)

@@ -151,6 +151,18 @@ def test_not_folded_where_the_layer_is_used_elsewhere() -> None:
     assert jacobian_norm(model, x) <= report.bound
 
 
+def test_a_weight_that_depends_on_the_input_is_not_folded() -> None:
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.norm = nn.Parameter(torch.randn(1, 4)), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(F.linear(self.features, x))
+
+    assert math.isinf(bound_of(Hyper(), torch.randn(3, 4)))
+
+
 def test_a_layer_used_twice_is_bounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     true_bound = products.operator_norm_bound
@@ -196,7 +208,9 @@ def test_several_arguments() -> None:
     assert "product of two activations" in report.reason
 
     class Sum(nn.Module):
-        def forward(self, a: Tensor, b: Tensor, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:
+        def forward(
+            self, a: Tensor, b: Tensor, scale: float = 2.0, mask: Tensor | None = None, sizes: tuple = ()
+        ) -> Tensor:
             return a + scale * b if mask is None else a * mask
 
     assert lipschitz_bound(Sum(), (x, x)).bound == pytest.approx(3.0)  # the truth is sqrt(5)
