@@ -129,7 +129,8 @@ class LipschitzReport:
         for i, c in enumerate(constants):
             if math.isinf(c):
                 axes.barh(i, right / left, left=left, height=0.7, fill=False, hatch="//", edgecolor=_NO_BOUND_COLOUR)
-                axes.text(left * 1.05, i, "no finite bound", va="center", fontsize="small")
+                background = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                axes.text(left * 1.05, i, "no finite bound", va="center", fontsize="small", bbox=background)
             else:
                 axes.barh(i, max(c - left, 0.0), left=left, height=0.7, color=_BAR_COLOUR)
         axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
@@ -141,6 +142,8 @@ class LipschitzReport:
             xlabel="l2 Lipschitz constant of the layer (bound from above)",
             title=f"Lipschitz bound of the network: {_number(self.bound)}",
         )
+        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            set_formatter(_matplotlib("ticker").LogFormatter())
 
 
 def _cells(layer: LayerBound) -> tuple[str, ...]:
