@@ -59,7 +59,7 @@ def riesz_sizes(axes: Sequence[Polyphase], tightness: float) -> tuple[int, ...]:
     if not busy:
         return (1,) * len(axes)
     reach = 2 * math.acos(tightness ** (-1 / busy))
-    return tuple(1 if a.cells == 1 else math.ceil(math.pi * (a.cells - 1) / reach) for a in axes)
+    return tuple(1 if a.cells == 1 else max(a.cells, math.ceil(math.pi * (a.cells - 1) / reach)) for a in axes)
 
 
 def every_size(axes: Sequence[Polyphase], sizes: Sequence[int]) -> Grid:

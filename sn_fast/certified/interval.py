@@ -66,4 +66,4 @@ def attained_norm(op: LinearOperator, v: Tensor) -> float:
     length = float(torch.linalg.vector_norm(v))
     sums = 1 - 4 * (v.numel() + image.numel() + 8) * UNIT_ROUNDOFF
     value = (float(torch.linalg.vector_norm(image)) * sums - lost) / length if length else 0.0
-    return max(0.0, value * sums * float(largest))
+    return max(0.0, math.nextafter(value * sums * float(largest), 0.0))

@@ -46,10 +46,11 @@ def lanczos_bound(
         basis = torch.cat([basis, direction])
         images = torch.cat([images, there(direction)])
     gram = torch.einsum("jgm,kgm->gjk", images, images)
-    estimate = float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp(min=0).sqrt() * problem.scale)
+    estimate = float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp(min=0).sqrt())
     # After n steps the Krylov space is everything that the start reaches: with probability 1 the top vector is in it.
     root = 0.0 if steps == n else log / (2 * steps - 1)
-    return estimate / math.sqrt(1 - root**2) * (1 + _ROUNDING), steps
+    value = estimate / math.sqrt(1 - root**2) * (1 + _ROUNDING)
+    return (math.nextafter(value * float(problem.scale), math.inf) if value else 0.0), steps
 
 
 def _fresh_generator() -> torch.Generator:

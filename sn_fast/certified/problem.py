@@ -58,7 +58,9 @@ class Problem:
                 if not all(live):
                     shape = [-1 if d == 3 + i else 1 for d in range(kernel.ndim)]
                     kernel = kernel * torch.tensor(live, device=kernel.device).reshape(shape)
-            polyphases.append(Polyphase(axis.kernel, 1) if axis.out == 1 else Polyphase.of(axis))
+            # A circular window that reads an input twice is none: its taps there add up.
+            wraps = self.geometry.mode == "circular" and axis.extent > axis.size
+            polyphases.append(Polyphase(axis.kernel, 1) if axis.out == 1 and not wraps else Polyphase.of(axis))
         return kernel, tuple(polyphases)
 
     def unscaled(self, value: float) -> float:
