@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from ..operators.linear import (
     as_int,
     chain,
     check_weight,
+    nominal_size,
     operator_of,
     per_axis,
     raw_weight,
@@ -44,6 +46,7 @@ def spectral_norm(
     gradient: str = "detached",
     reduce: bool = True,
     precision: str | None = None,
+    bound: bool = False,
 ) -> ModuleT:
     """Normalise one layer's weight by the norm of its true linear map; equivalent to
     ``W / max(1, sigma(W) / beta)`` in place of ``W`` (Farnia, Zhang, Tse 2019, section 4).
@@ -51,8 +54,8 @@ def spectral_norm(
     Args:
         module: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, or any module whose ``name`` is 2-D.
         input_size: spatial size of a convolution's input, e.g. ``(32, 32)``; other libraries call it input_dim or
-            input_shape. None: taken from the first forward (until then the weight is not normalised). "any": for
-            layers whose norm is the same at every size (1x1, patches).
+            input_shape. None: taken from the first forward (until then the weight is not normalised). "any": sigma is
+            a certified bound for every input size (except where the norm is the same at every size: 1x1, patches).
         beta: the largest norm allowed ("cap") or the norm wanted ("scale"). Other libraries call it coeff,
             norm_multiplier or k_coef_lip.
         mode: "cap" divides by max(1, sigma / beta); "scale" by sigma / beta, as torch's spectral_norm with beta=1.
@@ -65,6 +68,9 @@ def spectral_norm(
         precision: of the products in the CUDA kernels; sums are float32 always. "fp32", "tf32", "3xtf32" (tensor cores,
             about float32's accuracy) or "bf16". None: as torch.set_float32_matmul_precision says, "highest" fp32,
             "high" tf32, "medium" bf16. Without kernels products are exact in float32.
+        bound: sigma is a certified upper bound, computed anew at every change of the weight (``operator_norm_bound``,
+            which costs far more than a power iteration), so the layer's norm is provably at most beta, rounding of the
+            weight included. The power iteration's value is kept in the buffer ``estimate``, for the gradient.
 
     Returns:
         ``module``, its weight now a parametrization with buffers u, v and sigma.
@@ -72,7 +78,7 @@ def spectral_norm(
     Raises:
         ValueError, TypeError: an argument is out of range, or the module cannot be normalised; the message says why.
     """
-    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision)
+    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
     _register(module, name, Group(), input_size, options)
     return module
 
@@ -90,6 +96,7 @@ def apply_spectral_norm(
     gradient: str = "detached",
     reduce: bool = True,
     precision: str | None = None,
+    bound: bool = False,
 ) -> ModuleT:
     """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
 
@@ -101,7 +108,7 @@ def apply_spectral_norm(
         beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
         include: module classes to normalise; None: Linear and all convolutions.
         exclude: regular expression; layers whose name matches (re.search) are left alone.
-        mode, n_power_iterations, operator, gradient, reduce, precision: see ``spectral_norm``.
+        mode, n_power_iterations, operator, gradient, reduce, precision, bound: see ``spectral_norm``.
 
     Raises:
         ValueError: no layer is left to normalise, or a pattern matches none, or none matches a layer.
@@ -126,7 +133,7 @@ def apply_spectral_norm(
         for name, module in layers.items():
             used_at = sizes.get(name, [])
             size = _size_of_largest_norm(module, used_at)
-            options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision)
+            options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
             _register(module, "weight", group, size, options).sizes.update(used_at)
             done.append(module)
     except BaseException as error:
@@ -214,11 +221,14 @@ def _register(
             "use operator='reshape' or a supported layer"
         )
     size = None if as_matrix else _input_size(module, weight.ndim - 2, input_size)
+    every_size = not as_matrix and input_size == "any" and _depends_on_size(module)
+    if every_size:
+        options = replace(options, bound=True)
     if size is not None:
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
     # As torch does it, the rows of a reshaped kernel are output channels.
     rows = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
-    parametrization = SpectralNorm(group, options, as_matrix=as_matrix, matrix_dim=rows)
+    parametrization = SpectralNorm(group, options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size)
     parametrization.train(module.training)
     tied = [m for m in group.members() if m.raw is weight and not m.is_stale()]
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
@@ -263,14 +273,12 @@ def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str
         return per_axis("input_size", input_size, n, minimum=1)
     if input_size != "any":
         raise ValueError(f"input_size={input_size!r}: give a spatial size such as (32, 32), None or 'any'")
-    whole = whole_window_size(module)
-    if any(w is None for w in whole):
-        raise ValueError(
-            f"input_size='any' needs a certified bound for this {type(module).__name__}, which this version does not "
-            "have (it works where windows do not overlap, such as 1x1 and patch convolutions); give the largest "
-            "input size instead"
-        )
-    return tuple(w for w in whole if w is not None)
+    return nominal_size(module)
+
+
+def _depends_on_size(module: nn.Module) -> bool:
+    """Whether the norm of a convolution can differ between input sizes."""
+    return any(size is None for size in whole_window_size(module))
 
 
 def _observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
