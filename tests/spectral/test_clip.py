@@ -274,6 +274,8 @@ def test_iterations_end_at_the_tolerance_or_at_their_limit() -> None:
         (1e150, 1e-150, torch.float64),
         (1.0, 1e-9, torch.float16),
         (1.0, 1e-310, torch.float64),
+        (1e200, 1e-200, torch.float64),
+        (1e-318, 2e-319, torch.float64),
     ],
 )
 @pytest.mark.parametrize("kind", ["matrix", "convolution"])
