@@ -3,6 +3,7 @@
 from ._version import __version__
 from .certified import BoundInfo, operator_norm_bound, operator_norm_interval
 from .info import info
+from .lipschitz import LipschitzReport, lipschitz_bound
 from .operators import (
     ConvergenceWarning,
     ConvOperator,
@@ -13,7 +14,9 @@ from .operators import (
     singular_values,
 )
 from .spectral import (
+    ClippedSpectrum,
     apply_spectral_norm,
+    clip_spectrum,
     frozen_sigma,
     remove_spectral_norm,
     sigmas,
@@ -23,14 +26,18 @@ from .spectral import (
 
 __all__ = [
     "BoundInfo",
+    "ClippedSpectrum",
     "ConvOperator",
     "ConvergenceWarning",
     "LinearOperator",
+    "LipschitzReport",
     "MatrixOperator",
     "__version__",
     "apply_spectral_norm",
+    "clip_spectrum",
     "frozen_sigma",
     "info",
+    "lipschitz_bound",
     "operator_norm",
     "operator_norm_bound",
     "operator_norm_interval",

@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 DEVICE = torch.device(os.environ.get("SN_FAST_TEST_DEVICE") or "cpu")
 
 _HERE = Path(__file__).parent
-_MOVED = tuple(str(_HERE / folder) + os.sep for folder in ("attacks", "kernels", "spectral"))
+_MOVED = tuple(
+    str(_HERE / folder) + os.sep for folder in ("attacks", "certified", "kernels", "lipschitz", "operators", "spectral")
+)
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _PYTEST = str(Path(_pytest.__file__).parent) + os.sep
 # What these do is their caller's: a layer's parameters, methods written in Python, approx, arrays read for a test.

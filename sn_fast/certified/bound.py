@@ -24,7 +24,7 @@ from .symbol import Symbol, split_cells
 METHODS = ("auto", "dense", "circulant", "fft", "gram", "lanczos", "rowsum")
 _LARGEST_GRAM = 1 << 30  # bytes of the matrix that "dense" factorises
 _QUICK = 2e9  # multiplications of "dense" below which "auto" tries nothing else
-_AFFORDABLE = 2.5e10  # multiplications that "auto" spends on "dense", about a second on two cores
+_AFFORDABLE = 2.5e10  # multiplications that "auto" spends on one method, about a second on two cores
 _SUMS = 1e-9  # rounding of row and column sums, generously
 _CLOSE = 5e-3  # "auto" looks no further when a bound is within this of what Lanczos reaches from below
 
@@ -70,7 +70,7 @@ def operator_norm_bound(
             "gram": Gram iteration of the kernel; for every input size with zero padding; loose.
             "lanczos": holds with probability 1 - ``delta``; any operator.
             "rowsum": sqrt(largest row sum x largest column sum); loose and nearly free.
-            "auto": the tightest of the first three that is affordable.
+            "auto": the tightest of the first three that takes a second or so, or else the quickest.
         grid: frequencies per axis of "fft", an int or one per axis; None: as few as ``tightness`` allows.
         tightness: how far above the supremum "fft" may be by its factor, and "lanczos" above its estimate.
         delta: the probability with which "lanczos" may be wrong.
@@ -123,14 +123,16 @@ class Search:
 
     def auto(self) -> tuple[float, BoundInfo]:
         work = self._dense_work()
-        if work <= _QUICK:
+        if work <= _QUICK or (self._is_matrix() and work < math.inf):
             return self.dense()
         own = own_size(self.problem.geometry, self.problem.at_own_size()[1])
         exact = len(own) == 1 and own[0].factor == 1
         best = self.rowsum()
         if _gram_bytes(self._symbol_shape()) <= _LARGEST_GRAM and not self._is_matrix():
-            few = len(own) * own[0].points <= 4 * self._riesz_grid(None).points
-            best = min(best, self.circulant() if exact or few else self.fft(None), key=_value)
+            groups, n = self._symbol_shape()
+            points = len(own) * own[0].points
+            quick = points <= 4 * self._riesz_grid(None).points or points * groups * n**3 <= _AFFORDABLE
+            best = min(best, self.circulant() if exact or quick else self.fft(None), key=_value)
         if exact or work > _AFFORDABLE or best[0] <= self.lower() * (1 + _CLOSE):
             return best
         return min(best, self.dense(), key=_value)

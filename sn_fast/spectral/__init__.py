@@ -1,5 +1,6 @@
 """Normalised layers and models."""
 
+from .clip import ClippedSpectrum, clip_spectrum
 from .model import (
     apply_spectral_norm,
     frozen_sigma,
@@ -10,7 +11,9 @@ from .model import (
 )
 
 __all__ = [
+    "ClippedSpectrum",
     "apply_spectral_norm",
+    "clip_spectrum",
     "frozen_sigma",
     "remove_spectral_norm",
     "sigmas",

@@ -15,7 +15,7 @@ from ..certified.problem import Problem
 from ..certified.symbol import Polyphase, split_cells
 from ..operators.linear import LinearOperator, MatrixOperator, Padding, as_int, operator_of
 from ..reference.geometry import Axis
-from .model import _checked_weight
+from .model import checked_weight
 
 _CHUNK_BYTES = 1 << 28
 _SYMBOLS_BYTES = 1 << 29  # of the symbols on the whole grid; four such arrays are alive
@@ -77,7 +77,7 @@ def clip_spectrum(
         ValueError: beta, tol or max_iterations is not positive; the weight has NaN or infinite elements or is
             parametrized; the padding mode is another; the input size is missing. TypeError: the module has no weight.
     """
-    weight = _checked_weight(module, "weight")
+    weight = checked_weight(module, "weight")
     beta, tol = _positive("beta", beta), _positive("tol", tol)
     max_iterations = as_int("max_iterations", max_iterations, minimum=1)
     op = _operator(module, weight, input_size)

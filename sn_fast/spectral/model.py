@@ -212,7 +212,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
 def _register(
     module: nn.Module, name: str, group: Group, input_size: int | Sequence[int] | str | None, options: Options
 ) -> SpectralNorm:
-    weight = _checked_weight(module, name)
+    weight = checked_weight(module, name)
     convolution = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) and name == "weight"
     as_matrix = options.operator == "reshape" or not convolution
     if as_matrix and options.operator == "conv" and weight.ndim != 2:
@@ -246,7 +246,8 @@ def _register(
     return parametrization
 
 
-def _checked_weight(module: nn.Module, name: str) -> Tensor:
+def checked_weight(module: nn.Module, name: str) -> Tensor:
+    """The parameter of this name, not parametrized yet; raises where there is none that has a norm."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; give a torch.nn.Module")
     if parametrize.is_parametrized(module, name):

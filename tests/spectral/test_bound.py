@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sn_fast import apply_spectral_norm, operator_norm, operator_of, sigmas, spectral_norm, update_spectral_norm
+from sn_fast.certified.grid import padding_norm, padding_norm_at_every_size
+from sn_fast.operators.linear import LinearOperator, nominal_size
 
 from ..operators.geometries import Case, cases
 
@@ -60,17 +63,34 @@ def test_any_holds_at_every_size(mode: str, kernel: int, stride: int, padding: i
         with torch.no_grad():
             conv.weight.copy_(weight)
         bounded = spectral_norm(copy.deepcopy(conv), input_size="any", mode="scale")
-        norms = []
-        for size in range(1, 40):
-            try:
-                operator_of(bounded, size)
-            except ValueError:
-                continue  # too small for the kernel or the padding
-            norms.append(float(true_norm(bounded, (size,))))
+        norms = [float(true_norm(bounded, op.geometry.input_size)) for op in operators_at_all_sizes(bounded)]
         assert len(norms) > 30
         assert max(norms) <= 1
         if mode == "zeros":
             assert max(norms) > 0.97
+
+
+@given(
+    st.sampled_from(["zeros", "circular", "reflect", "replicate"]),
+    *(st.integers(low, high) for low, high in [(1, 5), (1, 4), (0, 4), (1, 3)]),
+)
+def test_padding_norm_at_every_size(mode: str, kernel: int, stride: int, padding: int, dilation: int) -> None:
+    conv = nn.Conv1d(1, 1, kernel, stride, padding, dilation, padding_mode=mode)
+    (axis,) = operator_of(conv, nominal_size(conv)).geometry.axes
+    assert mode == "zeros" or max(axis.after, 0) == padding
+    bound = padding_norm_at_every_size(axis, mode)
+    norms = [padding_norm(op.geometry.axes[0], mode) for op in operators_at_all_sizes(conv)]
+    assert max(norms) <= bound
+    if mode == "replicate" and stride == dilation == 1:
+        assert max(norms) == bound or kernel > 1 + 2 * padding
+
+
+def operators_at_all_sizes(conv: nn.Module) -> Iterator[LinearOperator]:
+    for size in range(1, 40):
+        try:
+            yield operator_of(conv, size)
+        except ValueError:
+            continue  # too small for the kernel or the padding
 
 
 def test_any_in_two_dimensions_needs_no_size_and_never_warns(recwarn: pytest.WarningsRecorder) -> None:
