@@ -41,7 +41,9 @@ def gram_matrix(kernel: Tensor, geometry: Geometry) -> tuple[Tensor, float]:
     gram = taps.new_zeros(taps.shape[1], places, width, places, width)
     tap_indices = list(itertools.product(*(range(len(s)) for s in reads)))
     for (t, at), (u, other) in itertools.product(enumerate(tap_indices), repeat=2):
-        couplings = functools.reduce(torch.kron, (s[i] @ s[j].T for s, i, j in zip(reads, at, other)), torch.ones(1, 1))
+        couplings = functools.reduce(
+            torch.kron, (s[i] @ s[j].T for s, i, j in zip(reads, at, other)), torch.ones(1, 1, dtype=torch.float32)
+        )
         here, there = couplings.nonzero(as_tuple=True)
         if len(here):
             counts = couplings[here, there].to(gram)[:, None, None, None]
@@ -60,7 +62,7 @@ def _sides(kernel: Tensor, geometry: Geometry) -> tuple[int, int]:
 
 def _reads(axis: Axis, mode: str) -> Tensor:
     """S (kernel, out, size): 1 where tap t of output o reads input position i."""
-    reads = torch.zeros(axis.kernel, axis.out, axis.size)
+    reads = torch.zeros(axis.kernel, axis.out, axis.size, dtype=torch.float32)  # exact counts below 2^24
     for t, o in itertools.product(range(axis.kernel), range(axis.out)):
         position = axis.position(o, t, mode)
         if position is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,6 +27,17 @@ def violations(op: Any, methods: tuple[str, ...] = CERTAIN, truth: float | None 
     truth = dense_norm(op) if truth is None else truth
     bounds = {m: float(operator_norm_bound(op, method=m)) for m in methods}
     return {m: b / truth for m, b in bounds.items() if not b >= truth * (1 - SVD)}
+
+
+@contextmanager
+def as_if_large(affordable: float = 0.0) -> Iterator[None]:
+    """Within this, "auto" does not go straight to "dense", and ends there only if it is ``affordable``."""
+    before = bound_module._QUICK, bound_module._AFFORDABLE
+    bound_module._QUICK, bound_module._AFFORDABLE = 0.0, affordable
+    try:
+        yield
+    finally:
+        bound_module._QUICK, bound_module._AFFORDABLE = before
 
 
 @st.composite
@@ -70,12 +83,18 @@ def wild_cases(draw: st.DrawFn) -> Case:
 def test_no_bound_is_below_the_dense_norm(case: Case, dtype: torch.dtype) -> None:
     op = hard_operator(case, dtype)
     truth = dense_norm(op)
-    assert violations(op, truth=truth) == {}
+    assert violations(op, ("auto", "dense", "circulant", "fft", "rowsum"), truth) == {}
     lower, upper = operator_norm_interval(op)
     assert float(lower) <= truth * (1 + SVD) <= float(upper) * (1 + 2 * SVD)
 
 
-@settings(max_examples=200)
+@settings(max_examples=30)
+@given(cases(max_size=6))
+def test_gram_iteration_is_not_below_the_dense_norm(case: Case) -> None:
+    assert violations(hard_operator(case, torch.float64), ("gram",)) == {}
+
+
+@settings(max_examples=150)
 @given(wild_cases())
 def test_no_bound_is_below_the_dense_norm_of_wild_geometries(case: Case) -> None:
     assert violations(hard_operator(case, torch.float64)) == {}
@@ -86,7 +105,12 @@ def test_no_bound_is_below_the_dense_norm_of_wild_geometries(case: Case) -> None
 @given(case=cases(), dtype=st.sampled_from(DTYPES))
 def test_no_bound_is_below_the_dense_norm_often(case: Case, dtype: torch.dtype) -> None:
     op = hard_operator(case, dtype)
-    assert violations(op, ("auto", "fft", "circulant", "dense")) == {}
+    truth = dense_norm(op)
+    # "auto" is "dense" for these, so half of them are given to what it does with larger ones.
+    assert violations(op, ("auto" if case.seed % 2 else "dense", "fft", "circulant"), truth) == {}
+    if case.seed % 2 == 0:
+        with as_if_large():
+            assert violations(op, ("auto",), truth) == {}
 
 
 @pytest.mark.slow
@@ -99,15 +123,11 @@ def test_no_bound_is_below_the_dense_norm_of_wild_geometries_often(case: Case) -
 @settings(max_examples=60)
 @given(case=cases())
 def test_auto_holds_where_it_is_not_dense(case: Case) -> None:
-    """Small operators go to "dense" at once; here as if they were not small."""
-    before = bound_module._QUICK, bound_module._AFFORDABLE
-    bound_module._QUICK, bound_module._AFFORDABLE = 0, 0
-    try:
-        assert violations(hard_operator(case, torch.float64), ("auto",)) == {}
-        bound_module._AFFORDABLE = math.inf
-        assert violations(hard_operator(case, torch.float64), ("auto",)) == {}
-    finally:
-        bound_module._QUICK, bound_module._AFFORDABLE = before
+    op = hard_operator(case, torch.float64)
+    truth = dense_norm(op)
+    for affordable in (0.0, math.inf):
+        with as_if_large(affordable):
+            assert violations(op, ("auto",), truth) == {}
 
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
