@@ -133,7 +133,10 @@ class Search:
             points = len(own) * own[0].points
             quick = points <= 4 * self._riesz_grid(None).points or points * groups * n**3 <= _AFFORDABLE
             best = min(best, self.circulant() if exact or quick else self.fft(None), key=_value)
-        if exact or work > _AFFORDABLE or best[0] <= self.lower() * (1 + _CLOSE):
+        if exact or work > 8 * _AFFORDABLE:
+            return best
+        gain = _CLOSE * max(1.0, work / _AFFORDABLE)  # a matrix that takes longer has to gain more
+        if best[0] <= self.lower() * (1 + gain):
             return best
         return min(best, self.dense(), key=_value)
 

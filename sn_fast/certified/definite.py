@@ -47,8 +47,8 @@ def eigenvalue_bound(
         n = chunk.shape[-1]
         left = chunk.reshape(-1, n, n)
         means = left.diagonal(dim1=-2, dim2=-1).real.mean(dim=-1)
-        left = left[means > 0]  # the others are zero
-        while len(left := left[~_below(left, limit)]):
+        left = _where(means > 0, left)  # the others are zero
+        while len(left := _where(~_below(left, limit), left)):
             # A matrix drawn from those that remain exceeds half of them on average, so a few rounds suffice.
             largest = float(means.max())
             if find_eigenvalues:
@@ -62,10 +62,17 @@ def eigenvalue_bound(
     return limit * (1 + 4 * (n + 2) * n * UNIT_ROUNDOFF)
 
 
+def _where(mask: Tensor, matrices: Tensor) -> Tensor:
+    """Those matrices; all without a copy."""
+    return matrices if bool(mask.all()) else matrices[mask]
+
+
 def _below(matrices: Tensor, limit: float) -> Tensor:
     """Whether limit I - G has a Cholesky factor, for each matrix G."""
     if limit <= 0:
         return matrices.new_zeros(len(matrices), dtype=torch.bool)
     shifted = -matrices
     shifted.diagonal(dim1=-2, dim2=-1).add_(limit)
-    return torch.linalg.cholesky_ex(shifted).info == 0
+    # Transposed, which is as definite, it is laid out as the factorisation works, in place.
+    info = torch.empty(len(shifted), dtype=torch.int32, device=matrices.device)
+    return torch.linalg.cholesky_ex(shifted.mT, out=(shifted.mT, info)).info == 0
