@@ -1,8 +1,10 @@
-"""Shared by all tests: the published outputs, and a fixed seed."""
+"""Shared by all tests: the published outputs, a fixed seed, and packages that are not there."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -38,3 +40,21 @@ def published():
             return dict(data)
 
     return load
+
+
+@pytest.fixture
+def uninstalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make a package look as if it were not installed."""
+
+    def hide(package: str) -> None:
+        class Finder:
+            @staticmethod
+            def find_spec(name: str, *args: object) -> None:
+                if name == package:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        for module in [m for m in sys.modules if m.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+
+    return hide

@@ -4,8 +4,9 @@
 >>> print(table(result.config, result.metrics))
 """
 
+from ..errors import UserError
 from .config import TrainConfig
-from .errors import Interrupted, UserError
+from .errors import Interrupted
 from .job import RunResult, resume, train
 from .report import table
 

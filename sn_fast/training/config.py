@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from .adversary import Adversary
-from .errors import UserError
 
 SCHEMES = ("erm", "fgm", "pgm", "wrm")
 NORMS = ("2", "inf", "1")

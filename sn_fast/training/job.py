@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError, require
+from ..running import progress_bar, torch_threads
 from .config import TrainConfig, json_number
 from .data import Split, load_split
-from .errors import Diverged, Interrupted, UserError, require
+from .errors import Diverged, Interrupted
 from .evaluate import accuracy, attacked, distinct, evaluate, evaluations
 from .loop import Trainee
 from .network import layer_norms
@@ -51,7 +52,7 @@ def train(config: TrainConfig, out: str | os.PathLike[str] | None = None, *, pro
     split = load_split(config.data, config.train_size, config.seed, config.device)
     folder = RunFolder.create(out, default=f"{config.data}-{config.scheme}-beta{config.beta:g}-seed{config.seed}")
     folder.write_json("config.json", config.to_json())
-    with _torch_threads(config.threads):
+    with torch_threads(config.threads):
         return _Run(config, folder, split).complete(progress)
 
 
@@ -79,7 +80,7 @@ def resume(
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"argument --resume: {path} was trained on CUDA, and this PyTorch sees no CUDA device")
     split = load_split(config.data, config.train_size, config.seed, config.device)
-    with _torch_threads(config.threads):
+    with torch_threads(config.threads):
         run = _Run(config, folder, split)
         run.load(state)
         return run.complete(progress)
@@ -126,7 +127,7 @@ class _Run:
             self._save()
         batches = math.ceil(len(self.split.train) / config.batch_size) * len(self.trainees)
         every = math.ceil(config.epochs / _TEST_POINTS)
-        with _bar(progress, "training", config.epochs * batches, self.epoch * batches) as bar:
+        with progress_bar(progress, "training", config.epochs * batches, self.epoch * batches) as bar:
             for epoch in range(self.epoch + 1, config.epochs + 1):
                 bar.set_description_str(f"epoch {epoch}/{config.epochs}", refresh=False)
                 for trainee in self.trainees:
@@ -174,7 +175,7 @@ class _Run:
     def _finish(self, progress: bool) -> RunResult:
         attacks = len(distinct(*evaluations(self.config))) * len(self.split.items())
         final = {}
-        with _bar(progress, "evaluating", attacks * len(self.trainees)) as bar:
+        with progress_bar(progress, "evaluating", attacks * len(self.trainees)) as bar:
             for trainee in self.trainees:
                 with self._divergence_explained(trainee, self.epoch):
                     measured = evaluate(trainee.model, self.split, self.config, lambda: bar.update(1))
@@ -187,29 +188,3 @@ class _Run:
         self.folder.write_json("metrics.json", metrics)
         write_plots(self.folder, self.config, metrics)
         return RunResult(self.folder.path, self.config, metrics)
-
-
-@contextmanager
-def _torch_threads(number: int) -> Iterator[None]:
-    """Sums depend in their last bits on the number of threads, so a run keeps its own from the first weight on."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _bar(progress: bool, title: str, total: int, done: int = 0) -> Any:
-    # Where there is no terminal to redraw, every update is a line more.
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return require("tqdm").tqdm(
-        desc=title,
-        total=total,
-        initial=done,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",  # fits into 80 columns
-        disable=not progress,
-        file=sys.stderr,
-        mininterval=interval,
-        dynamic_ncols=True,
-    )

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError, first_line
+from ..files import replace_file
 
 _FORMAT = 1
 
@@ -58,7 +59,7 @@ class RunFolder:
             return json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(
-                f"argument --resume: {path} is missing or damaged ({_first_line(error)}); restore a copy, "
+                f"argument --resume: {path} is missing or damaged ({first_line(error)}); restore a copy, "
                 "or start a new run"
             ) from None
 
@@ -78,29 +79,21 @@ class RunFolder:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can fail in any way
             raise UserError(
-                f"argument --resume: {path} is damaged ({_first_line(error)}); restore a copy, or start a new run"
+                f"argument --resume: {path} is damaged ({first_line(error)}); restore a copy, or start a new run"
             ) from None
         if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
             raise UserError(f"argument --resume: {path} is no checkpoint of this version; start a new run")
         return state
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file as a whole: whoever dies in between leaves the old one."""
+        """Replace a file as a whole."""
         target = self.path / name
-        temporary = self.path / f".{name}.part"
         try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"cannot write {target}: {error.strerror}; put that right, then continue with --resume {self.path}"
-                ) from None
-            raise
+            replace_file(target, content)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {target}: {error.strerror}; put that right, then continue with --resume {self.path}"
+            ) from None
 
 
 def _make_unused(path: Path) -> Path:
@@ -113,7 +106,3 @@ def _make_unused(path: Path) -> Path:
         except FileExistsError:
             number += 1
             candidate = path.with_name(f"{path.name}-{number}")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]

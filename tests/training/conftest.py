@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +34,6 @@ def tiny_run(few_digits: None, tmp_path: Path) -> Any:
         return train(TrainConfig.create(**{**TINY, **options}), tmp_path / name)
 
     return run
-
-
-@pytest.fixture
-def uninstalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make a package look as if it were not installed."""
-
-    def hide(package: str) -> None:
-        class Finder:
-            @staticmethod
-            def find_spec(name: str, *args: object) -> None:
-                if name == package:
-                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-        for module in [m for m in sys.modules if m.partition(".")[0] == package]:
-            monkeypatch.delitem(sys.modules, module)
-        monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
-
-    return hide
 
 
 def without_times(value: Any) -> Any:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sn_fast.errors import require
 from sn_fast.training import UserError
 from sn_fast.training.data import Samples, load, load_split
-from sn_fast.training.errors import require
 
 
 @pytest.mark.parametrize(("name", "count", "side"), [("digits", 1797, 8), ("mnist5k", 5000, 28)])
