@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
@@ -37,22 +36,32 @@ def gram_matrix(kernel: Tensor, geometry: Geometry) -> tuple[Tensor, float]:
     if rows > columns:
         taps, reads = taps.mT, [s.mT for s in reads]
     width = taps.shape[2]
-    places = math.prod(s.shape[1] for s in reads)
+    sizes = [s.shape[1] for s in reads]
+    places = math.prod(sizes)
+    couplings = [{(i, j): (s[i] @ s[j].T).to_sparse() for i in range(len(s)) for j in range(len(s))} for s in reads]
     gram = taps.new_zeros(taps.shape[1], places, width, places, width)
     tap_indices = list(itertools.product(*(range(len(s)) for s in reads)))
     for (t, at), (u, other) in itertools.product(enumerate(tap_indices), repeat=2):
-        couplings = functools.reduce(
-            torch.kron, (s[i] @ s[j].T for s, i, j in zip(reads, at, other)), torch.ones(1, 1, dtype=torch.float32)
-        )
-        here, there = couplings.nonzero(as_tuple=True)
+        here, there, counts = _kron([c[pair] for c, pair in zip(couplings, zip(at, other))], sizes)
         if len(here):
-            counts = couplings[here, there].to(gram)[:, None, None, None]
-            gram[:, here.to(gram.device), :, there.to(gram.device)] += counts * (taps[t] @ taps[u].mT)
+            product = counts.to(gram)[:, None, None, None] * (taps[t] @ taps[u].mT)
+            gram[:, here.to(gram.device), :, there.to(gram.device)] += product
     # Error: the roundings of one element times a bound of | |A| |A|^T |.
     absolute = float(torch.linalg.vector_norm(taps, dim=(-2, -1)).sum(dim=0).max())
     absolute *= math.prod(padding_norm(axis, geometry.mode) for axis in geometry.axes)
     roundings = len(taps) ** 2 + taps.shape[3] + 8
     return gram.reshape(len(gram), places * width, -1), 4 * roundings * UNIT_ROUNDOFF * absolute**2
+
+
+def _kron(factors: list[Tensor], sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and values of the nonzeros of the Kronecker product of sparse matrices (size, size)."""
+    rows, columns, values = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    for factor, size in zip(factors, sizes):
+        row, column = factor.indices()
+        rows = (rows[:, None] * size + row).flatten()
+        columns = (columns[:, None] * size + column).flatten()
+        values = (values[:, None] * factor.values()).flatten()
+    return rows, columns, values
 
 
 def _sides(kernel: Tensor, geometry: Geometry) -> tuple[int, int]:
