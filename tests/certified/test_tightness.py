@@ -74,7 +74,9 @@ def test_auto_is_never_looser_than_fft(case: Case) -> None:
 @given(cases())
 def test_dense_is_within_a_hundred_thousandth(case: Case) -> None:
     op = case.operator()
-    assert float(operator_norm_bound(op, method="dense")) <= dense_norm(op) * (1 + 1e-5)
+    # A layer that reads nothing but padding has norm zero, but the rounding of its weight's size.
+    rounding = 1e-6 * float(op.weight.norm())
+    assert float(operator_norm_bound(op, method="dense")) <= dense_norm(op) * (1 + 1e-5) + rounding
 
 
 def test_dense_is_close_for_a_matrix_too_large_for_eigenvalues() -> None:
