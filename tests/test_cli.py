@@ -118,15 +118,15 @@ def test_ctrl_c_says_how_to_continue(capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise Interrupted(Path("runs/mine"))
 
-    monkeypatch.setattr("sn_fast.cli.train", interrupted)
+    monkeypatch.setattr("sn_fast.cli.train.train", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr() == ("", "sn-fast: interrupted; continue with: sn-fast train --resume runs/mine\n")
-    monkeypatch.setattr("sn_fast.cli.train", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("sn_fast.cli.train.train", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["train"]) == 130
     assert capsys.readouterr() == ("", "sn-fast: interrupted\n")
 
 
-@pytest.mark.parametrize("command", ["train", "info"])
+@pytest.mark.parametrize("command", ["train", "norms", "info"])
 def test_help_shows_an_example(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

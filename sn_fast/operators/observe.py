@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,17 +34,25 @@ def observed_input_sizes(
         module.register_forward_pre_hook(watch(name, _spatial_axes(module)), with_kwargs=True)
         for name, module in layers.items()
     ]
-    training = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(*example_input) if isinstance(example_input, tuple) else model(example_input)
     finally:
         for handle in handles:
             handle.remove()
+    return sizes
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in eval mode."""
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
         for m, flag in training.items():
             m.training = flag
-    return sizes
 
 
 def _spatial_axes(module: nn.Module) -> int:

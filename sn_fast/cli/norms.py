@@ -1,0 +1,149 @@
+"""``sn-fast norms``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..inspection import inspect_model, load_checkpoint, load_model, plot, table
+from ..inspection.plot import check_plot
+from ..inspection.table import document
+from ..operators.describe import times
+from ..running import torch_threads
+
+_DEFAULT_SIZE = "3x224x224"
+_DEFAULT_TOL = 3e-3
+
+_DESCRIPTION = """\
+Print a certified interval [at least, at most] of the spectral norm of every Linear,
+Embedding and (transposed) convolution layer: of the layer's true linear map at the
+input size that the network gives it, for the weights in use. Beside it, for
+convolutions, the norm of the kernel reshaped to a matrix, which
+torch.nn.utils.parametrizations.spectral_norm divides by, and how far that is off.
+"""
+_EXAMPLE = """\
+example:
+  sn-fast norms torchvision:resnet50 --pretrained --plot resnet50.png
+  sn-fast norms nets:make --checkpoint best.pt --input-size 1x28x28      def make() in nets.py returns the model
+  sn-fast norms resnet18 --include 'layer4.*conv' --json
+"""
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "norms",
+        help="certified spectral norms of a model's layers",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a factory module:function (importable from here; called without arguments), or a name that torchvision "
+        "or timm has, of the first that has it; torchvision:NAME or timm:NAME decides",
+    )
+    weights = model.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="state dict to load, plain or under a key such as state_dict or model; .safetensors will do too",
+    )
+    weights.add_argument("--pretrained", action="store_true", help="published weights of torchvision or timm")
+    model.add_argument(
+        "--input-size",
+        default=_DEFAULT_SIZE,
+        metavar="CxHxW",
+        help=f"of one input of the network, without the batch (default: {_DEFAULT_SIZE})",
+    )
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument("--include", metavar="REGEX", help="only layers whose name matches (re.search)")
+    measuring.add_argument("--exclude", metavar="REGEX", help="no layers whose name matches")
+    measuring.add_argument(
+        "--tol",
+        type=float,
+        default=_DEFAULT_TOL,
+        help=f"of the iteration for the lower ends (default: {_DEFAULT_TOL:g}); smaller is sharper and slower",
+    )
+    measuring.add_argument(
+        "--device", default="auto", metavar="{auto,cpu,cuda}", help="auto (default): CUDA if present"
+    )
+    measuring.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU (default: all cores)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON document in place of the table")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="bars of the norms: .png, .pdf or .svg")
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    input_size = _size(options.input_size)
+    device = _device(options.device)
+    threads = _threads(options.threads)
+    if not 0 < options.tol < 1:
+        raise UserError(f"argument --tol: {options.tol:g} will not do: give a number between 0 and 1")
+    if options.plot is not None:
+        check_plot(options.plot)
+    if os.getcwd() not in sys.path:  # as with python -m
+        sys.path.insert(0, os.getcwd())
+    with torch_threads(threads):
+        loaded = load_model(options.model, pretrained=options.pretrained)
+        if options.checkpoint is not None:
+            load_checkpoint(loaded.module, options.checkpoint)
+        inspection = inspect_model(
+            loaded.module.to(device),
+            input_size,
+            tol=options.tol,
+            include=options.include,
+            exclude=options.exclude,
+            progress=not options.quiet,
+        )
+    source = {
+        "model": loaded.name,
+        "checkpoint": None if options.checkpoint is None else str(options.checkpoint),
+        "pretrained": options.pretrained,
+        "input_size": list(input_size),
+        "tol": options.tol,
+        "device": str(device),
+        "threads": threads,
+    }
+    weights = options.checkpoint or ("pretrained" if options.pretrained else "weights as made")
+    title = f"{loaded.name}, {weights}, input {times(input_size)}"
+    if options.json:
+        print(json.dumps({**source, **document(inspection)}, allow_nan=False))
+    else:
+        print(title, "", table(inspection), sep="\n")
+    if options.plot is not None:
+        plot(inspection, options.plot, title)
+
+
+def _size(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9][0-9]*([x×,][1-9][0-9]*)*", text):
+        raise UserError(f"argument --input-size: {text} will not do: give numbers such as {_DEFAULT_SIZE}, or 784")
+    return tuple(map(int, re.split("[x×,]", text)))
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"argument --device: {name} will not do: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("argument --device: cuda will not do: this PyTorch sees no CUDA device; give --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _threads(number: int | None) -> int:
+    if number is None:
+        return torch.get_num_threads()  # all cores, or OMP_NUM_THREADS
+    if number < 1:
+        raise UserError(f"argument --threads: {number} will not do: give an integer >= 1")
+    return number
