@@ -80,3 +80,11 @@ def test_nothing_moves():
     spectral_norm_summary(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+def test_the_bound_is_rounded_up():
+    layer = nn.Linear(1, 1)
+    layer.weight.data.fill_(0.1234561)
+    (cells,) = rows(sn_fast.spectral_norm(layer)).values()
+    assert cells[1] == "0.123456"
+    assert float(cells[4]) >= 0.123457
