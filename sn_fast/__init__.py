@@ -21,6 +21,7 @@ from .spectral import (
     remove_spectral_norm,
     sigmas,
     spectral_norm,
+    spectral_norm_summary,
     update_spectral_norm,
 )
 
@@ -46,5 +47,6 @@ __all__ = [
     "sigmas",
     "singular_values",
     "spectral_norm",
+    "spectral_norm_summary",
     "update_spectral_norm",
 ]

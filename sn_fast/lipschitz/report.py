@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..files import replace_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -120,7 +122,7 @@ class LipschitzReport:
         path = Path(target)
         image = io.BytesIO()
         figure.savefig(image, dpi=_DPI, format=path.suffix.lstrip(".").lower() or "png")
-        _write(path, image.getvalue())
+        replace_file(path, image.getvalue())
 
     def _draw(self, axes: Axes, layers: list[LayerBound]) -> None:
         constants = [layer.constant or 0.0 for layer in layers]
@@ -167,14 +169,3 @@ def _matplotlib(module: str) -> Any:
         if error.name != "matplotlib":  # installed, but broken: its own message says more
             raise
         raise ImportError("plots need the package matplotlib; run: pip install 'sn_fast[train]'") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: whoever dies in between leaves the old one."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -9,6 +9,7 @@ from .model import (
     spectral_norm,
     update_spectral_norm,
 )
+from .summary import spectral_norm_summary
 
 __all__ = [
     "ClippedSpectrum",
@@ -18,5 +19,6 @@ __all__ = [
     "remove_spectral_norm",
     "sigmas",
     "spectral_norm",
+    "spectral_norm_summary",
     "update_spectral_norm",
 ]

@@ -184,7 +184,7 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
     Raises:
         ValueError: nothing here is normalised by sn_fast, or another parametrization sits on the same weight.
     """
-    found = list(_normalised_modules(module_or_model))
+    found = list(normalised_modules(module_or_model))
     if not found:
         raise ValueError("remove_spectral_norm: no layer here is normalised by sn_fast")
     for _, module, name in found:
@@ -333,7 +333,7 @@ def _pattern(argument: str, text: str) -> re.Pattern[str]:
         raise ValueError(f"{argument}: {text!r} is no regular expression ({error})") from None
 
 
-def _normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(path, module, parameter name) of every normalised weight below ``model``."""
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
@@ -345,7 +345,7 @@ def _normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]
 
 def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
     """(layer name, parametrization) of every normalised weight; the parameter's name is added unless "weight"."""
-    for path, module, name in _normalised_modules(model):
+    for path, module, name in normalised_modules(model):
         for p in chain(module, name):
             if isinstance(p, SpectralNorm):
                 yield (path if name == "weight" else f"{path}.{name}".lstrip(".")), p

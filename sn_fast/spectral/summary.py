@@ -13,7 +13,7 @@ from ..operators.describe import aligned, times, window
 from ..operators.linear import TRANSPOSED_CONVOLUTIONS, LinearOperator, chain
 from ..operators.observe import evaluating
 from ..reference.geometry import Geometry
-from .model import _normalised_modules
+from .model import normalised_modules
 from .parametrization import SpectralNorm
 
 _HEAD = ("layer", "operator", "sigma", "beta", "mode", "norm in use at most")
@@ -37,7 +37,7 @@ def spectral_norm_summary(model: nn.Module) -> str:
     with evaluating(model), torch.no_grad():
         rows = [
             _cells(path if name == "weight" else f"{path}.{name}".lstrip("."), p, getattr(module, name))
-            for path, module, name in _normalised_modules(model)
+            for path, module, name in normalised_modules(model)
             for p in chain(module, name)
             if isinstance(p, SpectralNorm)
         ]
