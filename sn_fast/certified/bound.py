@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..operators.linear import LinearOperator, per_axis
 from ..operators.norm import ConvergenceWarning, check_operator, operator_norm
+from ..reference.linear_map import compute_dtype
 from .definite import eigenvalue_bound
 from .dense import gram_matrix, gram_size
 from .grid import Grid, every_size, own_size, padding_norm, padding_norm_at_every_size, riesz_sizes
@@ -193,7 +194,10 @@ class Search:
         if self._lower is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                self._lower = float(operator_norm(self.op, tol=1e-4))  # type: ignore[arg-type]
+                # Of the scaled kernel, so that float32 does not overflow.
+                kernel = self.problem.kernel.reshape(self.op.weight.shape).to(compute_dtype(self.op.weight))
+                norm = operator_norm(LinearOperator(kernel, self.op.geometry), tol=1e-4)
+                self._lower = math.ldexp(float(norm), self.problem.exponent)  # type: ignore[arg-type]
         return self._lower
 
     def _on_grid(self, symbol: Symbol, grid: Grid, give_up: float = math.inf) -> float:

@@ -55,7 +55,8 @@ def gram_matrix(kernel: Tensor, geometry: Geometry) -> tuple[Tensor, float]:
 
 def _kron(factors: list[Tensor], sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and values of the nonzeros of the Kronecker product of sparse matrices (size, size)."""
-    rows, columns, values = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    rows = columns = torch.zeros(1, dtype=torch.int64, device="cpu")
+    values = torch.ones(1, dtype=torch.float64, device="cpu")
     for factor, size in zip(factors, sizes):
         row, column = factor.indices()
         rows = (rows[:, None] * size + row).flatten()
@@ -71,7 +72,7 @@ def _sides(kernel: Tensor, geometry: Geometry) -> tuple[int, int]:
 
 def _reads(axis: Axis, mode: str) -> Tensor:
     """S (kernel, out, size): 1 where tap t of output o reads input position i."""
-    reads = torch.zeros(axis.kernel, axis.out, axis.size, dtype=torch.float32)  # exact counts below 2^24
+    reads = torch.zeros(axis.kernel, axis.out, axis.size, dtype=torch.float32, device="cpu")  # exact counts below 2^24
     for t, o in itertools.product(range(axis.kernel), range(axis.out)):
         position = axis.position(o, t, mode)
         if position is not None:

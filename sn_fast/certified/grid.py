@@ -44,12 +44,14 @@ class Grid:
             [(step * (2 * g + round(2 * shift))) % (2 * size) for g in range(size)]  # in half spacings: integers
             for size, shift, step in zip(self.sizes, self.shifts, self.steps)
         ]
-        points = torch.cartesian_prod(*(torch.tensor(sorted(set(a))) for a in axes)).reshape(-1, len(axes))
-        whole = torch.tensor([2 * size for size in self.sizes])
+        points = torch.cartesian_prod(*(torch.tensor(sorted(set(a)), device="cpu") for a in axes)).reshape(
+            -1, len(axes)
+        )
+        whole = torch.tensor([2 * size for size in self.sizes], device="cpu")
         # Each of the pair has a number; keep the smaller of theta and -theta.
-        weights = torch.tensor([math.prod(2 * n for n in self.sizes[i + 1 :]) for i in range(len(axes))])
+        weights = torch.tensor([math.prod(2 * n for n in self.sizes[i + 1 :]) for i in range(len(axes))], device="cpu")
         kept = points[(points @ weights) <= ((-points) % whole) @ weights]
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(_SEED))
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(_SEED), device="cpu")
         return kept[order].double() / whole
 
 

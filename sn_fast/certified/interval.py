@@ -44,9 +44,9 @@ def operator_norm_interval(
         with warnings.catch_warnings():
             # The upper end shows how far the lower one is off.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            sigma, _, v = operator_norm(op, tol=tol, start=start, return_vectors=True)
+            _, _, v = operator_norm(op, tol=tol, start=start, return_vectors=True)
         lower = attained_norm(op, v)
-        upper, info = Search(op, tightness=1.01, lower=max(lower, float(sigma))).auto()
+        upper, info = Search(op, tightness=1.01, lower=lower).auto()
     ends = (torch.tensor(end, dtype=torch.float64, device=op.weight.device) for end in (lower, upper))
     return (*ends, info) if return_info else tuple(ends)  # type: ignore[return-value]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WORK = 2e10  # multiplications, and bytes of the unfolded input, that one product may cost
 _BYTES = 1 << 28
 _MOST_ITERATIONS = 8  # more gain less than rank^(1/2^10)
+_GAIN = 1e-4  # an iteration that gains less is the last
 _SUMS = 1e-9  # rounding of the row sums themselves, generously
 
 
@@ -44,6 +46,7 @@ def _of_group(p: Tensor) -> tuple[float, int]:
     # Scales and rounding errors of each product; undone backwards at the end.
     gram, scale, error = _convolved(p, p.transpose(0, 1).flip(list(range(2, p.ndim))))
     history = [(scale, error)]
+    before = bound = _undone(_row_sum(gram), history)
     while len(history) - 1 < _MOST_ITERATIONS:
         size = gram[0, 0].numel()
         spread = size * size * 2.0 ** (gram.ndim - 2)
@@ -51,12 +54,18 @@ def _of_group(p: Tensor) -> tuple[float, int]:
             break
         gram, scale, error = _convolved(gram, gram)
         history.append((scale, error))
-    bound = _row_sum(gram)
-    for t, (scale, error) in enumerate(reversed(history)):
-        bound = (bound + error) * scale
-        if t < len(history) - 1:
-            bound **= 0.5
-    return bound**0.5 * (1 + _SUMS), len(history) - 1
+        before, bound = bound, _undone(_row_sum(gram), history)
+        if bound > before * (1 - _GAIN):
+            break
+    return min(before, bound) * (1 + _SUMS), len(history) - 1
+
+
+def _undone(bound: float, history: list[tuple[float, float]]) -> float:
+    """The bound of the norm that follows from one of the last power: lambda_t^2 <= scale (lambda_{t+1} + error)."""
+    for scale, error in reversed(history[1:]):
+        bound = math.sqrt((bound + error) * scale)
+    scale, error = history[0]
+    return math.sqrt((bound + error) * scale)
 
 
 def _convolved(a: Tensor, b: Tensor) -> tuple[Tensor, float, float]:

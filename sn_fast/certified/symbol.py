@@ -119,4 +119,6 @@ def _products(cells: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def _box(ranges: Sequence[tuple[int, int]]) -> Tensor:
     """All integer points of a box, (points, axes), in lexicographic order."""
-    return torch.cartesian_prod(*(torch.arange(low, high) for low, high in ranges)).reshape(-1, len(ranges))
+    return torch.cartesian_prod(*(torch.arange(low, high, device="cpu") for low, high in ranges)).reshape(
+        -1, len(ranges)
+    )

@@ -18,6 +18,7 @@ from .linear import LinearOperator, as_int
 _DEFAULT_MAX_ITERATIONS = {"power": 2000, "lanczos": 400, "block": 1000}
 _BLOCK = 4
 _WINDOW = 32  # Lanczos vectors kept before a restart
+_LOOKING = 12  # iterations after a warm start that look for a larger singular value
 _KEPT = 4  # Ritz vectors that a restart keeps
 DENSE_LIMIT = 1 << 26  # elements of a dense matrix, 512 MiB in float64
 
@@ -55,7 +56,8 @@ def operator_norm(
         max_iterations: applications of A and A^T; None: 2000 (power), 400 (lanczos), 1000 (block).
         generator: of the random start; None: a fixed seed, so that equal calls give equal results.
         start: singular vectors (u, v) to start from, those of an earlier call or of a similar weight: u (*out_shape),
-            v (*in_shape). The random start stays part of "lanczos" and "block", so a poor one does no harm.
+            v (*in_shape). "lanczos" and "block" also start from random vectors and spend a few iterations on them,
+            in case these belong to a smaller singular value; "power" does not.
         return_vectors: also return the unit singular vectors.
 
     Returns:
@@ -82,7 +84,8 @@ def operator_norm(
         else:
             limit = max_iterations or _DEFAULT_MAX_ITERATIONS[method]
             solve = {"power": _power, "lanczos": _lanczos, "block": _block}[method]
-            triple = solve(problem, limit, tol, problem.starts(1 if method != "block" else _BLOCK, warm, generator))
+            starts = problem.starts(1 if method != "block" else _BLOCK, warm, generator)
+            triple = solve(problem, limit, tol, starts, 0 if warm is None else _LOOKING)
             _warn_unless_converged(triple, method, limit, tol)
         sigma, group = triple.sigma.max(dim=0)
         sigma = sigma * problem.scale
@@ -229,7 +232,7 @@ def _warn_unless_converged(triple: Triple, method: str, limit: int, tol: float) 
     )
 
 
-def _power(problem: Grouped, limit: int, tol: float, starts: Tensor) -> Triple:
+def _power(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
     v = starts[0]
     for _ in range(limit):
         u, value = unit(problem.matvec(v[None]))
@@ -240,7 +243,7 @@ def _power(problem: Grouped, limit: int, tol: float, starts: Tensor) -> Triple:
     return triple
 
 
-def _lanczos(problem: Grouped, limit: int, tol: float, starts: Tensor) -> Triple:
+def _lanczos(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
     """Golub-Kahan-Lanczos in Ritz form: expand the basis V by the residual of its best singular pair.
 
     The residual of the Ritz pair spans the next Krylov direction, so this is Lanczos with full reorthogonalisation;
@@ -250,15 +253,22 @@ def _lanczos(problem: Grouped, limit: int, tol: float, starts: Tensor) -> Triple
     images = problem.matvec(basis)
     for i in range(limit):
         rotation = ritz_rotation(images)
-        v, image = combine(rotation[:, :, :1], basis), combine(rotation[:, :, :1], images)
+        # With a warm start the second pair first, which grows from the random start: the warm one may have become, or
+        # always been, that of a smaller singular value.
+        second = i < min(looking, limit - 1) and basis.shape[0] > 1
+        chosen = rotation[:, :, int(second) : int(second) + 1]
+        v, image = combine(chosen, basis), combine(chosen, images)
         u, value = unit(image)
         triple, residual = problem.triple(u[0], v[0], value[0])
-        if _converged(triple, tol) or i == limit - 1:
+        if (_converged(triple, tol) and not second) or i == limit - 1:
             break
         if basis.shape[0] >= _WINDOW:
             best = rotation[:, :, :_KEPT]
             basis, images = combine(best, basis), combine(best, images)
         direction = _orthogonal_direction(residual, basis, floor=triple.sigma)
+        if direction is None and second:
+            looking = 0
+            continue
         if direction is None:  # the basis spans an invariant space of every group: nothing is left to gain
             break
         basis = torch.cat([basis, direction])
@@ -290,15 +300,15 @@ def _orthogonal_direction(residual: Tensor, basis: Tensor, floor: Tensor) -> Ten
     return torch.where(alive[:, None], direction, 0.0) if bool(alive.any()) else None
 
 
-def _block(problem: Grouped, limit: int, tol: float, starts: Tensor) -> Triple:
+def _block(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
     v = orthonormal(starts[: min(problem.n, problem.m)])
-    for _ in range(limit):
+    for i in range(limit):
         image = problem.matvec(v)
         rotation = ritz_rotation(image)
         v, image = combine(rotation, v), combine(rotation, image)
         u, value = unit(image[:1])
         triple, _ = problem.triple(u[0], v[0], value[0])
-        if _converged(triple, tol):
+        if _converged(triple, tol) and i >= looking:  # as for Lanczos: the others grow first
             break
         v = orthonormal(problem.rmatvec(image))
     return triple

@@ -23,6 +23,7 @@ from .norm import (
 
 _SMALL = 1 << 20  # elements of a matrix whose SVD is sooner done than an iteration
 _SPARE = 4  # vectors beyond k: they speed up the last of the k
+_ORTHOGONAL = 1e-3
 _WINDOW = 8  # blocks kept before a restart
 
 
@@ -86,7 +87,9 @@ def _block_lanczos(
         best = rotation[:, :, :block]
         v, image = combine(best, basis), combine(best, images)
         u, sigma = unit(image)
-        residual = problem.rmatvec(u) - sigma[:, :, None] * v
+        # Of a null vector A v is rounding, and says nothing of where to look.
+        null = sigma <= 8 * torch.finfo(sigma.dtype).eps * problem.n**0.5 * sigma.amax()
+        residual = torch.where(null[:, :, None], 0.0, problem.rmatvec(u) - sigma[:, :, None] * v)
         off = torch.linalg.vector_norm(residual, dim=2)
         worst, largest = off[:k].max(), sigma.max()
         if bool(worst <= tol * largest) or i == limit - 1:
@@ -99,6 +102,8 @@ def _block_lanczos(
         direction, _ = unit(torch.where(done, problem.random(block, generator), residual))
         for _ in range(2):
             direction = orthonormal(direction - combine(torch.einsum("jgn,kgn->gjk", basis, direction), basis))
+        overlap = torch.einsum("jgn,kgn->kgj", basis, direction).norm(dim=2, keepdim=True)
+        direction = torch.where(overlap < _ORTHOGONAL, direction, 0.0)  # where nothing new was left
         basis = torch.cat([basis, direction])
         images = torch.cat([images, problem.matvec(direction)])
     if worst > tol * largest:

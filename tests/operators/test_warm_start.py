@@ -60,12 +60,11 @@ def test_a_start_orthogonal_to_the_top_vector_does_no_harm(method: str) -> None:
         orthogonal = torch.randn_like(v)
         orthogonal -= (orthogonal * v).sum() * v
         for start in ((u, orthogonal), (torch.zeros_like(u), torch.zeros_like(v)), (u * 1e-30, v * 1e30), (-u, -v)):
-            torch.testing.assert_close(operator_norm(op, method=method, start=start), sigma, rtol=1e-5, atol=0)
+            # Two of these values are 4e-5 apart, which tol=1e-5 need not tell.
+            found = operator_norm(op, method=method, start=start, tol=1e-7)
+            torch.testing.assert_close(found, sigma, rtol=1e-6, atol=0)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a singular vector has no residual, so the iteration stops before the random start"
-)
 @pytest.mark.parametrize("method", ["lanczos", "block"])
 def test_another_singular_vector_does_no_harm(method: str) -> None:
     op = MatrixOperator(torch.diag(torch.linspace(0.5, 1.5, 60, dtype=torch.float64)))
