@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from ..certified import operator_norm_bound
 from ..certified.problem import Problem
 from ..certified.symbol import Polyphase, split_cells
-from ..operators.linear import LinearOperator, MatrixOperator, Padding, as_int, operator_of
+from ..operators.linear import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    LinearOperator,
+    MatrixOperator,
+    as_int,
+    nominal_size,
+    operator_of,
+)
 from ..reference.geometry import Axis
 from .model import checked_weight
 
@@ -119,22 +127,10 @@ def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ..
             "input_size is needed for padding_mode='circular', where the norm depends on it: give the spatial size of "
             "the layer's input, e.g. input_size=(32, 32)"
         )
-    if input_size is None:
-        input_size = _some_size(module)
+    if input_size is None and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        input_size = nominal_size(module)  # with zero padding the bound is the same for all
     op = operator_of(module, input_size)
     return LinearOperator(op.weight.detach(), op.geometry)
-
-
-def _some_size(module: nn.Module) -> tuple[int, ...] | None:
-    """An input size that a convolution can take; with zero padding the bound is the same for all."""
-    if not hasattr(module, "kernel_size"):
-        return None
-    padding: Padding = module.padding  # type: ignore[assignment]
-    pads = [0] * len(module.kernel_size) if isinstance(padding, str) else padding  # type: ignore[arg-type]
-    return tuple(
-        d * (k - 1) + 1 + 2 * p
-        for k, d, p in zip(module.kernel_size, module.dilation, pads)  # type: ignore[arg-type]
-    )
 
 
 def _bound(op: LinearOperator) -> float:
