@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sn_fast import spectral
+from sn_fast import operator_norm, operator_of, spectral
 from sn_fast.attacks import fgm, pgd, random_start, wrm
 
 from .models import CLASSES, Recorder, conv_net, same_bits, samples
@@ -283,7 +283,7 @@ def test_sigma_still_follows_a_weight_that_moved_before_the_attack(freeze_sn: bo
     after = spectral.sigmas(model)
     for module, sigma in zip((m for m in model if hasattr(m, "parametrizations")), after.values(), strict=True):
         size = {3: (8, 8), 6: (8, 8)}.get(getattr(module, "in_channels", None))
-        exact = spectral.operator_norm(spectral.operator_of(module, size, raw=True))
+        exact = operator_norm(operator_of(module, size, raw=True))
         assert sigma == pytest.approx(float(exact), rel=0.02)
 
 

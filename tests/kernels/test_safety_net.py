@@ -81,6 +81,7 @@ def wrong_orders(module: ModuleType, broken: ModuleType, orders: Sequence[int] =
     return [order for order in orders if not all(map(same_bits, results(broken, order), right))]
 
 
+@pytest.mark.slow
 def test_an_edit_that_changes_nothing_is_not_found(tmp_path: Path, module: ModuleType) -> None:
     """Otherwise what is found below would say nothing."""
     assert len(kinds_of(Call.of(*operators()))) == 10  # every kind, split and whole
