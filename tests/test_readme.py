@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -22,9 +23,9 @@ def test_python_blocks_run_in_order() -> None:
 
 
 def test_example_prints_what_the_readme_shows() -> None:
-    run = subprocess.run(
-        [sys.executable, "examples/true_norms.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # its operators are small, and other tests may be running
+    command = [sys.executable, "examples/true_norms.py"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     shown = re.search(r"examples/true_norms.*?```\n(.*?)```", README, re.DOTALL)
     assert shown
     numbers = [re.findall(r"\d+\.\d+", text) for text in (run.stdout, shown.group(1))]
