@@ -11,6 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..operators.describe import times
 from ..operators.linear import LinearOperator, per_axis
 from ..operators.norm import ConvergenceWarning, check_operator, operator_norm
 from ..reference.linear_map import compute_dtype
@@ -144,7 +145,7 @@ class Search:
     def fft(self, sizes: int | Sequence[int] | None) -> tuple[float, BoundInfo]:
         grid = self._riesz_grid(sizes)
         value = self._on_grid(Symbol(self.problem.kernel, self.problem.polyphases()), grid) * self._padding
-        detail = f"{_times(grid.sizes)} frequencies, Riesz factor {grid.factor:.4f}{_padding_detail(self._padding)}"
+        detail = f"{times(grid.sizes)} frequencies, Riesz factor {grid.factor:.4f}{_padding_detail(self._padding)}"
         return self.problem.unscaled(value), BoundInfo("fft", self._zeros, 1.0, detail)
 
     def circulant(self) -> tuple[float, BoundInfo]:
@@ -153,7 +154,7 @@ class Search:
         best = math.inf
         for grid in own_size(self.problem.geometry, polyphases):
             best = min(best, self._on_grid(symbol, grid, give_up=best))
-        detail = f"{_times(grid.sizes)} frequencies{_padding_detail(grid.factor)}"
+        detail = f"{times(grid.sizes)} frequencies{_padding_detail(grid.factor)}"
         return self.problem.unscaled(best), BoundInfo("circulant", False, 1.0, detail)
 
     def dense(self) -> tuple[float, BoundInfo]:
@@ -243,10 +244,6 @@ def _gram_bytes(shape: tuple[int, int]) -> int:
 
 def _root(value: float) -> float:
     return math.nextafter(math.sqrt(value), math.inf) if value else 0.0
-
-
-def _times(sizes: Sequence[int]) -> str:
-    return " x ".join(map(str, sizes))
 
 
 def _padding_detail(norm: float) -> str:

@@ -48,7 +48,7 @@ def eigenvalue_bound(
         left = chunk.reshape(-1, n, n)
         means = left.diagonal(dim1=-2, dim2=-1).real.mean(dim=-1)
         left = _where(means > 0, left)  # the others are zero
-        while len(left := _where(~_below(left, limit), left)):
+        while len(left := _where(~below(left, limit), left)):
             # A matrix drawn from those that remain exceeds half of them on average, so a few rounds suffice.
             largest = float(means.max())
             if find_eigenvalues:
@@ -67,7 +67,7 @@ def _where(mask: Tensor, matrices: Tensor) -> Tensor:
     return matrices if bool(mask.all()) else matrices[mask]
 
 
-def _below(matrices: Tensor, limit: float) -> Tensor:
+def below(matrices: Tensor, limit: float) -> Tensor:
     """Whether limit I - G has a Cholesky factor, for each matrix G."""
     if limit <= 0:
         return matrices.new_zeros(len(matrices), dtype=torch.bool)

@@ -83,7 +83,7 @@ def own_size(geometry: Geometry, axes: Sequence[Polyphase]) -> list[Grid]:
     wholes: list[tuple[int, tuple[float, ...], int]] = []
     factor = 1.0
     for axis, polyphase in zip(geometry.axes, axes):
-        periodic = _is_periodic(axis, geometry.mode)
+        periodic = is_periodic(axis, geometry.mode)
         step = axis.dilation // math.gcd(axis.stride, axis.dilation)
         if polyphase.cells == 1:
             wholes.append((1, (0.0,), 1))
@@ -101,7 +101,7 @@ def padding_norm(axis: Axis, mode: str) -> float:
 
     It is no factor with zero padding, and with a circular one that makes the layer periodic on the lattice.
     """
-    if mode == "zeros" or _is_periodic(axis, mode):
+    if mode == "zeros" or is_periodic(axis, mode):
         return 1.0
     read = {
         o * axis.stride + t * axis.dilation - axis.before: axis.position(o, t, mode)
@@ -121,7 +121,8 @@ def padding_norm_at_every_size(axis: Axis, mode: str) -> float:
     return math.sqrt(1 + (before > 0) + (after > 0))
 
 
-def _is_periodic(axis: Axis, mode: str) -> bool:
+def is_periodic(axis: Axis, mode: str) -> bool:
+    """Whether this axis of a layer is all, or a part, of a periodic one on its own circle of ``size`` inputs."""
     return mode == "circular" and axis.size % axis.stride == 0 and axis.out * axis.stride <= axis.size
 
 

@@ -28,7 +28,8 @@ def operator_norm_interval(
 
     Args:
         op: the operator.
-        tol: Lanczos stops when |A^T u - sigma v| <= tol * sigma. It moves the lower end alone, and may warn.
+        tol: Lanczos stops when |A^T u - sigma v| <= tol * sigma. It moves the lower end alone;
+            where it is not reached the interval is wider, without a warning.
         start: singular vectors (u, v) to start from, e.g. those of a similar weight; shapes out_shape and in_shape.
         return_info: also return the ``BoundInfo`` of the upper end.
 

@@ -30,9 +30,14 @@ def certified_sigma(weight: Tensor, geometries: Iterable[Geometry], *, every_siz
         return max(_sigma(LinearOperator(weight, g), every_size) for g in geometries)
 
 
-def _sigma(op: LinearOperator, every_size: bool) -> float:
+def layer_bound(op: LinearOperator, *, every_size: bool) -> float:
+    """A bound of the operator's norm at its own input size, or at every one."""
     search = Search(op, _TIGHTNESS, every_size=every_size)
     norm, _ = search.fft(None) if every_size else search.auto()
+    return norm
+
+
+def _sigma(op: LinearOperator, every_size: bool) -> float:
     # Rounding changes an element by a few units, and so the norm by a few units of the norm of |W|.
-    absolute, _ = search.rowsum()
-    return norm + _ROUNDINGS * torch.finfo(op.weight.dtype).eps * absolute
+    absolute, _ = Search(op, _TIGHTNESS, every_size=every_size).rowsum()
+    return layer_bound(op, every_size=every_size) + _ROUNDINGS * torch.finfo(op.weight.dtype).eps * absolute

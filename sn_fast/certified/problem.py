@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..operators.linear import LinearOperator
 from ..reference.geometry import Axis, Geometry
 from .symbol import Polyphase
 
+T = TypeVar("T", float, Tensor)
 _ONE_PIXEL = Axis(size=1, out=1, kernel=1, stride=1, dilation=1, before=0)
 
 
@@ -37,9 +39,7 @@ class Problem:
             weight, geometry = weight[..., None], replace(geometry, axes=(_ONE_PIXEL,))
         exponent = math.frexp(float(weight.abs().max()))[1]
         kernel = weight.reshape(geometry.groups, -1, *weight.shape[1:])
-        for part in (exponent // 2, exponent - exponent // 2):  # 2^1074 alone would overflow
-            kernel = kernel * 2.0**-part
-        return cls(kernel, exponent, replace(geometry, transposed=False))
+        return cls(times_power_of_two(kernel, -exponent), exponent, replace(geometry, transposed=False))
 
     def polyphases(self) -> tuple[Polyphase, ...]:
         """The symbol's axes."""
@@ -69,3 +69,8 @@ class Problem:
             return math.nextafter(math.ldexp(value, self.exponent), math.inf) if value else 0.0
         except OverflowError:
             return math.inf
+
+
+def times_power_of_two(x: T, exponent: int) -> T:
+    """x 2^exponent, also where 2^exponent alone is no float."""
+    return x * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reference.geometry import Axis, Geometry
+from ..reference.geometry import Axis
 
 UNIT_ROUNDOFF = 2.0**-53
 _COEFFICIENT_BYTES = 1 << 29
@@ -37,14 +37,6 @@ class Polyphase:
     def of(cls, axis: Axis) -> Polyphase:
         phases = axis.stride // math.gcd(axis.stride, axis.dilation)
         return cls(phases, -(-axis.kernel // phases))
-
-
-def group_matrices(weight: Tensor, geometry: Geometry) -> Tensor:
-    """The weight as (groups, rows, columns, *kernel) in float64: rows are outputs of the convolution proper, which is
-    the adjoint of a transposed layer.
-    """
-    rows = weight.shape[0] // geometry.groups
-    return weight.detach().double().reshape(geometry.groups, rows, *weight.shape[1:])
 
 
 class Symbol:

@@ -239,22 +239,17 @@ def nominal_size(module: nn.Module) -> tuple[int, ...]:
     Stands for every size where the size does not matter.
     """
     assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+    pads = _pads(module.padding, module.kernel_size, module.stride, module.dilation, module.transposed)
     sizes = []
-    for i, whole in enumerate(whole_window_size(module)):
-        kernel, stride, dilation = module.kernel_size[i], module.stride[i], module.dilation[i]
-        extent = dilation * (kernel - 1) + 1
+    for whole, kernel, stride, dilation, pad in zip(
+        whole_window_size(module), module.kernel_size, module.stride, module.dilation, pads
+    ):
         if whole is not None or module.transposed:
             sizes.append(whole or _NOMINAL_OUTPUTS)
             continue
-        padding = (
-            extent - 1
-            if module.padding == "same"
-            else 0
-            if isinstance(module.padding, str)
-            else (2 * module.padding[i])
-        )
-        least = extent + padding + 1
-        sizes.append(least + (extent - padding - least) % stride + _NOMINAL_OUTPUTS * stride)
+        extent = dilation * (kernel - 1) + 1
+        least = extent + sum(pad) + 1
+        sizes.append(least + (extent - sum(pad) - least) % stride + _NOMINAL_OUTPUTS * stride)
     return tuple(sizes)
 
 

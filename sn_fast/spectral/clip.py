@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..certified import operator_norm_bound
-from ..certified.problem import Problem
+from ..certified.definite import below
+from ..certified.grid import is_periodic
+from ..certified.problem import Problem, times_power_of_two
 from ..certified.symbol import Polyphase, split_cells
 from ..operators.linear import (
     CONVOLUTIONS,
@@ -143,7 +145,7 @@ def _scaled_below(beta: float, kernel: Tensor, op: LinearOperator, problem: Prob
     """The kernel as a weight of the operator's shape and dtype, scaled down as far as beta demands, and its bound."""
     factor, margin = 1.0, _ROUNDING
     while True:
-        weight = _ldexp(kernel * factor, problem.exponent).reshape(op.weight.shape).to(op.weight.dtype)
+        weight = times_power_of_two(kernel * factor, problem.exponent).reshape(op.weight.shape).to(op.weight.dtype)
         bound = _bound(LinearOperator(weight, op.geometry))
         if bound <= beta:
             return weight, bound
@@ -152,13 +154,8 @@ def _scaled_below(beta: float, kernel: Tensor, op: LinearOperator, problem: Prob
 
 
 def _distance(weight: Tensor, problem: Problem) -> float:
-    moved = _ldexp(weight.double(), -problem.exponent).reshape(problem.kernel.shape) - problem.kernel
+    moved = times_power_of_two(weight.double(), -problem.exponent).reshape(problem.kernel.shape) - problem.kernel
     return float(moved.norm() / problem.kernel.norm())
-
-
-def _ldexp(x, exponent):  # type: ignore[no-untyped-def]
-    """x 2^exponent of a tensor or a float, also where 2^exponent alone is no float."""
-    return x * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
 
 
 class _Projections:
@@ -188,10 +185,10 @@ class _Projections:
         self._step = 1 / math.prod(-(-a.cells // n) for a, n in zip(self._axes, self.sizes))
         self._dims = tuple(range(len(self.sizes)))
         self._single = math.prod(self.sizes) == 1
-        self.radius = max(_ldexp(beta, -problem.exponent), sys.float_info.min)
+        self.radius = max(times_power_of_two(beta, -problem.exponent), sys.float_info.min)
         if geometry.mode == "circular" and None in periods:
             # The layer is not diagonal in frequency; its norm is in some proportion to that of its symbol.
-            self.radius *= self.largest(problem.kernel) / _ldexp(norm, -problem.exponent)
+            self.radius *= self.largest(problem.kernel) / times_power_of_two(norm, -problem.exponent)
 
     def nearest(self, kernel: Tensor, max_iterations: int, tol: float) -> tuple[Tensor, int]:
         """The kernel after the last projection onto the support, and the iterations; see ``clip_spectrum``."""
@@ -254,12 +251,12 @@ class _Projections:
     def _is_within(self, kernel: Tensor, limit: float) -> bool:
         if self._single:
             return self.largest(kernel) <= limit
-        return not any(bool(_exceeds(_gram(z), limit).any()) for z in _chunks(self._symbols(kernel).flatten(0, -3)))
+        return not any(bool((~below(_gram(z), limit**2)).any()) for z in _chunks(self._symbols(kernel).flatten(0, -3)))
 
 
 def _period(axis: Axis) -> int | None:
     """Frequencies of an axis with circular padding, where the layer is part of one that is diagonal in frequency."""
-    if axis.size % axis.stride or axis.out * axis.stride > axis.size:
+    if not is_periodic(axis, "circular"):
         return None
     cells = axis.size // axis.stride
     # Where the dilation has a factor in common with the period, frequencies repeat.
@@ -300,13 +297,6 @@ def _gram(z: Tensor) -> Tensor:
     return z @ z.mH if z.shape[-2] <= z.shape[-1] else z.mH @ z
 
 
-def _exceeds(gram: Tensor, limit: float) -> Tensor:
-    """Which matrices have a singular value above ``limit``: those where limit^2 I - gram has no Cholesky factor."""
-    shifted = gram.neg()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(limit**2)
-    return torch.linalg.cholesky_ex(shifted).info != 0
-
-
 def _excess_by_svd(z: Tensor, limit: float) -> Tensor:
     u, s, vh = torch.linalg.svd(z, full_matrices=False)
     s = (s - limit).clamp_min_(0)
@@ -317,7 +307,7 @@ def _excess_by_svd(z: Tensor, limit: float) -> Tensor:
 def _excess_by_eigenvectors(z: Tensor, limit: float) -> Tensor:
     """As by the SVD, at half its time; singular values that matter are near ``limit`` or above, where squares do."""
     gram = _gram(z)
-    over = _exceeds(gram, limit)
+    over = ~below(gram, limit**2)
     squares, vectors = torch.linalg.eigh(gram[over])
     s = squares.clamp_min_(0).sqrt_()
     kept = (1 - limit / s).clamp_min_(0)

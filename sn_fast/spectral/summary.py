@@ -7,8 +7,7 @@ from decimal import ROUND_CEILING, Context
 import torch
 from torch import Tensor, nn
 
-from ..certified import operator_norm_bound
-from ..certified.bound import Search
+from ..certified.layer import layer_bound
 from ..operators.describe import aligned, times, window
 from ..operators.linear import TRANSPOSED_CONVOLUTIONS, LinearOperator, chain
 from ..operators.observe import evaluating
@@ -19,7 +18,6 @@ from .parametrization import SpectralNorm
 _HEAD = ("layer", "operator", "sigma", "beta", "mode", "norm in use at most")
 _RIGHT = frozenset({2, 3, 5})
 _DIGITS = 6
-_TIGHTNESS = 1.01
 
 
 def spectral_norm_summary(model: nn.Module) -> str:
@@ -51,15 +49,8 @@ def _cells(name: str, p: SpectralNorm, weight: Tensor) -> tuple[str, ...]:
     sigma, bound = "-", "-"
     if p.layer_geometry is not None:
         sigma = f"{float(p.sigma):.{_DIGITS}g}"
-        bound = _rounded_up(_bound(LinearOperator(p.operand(weight), p.layer_geometry), p.every_size))
+        bound = _rounded_up(layer_bound(LinearOperator(p.operand(weight), p.layer_geometry), every_size=p.every_size))
     return name or "(the layer)", _operator(p), sigma, f"{options.beta:g}", options.mode, bound
-
-
-def _bound(op: LinearOperator, every_size: bool) -> float:
-    if every_size:
-        value, _ = Search(op, _TIGHTNESS, every_size=True).fft(None)
-        return value
-    return float(operator_norm_bound(op))  # type: ignore[arg-type]
 
 
 def _operator(p: SpectralNorm) -> str:

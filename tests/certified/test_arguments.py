@@ -50,7 +50,7 @@ def test_info_of_a_matrix() -> None:
 def test_detail_names_the_grid() -> None:
     value, info = operator_norm_bound(conv(), method="fft", grid=(8, 10), return_info=True)
     factor = 1 / math.cos(math.pi / 8) / math.cos(math.pi / 10)
-    assert info.detail == f"8 x 10 frequencies, Riesz factor {factor:.4f}"
+    assert info.detail == f"8x10 frequencies, Riesz factor {factor:.4f}"
     assert float(value) > 0
 
 
