@@ -114,7 +114,8 @@ class LipschitzReport:
         layers = [layer for layer in self.layers if layer.constant is not None]
         if not layers:
             raise ValueError("the report has no layer with a constant: nothing to plot")
-        figure = _matplotlib("figure").Figure(figsize=(7.0, 1.2 + 0.24 * len(layers)), layout="constrained")
+        width = 4.5 + 0.07 * max(map(len, map(_label, layers)))  # room for the names beside the bars
+        figure = _matplotlib("figure").Figure(figsize=(width, 1.2 + 0.24 * len(layers)), layout="constrained")
         if not isinstance(target, (str, os.PathLike)):
             self._draw(target, layers)
             return
@@ -136,16 +137,22 @@ class LipschitzReport:
             else:
                 axes.barh(i, max(c - left, 0.0), left=left, height=0.7, color=_BAR_COLOUR)
         axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
-        axes.set_yticks(range(len(layers)), [f"{layer.name} ({layer.kind})" for layer in layers], fontsize="small")
+        axes.set_yticks(range(len(layers)), list(map(_label, layers)), fontsize="small")
         axes.set(
             xscale="log",
             xlim=(left, right),
             ylim=(len(layers) - 0.5, -0.5),
-            xlabel="l2 Lipschitz constant of the layer (bound from above)",
-            title=f"Lipschitz bound of the network: {_number(self.bound)}",
+            xlabel="ℓ2 Lipschitz constant of the layer, at most",
+            title=f"network: at most {_number(self.bound)}",
         )
-        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            set_formatter(_matplotlib("ticker").LogFormatter())
+        ticker = _matplotlib("ticker")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if right < 1000 * left else (1,), numticks=8))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _label(layer: LayerBound) -> str:
+    return f"{layer.name} ({layer.kind})"
 
 
 def _cells(layer: LayerBound) -> tuple[str, ...]:
