@@ -89,6 +89,25 @@ __device__ inline bool is_aligned(const T* address) {
     return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
+// A pointer as a value of its own: the compiler would add its parts again for every access through it.
+template <class T>
+__device__ inline T* as_it_is(T* pointer) {
+#ifndef SN_FAST_ON_CPU
+    asm("" : "+l"(pointer));
+#endif
+    return pointer;
+}
+
+// This thread's number. The compiler takes it as new at every call: what follows from it is then not kept in registers
+// through code that does not use it.
+__device__ inline int thread_number() {
+    int number = static_cast<int>(threadIdx.x);
+#ifndef SN_FAST_ON_CPU
+    asm volatile("" : "+r"(number));
+#endif
+    return number;
+}
+
 // Calls body with a value of the C++ type of `dtype`.
 template <class Body>
 void dispatch(Dtype dtype, Body body) {

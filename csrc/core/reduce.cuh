@@ -1,7 +1,7 @@
 // Sums and maxima over a warp or a block, in a fixed order: the same bits on every run.
 #pragma once
 
-#include "core/launch.h"
+#include "core/numeric.cuh"
 
 namespace sn_fast {
 
@@ -30,11 +30,11 @@ __device__ T warp_reduce(T value, Op op) {
 // element per warp; it may be used again after the call.
 template <class T, class Op>
 __device__ T block_reduce(T value, Op op, T* scratch) {
-    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    const int thread = thread_number(), lane = thread % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
     // 1) Within each warp.
     value = warp_reduce(value, op);
     // 2) One value per warp to shared memory.
-    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+    if (lane == 0) scratch[thread / kWarp] = value;
     __syncthreads();
     // 3) Every thread combines them in the same order.
     value = scratch[0];

@@ -18,7 +18,7 @@ struct DirectShared {
 template <class T>
 __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights, const HalfStepParams& p,
                             DirectShared& s) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int thread = thread_number(), lane = thread % kWarp, warp = thread / kWarp;
     const int number = unit.row + warp;
     const int group = number / g.norms_out;
     const int block = number % g.norms_out / g.tiles, tile = number % g.tiles;
@@ -28,10 +28,15 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
     const int rows = any ? min(kDirectRows, g.rows - block * kDirectRows) : 0;
     if (any) {
         const Input x = input_of(p, g, group);
-        const T* weight = weights + group * g.group_stride + block * kDirectRows * g.row_stride;
+        // Read once, not for every channel.
+        const int inputs = g.inputs, channel_stride = g.channel_stride;
+        int row[kDirectRows];  // a row past the end repeats the last, unused
+#pragma unroll
+        for (int r = 0; r < kDirectRows; ++r) row[r] = min(r, rows - 1) * g.row_stride;
 #pragma unroll
         for (int i = 0; i < kDirectPerLane; ++i)
             places[i] = place_of(g, p.table, tile * kDirectTile + i * kWarp + lane);
+        const T* block_weights = weights + group * g.group_stride + block * kDirectRows * g.row_stride;
         const int first = p.table[g.tile_slots + 2 * tile], count = p.table[g.tile_slots + 2 * tile + 1];
         for (int j = 0; j < count; ++j) {
             // 1) Where this slot reads, for every position of the lane.
@@ -40,20 +45,28 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
 #pragma unroll
             for (int i = 0; i < kDirectPerLane; ++i) at[i] = input_position(g, p.table, places[i], slot);
             // 2) All channels, in sums of sums: the error grows as the root of their number, not as that of all terms.
-            const T* w = weight + slot.tap * g.tap_stride;
-            for (int begin = unit.channel; begin < unit.channel_end; begin += kDirectChunk) {
-                const int end = min(begin + kDirectChunk, unit.channel_end);
+            const T* w = as_it_is(block_weights + slot.tap * g.tap_stride + unit.channel * channel_stride);
+            const float* data = as_it_is(x.data + unit.channel * inputs);
+            const int channels = unit.channel_end - unit.channel;
+            for (int begin = 0; begin < channels; begin += kDirectChunk) {
+                const int end = min(begin + kDirectChunk, channels);
                 float chunk[kDirectRows * kDirectPerLane] = {};
 #pragma unroll 2
                 for (int c = begin; c < end; ++c) {
                     float values[kDirectPerLane];
+                    T factors[kDirectRows];
 #pragma unroll
-                    for (int i = 0; i < kDirectPerLane; ++i) values[i] = at[i] >= 0 ? x[c * g.inputs + at[i]] : 0.0f;
+                    for (int i = 0; i < kDirectPerLane; ++i)
+                        values[i] = at[i] >= 0 ? __ldg(data + (c * inputs + at[i])) : 0.0f;
+#pragma unroll
+                    for (int r = 0; r < kDirectRows; ++r) factors[r] = __ldg(w + (c * channel_stride + row[r]));
+#pragma unroll
+                    for (int i = 0; i < kDirectPerLane; ++i) values[i] = x.scaled(values[i]);
 #pragma unroll
                     for (int r = 0; r < kDirectRows; ++r) {
-                        const float factor = r < rows ? to_float(w[r * g.row_stride + c * g.channel_stride]) : 0.0f;
 #pragma unroll
-                        for (int i = 0; i < kDirectPerLane; ++i) chunk[r * kDirectPerLane + i] += factor * values[i];
+                        for (int i = 0; i < kDirectPerLane; ++i)
+                            chunk[r * kDirectPerLane + i] += to_float(factors[r]) * values[i];
                     }
                 }
 #pragma unroll

@@ -11,27 +11,27 @@ constexpr int kTileSlots = 64;  // slots whose positions are kept at a time
 template <int kColumns>
 struct GemmShared {
     StagedTiles<kColumns> tiles;
-    std::int32_t position[kTileSlots][kColumns];  // input position of (slot, place), or -1
-    std::int32_t tap[kTileSlots];                 // weight offset of a slot
+    std::int32_t position[kTileSlots * kColumns];  // input position of (slot, place), or -1
+    std::int32_t tap[kTileSlots];                  // weight offset of a slot
     std::int32_t last;
     double scratch[kTileWarps];
 };
 
-// Runs through k = (channel, slot) in steps, without divisions.
+// Takes k = channel * slots + slot apart by a multiplication. All k are given doubled, so that the inverse of 1 fits.
 struct Depth {
-    int channel, slot;
+    int slots;
+    unsigned inverse;  // 2^31 / slots, rounded up: exact as long as k * slots < 2^31, to which plan.py keeps
 
-    __device__ void advance(int channels, int rest, int slots) {
-        channel += channels;
-        slot += rest;
-        if (slot >= slots) {
-            slot -= slots;
-            ++channel;
-        }
+    __device__ explicit Depth(int slots)
+        : slots(slots), inverse((0x80000000u + static_cast<unsigned>(slots) - 1) / static_cast<unsigned>(slots)) {}
+
+    __device__ int channel(int twice_k) const {
+        return static_cast<int>(__umulhi(static_cast<unsigned>(twice_k), inverse));
     }
 };
 
-template <int kColumns>
+// T is the type of the weights.
+template <class T, int kColumns>
 struct GemmTile {
     static constexpr int kLoadsA = kTileRows * kTileDepth / kTileThreads;
     static constexpr int kLoadsB = kColumns * kTileDepth / kTileThreads;
@@ -46,7 +46,7 @@ struct GemmTile {
     TileProduct<kColumns> product;
 
     __device__ GemmTile(const Gather& g, const Unit& unit, const HalfStepParams& p, GemmShared<kColumns>& s)
-        : g(g), unit(unit), p(p), s(s), thread(static_cast<int>(threadIdx.x)), product(p.precision) {}
+        : g(g), unit(unit), p(p), s(s), thread(thread_number()), product(p.precision, thread) {}
 
     __device__ void run() {
         const Input x = input_of(p, g, unit.group);
@@ -65,64 +65,56 @@ struct GemmTile {
         const Place place = place_of(g, p.table, unit.tile * kColumns + thread % kColumns);
         for (int j = thread / kColumns; j < count; j += kStepB) {
             const Slot slot = slot_of(g, p.table, slots[j]);
-            s.position[j][thread % kColumns] = input_position(g, p.table, place, slot);
+            s.position[j * kColumns + thread % kColumns] = input_position(g, p.table, place, slot);
             if (thread % kColumns == 0) s.tap[j] = slot.tap * g.tap_stride;
         }
         __syncthreads();
     }
 
-    // kLoadsA elements of one depth of A, every kStepA rows; zero past the last row.
-    template <class T>
-    __device__ static void load_rows(const void* weights, int offset, int stride, int rows, float (&a)[kLoadsA]) {
-        const T* weight = static_cast<const T*>(weights) + offset;
-#pragma unroll
-        for (int i = 0; i < kLoadsA; ++i) a[i] = i * kStepA < rows ? to_float(weight[i * kStepA * stride]) : 0.0f;
-    }
-
     __device__ void multiply(const Input& x, int slots) {
         const int depth = (unit.channel_end - unit.channel) * slots;
         // Read once, not in every chunk.
-        const void* weights = p.weights[g.op];
-        const Dtype dtype = static_cast<Dtype>(g.dtype);
         const int row_stride = g.row_stride, channel_stride = g.channel_stride, inputs = g.inputs;
-        const int corner = unit.group * g.group_stride + unit.row * row_stride;
+        const T* weight = as_it_is(static_cast<const T*>(p.weights[g.op]) + unit.group * g.group_stride +
+                                   unit.row * row_stride + unit.channel * channel_stride);
+        const float* data = as_it_is(x.data + unit.channel * inputs);
         // Where this thread loads: one depth of A, kLoadsA rows; one column of B, kLoadsB depths.
-        const int depth_a = thread % kTileDepth, row_a = thread / kTileDepth;
+        const int depth_a = thread % kTileDepth, row_a = thread / kTileDepth, last_row = g.rows - unit.row - 1;
         const int depth_b = thread / kColumns, column_b = thread % kColumns;
-        const int rows = g.rows - unit.row - row_a;
-        Depth at_a{unit.channel + depth_a / slots, depth_a % slots};
-        Depth at_b{unit.channel + depth_b / slots, depth_b % slots};
-        const int stride = kTileDepth / slots, stride_rest = kTileDepth % slots;
-        const int step = kStepB / slots, step_rest = kStepB % slots;
-        float a[kLoadsA], b[kLoadsB];
+        const Depth split(slots);
+        T a[kLoadsA];
+        float b[kLoadsB];
 
+        // All loads of a chunk are under way before the first is used. Past the end of k, A is zero and B anything that
+        // was read before; rows past the last repeat it, and are never stored.
         auto load = [&](int begin) {
-            const bool inside = begin + depth_a < depth;
-            const int tap = inside ? s.tap[at_a.slot] + at_a.channel * channel_stride + row_a * row_stride : 0;
-            const int count = inside ? rows : 0;
-            switch (dtype) {
-                case Dtype::kFloat32: load_rows<float>(weights, corner + tap, row_stride, count, a); break;
-                case Dtype::kFloat16: load_rows<half_t>(weights, corner + tap, row_stride, count, a); break;
-                case Dtype::kBfloat16: load_rows<bfloat16_t>(weights, corner + tap, row_stride, count, a); break;
+            const int k = begin + depth_a;
+            if (k < depth) {
+                const int channel = split.channel(2 * k);
+                const int corner = s.tap[k - channel * slots] + channel * channel_stride;
+#pragma unroll
+                for (int i = 0; i < kLoadsA; ++i)
+                    a[i] = __ldg(weight + (corner + min(row_a + i * kStepA, last_row) * row_stride));
+            } else {
+#pragma unroll
+                for (int i = 0; i < kLoadsA; ++i) a[i] = from_float<T>(0.0f);
             }
-            Depth at = at_b;
 #pragma unroll
             for (int i = 0; i < kLoadsB; ++i) {
-                b[i] = 0.0f;
-                if (begin + depth_b + i * kStepB < depth) {
-                    const int position = s.position[at.slot][column_b];
-                    if (position >= 0) b[i] = x[at.channel * inputs + position];
-                }
-                at.advance(step, step_rest, slots);
+                const int twice_k = min(2 * (begin + depth_b) + 2 * i * kStepB, 2 * depth - 2);
+                const int channel = split.channel(twice_k);
+                const unsigned row = static_cast<unsigned>(twice_k) * (kColumns / 2) -
+                                     static_cast<unsigned>(channel) * static_cast<unsigned>(slots * kColumns);
+                const int position = s.position[row + static_cast<unsigned>(column_b)];
+                b[i] = position >= 0 ? __ldg(data + (channel * inputs + position)) : 0.0f;
             }
-            at_a.advance(stride, stride_rest, slots);
-            at_b.advance(stride, stride_rest, slots);
         };
         auto stage = [&](int buffer) {
 #pragma unroll
-            for (int i = 0; i < kLoadsA; ++i) s.tiles.a[buffer][depth_a][row_a + i * kStepA] = a[i];
+            for (int i = 0; i < kLoadsA; ++i)
+                s.tiles.a[buffer][depth_a][swizzled(row_a, depth_a) + i * kStepA] = to_float(a[i]);
 #pragma unroll
-            for (int i = 0; i < kLoadsB; ++i) s.tiles.b[buffer][depth_b + i * kStepB][column_b] = b[i];
+            for (int i = 0; i < kLoadsB; ++i) s.tiles.b[buffer][depth_b + i * kStepB][column_b] = x.scaled(b[i]);
         };
 
         // 1) The first chunk.

@@ -10,7 +10,8 @@ namespace sn_fast {
 constexpr int kBlocksPerMultiprocessor = 3;  // leaves 168 registers a thread: enough not to spill
 
 struct HalfStepShared {
-    int unit;  // a register less in every tile
+    Unit unit;  // not in registers: tiles need them all
+    int next;
     union {
         MatrixShared matrix;
         DirectShared direct;
@@ -19,39 +20,42 @@ struct HalfStepShared {
     };
 };
 
-// Tiles that read their weights as one type throughout.
+// A unit of an operator whose weights are of type T.
 template <class T>
-__device__ void run_typed(const Gather& g, const Unit& unit, const HalfStepParams& p, HalfStepShared& s) {
+__device__ void run_unit(const Gather& g, const HalfStepParams& p, HalfStepShared& s) {
+    const Unit& unit = s.unit;
     const T* weight = static_cast<const T*>(p.weights[g.op]);
     switch (static_cast<TileKind>(unit.kind)) {
         case TileKind::kDot: return dot_tile(g, unit, weight + unit.group * g.group_stride, p, s.matrix);
         case TileKind::kAxpy: return axpy_tile(g, unit, weight + unit.group * g.group_stride, p, s.matrix);
-        default: return direct_tile(g, unit, weight, p, s.direct);
+        case TileKind::kDirect: return direct_tile(g, unit, weight, p, s.direct);
+        case TileKind::kGemm64: return GemmTile<T, 64>(g, unit, p, s.gemm64).run();
+        case TileKind::kGemm16: return GemmTile<T, 16>(g, unit, p, s.gemm16).run();
     }
 }
 
-// One half step of all operators: blocks take the units of work in turn, the costly ones first.
+// One half step of all operators. Blocks take the units in their order, the costly ones first, whenever they are free.
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_step_kernel(HalfStepParams p) {
     HalfStepShared& s = shared_memory<HalfStepShared>();
-    if (threadIdx.x == 0) s.unit = static_cast<int>(blockIdx.x);
-    __syncthreads();
-    while (s.unit < p.n_units) {
-        const Unit unit = p.units[s.unit];
-        const Gather& g = p.gathers[unit.gather];
-        if (unit.kind == static_cast<int>(TileKind::kGemm64)) {
-            GemmTile<64>(g, unit, p, s.gemm64).run();
-        } else if (unit.kind == static_cast<int>(TileKind::kGemm16)) {
-            GemmTile<16>(g, unit, p, s.gemm16).run();
-        } else {
-            switch (static_cast<Dtype>(g.dtype)) {
-                case Dtype::kFloat32: run_typed<float>(g, unit, p, s); break;
-                case Dtype::kFloat16: run_typed<half_t>(g, unit, p, s); break;
-                case Dtype::kBfloat16: run_typed<bfloat16_t>(g, unit, p, s); break;
-            }
+    constexpr int kWords = sizeof(Unit) / sizeof(std::int32_t);
+    for (int number = static_cast<int>(blockIdx.x); number < p.n_units; number = s.next) {
+        const int thread = thread_number();
+        // 1) The unit to shared memory.
+        if (thread < kWords)
+            reinterpret_cast<std::int32_t*>(&s.unit)[thread] =
+                reinterpret_cast<const std::int32_t*>(p.units + number)[thread];
+        __syncthreads();
+        // 2) The number of the next one, asked for together with what the tile begins with.
+        const Gather& g = p.gathers[s.unit.gather];
+        const auto dtype = static_cast<Dtype>(g.dtype);
+        if (thread == 0) s.next = static_cast<int>(gridDim.x) + atomicAdd(p.taken, 1);
+        // 3) The tile.
+        switch (dtype) {
+            case Dtype::kFloat32: run_unit<float>(g, p, s); break;
+            case Dtype::kFloat16: run_unit<half_t>(g, p, s); break;
+            case Dtype::kBfloat16: run_unit<bfloat16_t>(g, p, s); break;
         }
         __syncthreads();  // the next unit uses the same shared memory
-        if (threadIdx.x == 0) s.unit += static_cast<int>(gridDim.x);
-        __syncthreads();
     }
 }
 

@@ -11,7 +11,7 @@ void lanczos(const Lanczos& l, const Stream& stream) {
     half.precision = Precision::kFloat32;
     half.table = l.table;
     half.partials = l.partials;
-    half.counters = l.counters;
+    half.counters = half.taken = l.counters;
     half.norms_out = l.norms;
     for (std::size_t i = 0; i < l.weights.size(); ++i) half.weights[i] = reinterpret_cast<const void*>(l.weights[i]);
 
@@ -29,8 +29,7 @@ void lanczos(const Lanczos& l, const Stream& stream) {
         for (std::size_t i = 0; i < l.weights.size(); ++i)
             half.given[i] = l.bases[side] + index * l.sizes[side] + l.offsets[side][i];
         half.outputs = l.bases[1 - side] + to * l.sizes[1 - side];
-        if (l.n_counters > 0)
-            fill_zero(l.counters, static_cast<std::size_t>(l.n_counters) * sizeof(std::int32_t), stream);
+        fill_zero(l.counters, static_cast<std::size_t>(l.n_counters) * sizeof(std::int32_t), stream);
         launch_half_step(half, stream);
     };
 

@@ -23,7 +23,7 @@ struct MatrixShared {
 template <class T>
 __device__ void dot_tile(const Gather& g, const Unit& unit, const T* weight, const HalfStepParams& p, MatrixShared& s) {
     constexpr int kVector = Pack<T>::kCount;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+    const int thread = thread_number(), lane = thread % kWarp, warp = thread / kWarp;
     const Input x = input_of(p, g, unit.group);
     const int row = unit.row + warp * kDotRows;
     const T* rows[kDotRows];
@@ -75,7 +75,7 @@ template <class T>
 __device__ void axpy_tile(const Gather& g, const Unit& unit, const T* weight, const HalfStepParams& p,
                           MatrixShared& s) {
     constexpr int kVector = Pack<T>::kCount, kColumns = kAxpyLanes * kVector, kUnroll = 4;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kAxpyLanes, first = thread / kAxpyLanes;
+    const int thread = thread_number(), lane = thread % kAxpyLanes, first = thread / kAxpyLanes;
     const Input x = input_of(p, g, unit.group);
     const int column = unit.row + lane * kVector;
     const int count = min(kVector, g.rows - column);

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
     const int first_pair = tile % pair_tiles(p) * kGradientColumns;
     const int first_row = tile / pair_tiles(p) * kTileRows;
     const float sigma = *p.sigma;
-    TileProduct<kGradientColumns> product(static_cast<Precision>(p.precision));
+    TileProduct<kGradientColumns> product(static_cast<Precision>(p.precision), thread);
 
     // Where the divisor is the constant 1 nothing flows through sigma; of a group that does not attain it neither.
     const bool flows = p.cap ? sigma > p.beta : sigma > 0.0f;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
         auto stage = [&](int buffer) {
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) {
-                s.tiles.a[buffer][depth][first + i * kStep] = a[i];
+                s.tiles.a[buffer][depth][swizzled(first, depth) + i * kStep] = a[i];
                 s.tiles.b[buffer][depth][first + i * kStep] = b[i];
             }
         };

@@ -14,8 +14,7 @@ void power_step(const PowerStep& step, const Stream& stream) {
     SN_CHECK(count <= kMaxOperators, count, " operators in one call");
     SN_CHECK(step.given[0].size() == step.weights.size() && step.given[1].size() == step.weights.size(),
              step.given[0].size(), " and ", step.given[1].size(), " vectors for ", count, " weights");
-    if (step.n_counters > 0)
-        fill_zero(step.counters, static_cast<std::size_t>(step.n_counters) * sizeof(std::int32_t), stream);
+    fill_zero(step.counters, static_cast<std::size_t>(step.n_counters) * sizeof(std::int32_t), stream);
 
     FinishParams finish{step.pieces, {step.results[0], step.results[1]}, {step.norms[0], step.norms[1]},
                         step.sigmas, step.groups, {}};
@@ -36,8 +35,8 @@ void power_step(const PowerStep& step, const Stream& stream) {
         half.norms_in = step.norms[0];
         half.norms_out = step.norms[h];
         half.outputs = step.results[h];
-        // Counters of the second half lie behind those of the first.
         half.counters = step.counters;
+        half.taken = step.counters + h;
         for (int i = 0; i < count; ++i) half.given[i] = reinterpret_cast<const float*>(step.given[h][i]);
         launch_half_step(half, stream);
     }

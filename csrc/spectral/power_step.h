@@ -25,7 +25,7 @@ struct PowerStep {
     std::int64_t* groups;
     double* norms[2];
     float* partials;
-    std::int32_t* counters;
+    std::int32_t* counters;  // of units taken, one per half step; then of parts, as the units number them
     int n_counters;
     int precision;
 };

@@ -12,13 +12,17 @@ constexpr int kTileWarps = kTileThreads / kWarp;
 constexpr int kTileRows = 64;
 constexpr int kTileDepth = 16;
 
-// Two buffers: one is filled while the other is multiplied. Rows are 8 elements longer than they need be: a warp's
-// fragment loads then fall into 32 different banks.
+// Two buffers: one is filled while the other is multiplied. Rows are 8 elements longer than they need be, and in `a` the
+// elements of a row are exchanged by `swizzled`: then neither a warp that stores 16 depths of two rows nor one that loads
+// fragments of tf32 meets a bank of shared memory twice.
 template <int kColumns>
 struct StagedTiles {
     alignas(16) float a[2][kTileDepth][kTileRows + 8];
     alignas(16) float b[2][kTileDepth][kColumns + 8];
 };
+
+// Where row `row` of one depth of `a` is kept: within its 8.
+__device__ inline int swizzled(int row, int depth) { return row ^ (depth >> 2) * 2; }
 
 template <int kColumns>
 struct TileProduct {
@@ -36,8 +40,7 @@ struct TileProduct {
     int thread;
     float sums[kSums];
 
-    __device__ explicit TileProduct(Precision precision)
-        : precision(precision), thread(static_cast<int>(threadIdx.x)) {
+    __device__ TileProduct(Precision precision, int thread) : precision(precision), thread(thread) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
     }
@@ -71,20 +74,38 @@ private:
     __device__ void add_float32(const Left& a, const Right& b) {
         const int row = thread / kThreadsAcross * kRowsPerThread, column = thread % kThreadsAcross * 4;
         float chunk[kSums] = {};  // sums of sums: the error grows as the root of depth / 16, not of depth
-#pragma unroll 8
-        for (int k = 0; k < kTileDepth; ++k) {
-            const float4 right = *reinterpret_cast<const float4*>(&b[k][column]);
+#pragma unroll 1  // all 16 at once take too many registers
+        for (int half = 0; half < kTileDepth; half += 8) {
+            const int swapped = swizzled(row, half);
 #pragma unroll
-            for (int r = 0; r < kRowsPerThread; ++r) {
-                const float left = a[k][row + r];
-                chunk[4 * r] += left * right.x;
-                chunk[4 * r + 1] += left * right.y;
-                chunk[4 * r + 2] += left * right.z;
-                chunk[4 * r + 3] += left * right.w;
+            for (int k = 0; k < 8; ++k) {
+                const float4 right = *reinterpret_cast<const float4*>(&b[half + k][column]);
+                float left[kRowsPerThread];
+                load_rows(a[half + k], swapped, k, left);
+#pragma unroll
+                for (int r = 0; r < kRowsPerThread; ++r) {
+                    chunk[4 * r] += left[r] * right.x;
+                    chunk[4 * r + 1] += left[r] * right.y;
+                    chunk[4 * r + 2] += left[r] * right.z;
+                    chunk[4 * r + 3] += left[r] * right.w;
+                }
             }
         }
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sums[i] += chunk[i];
+    }
+
+    // Rows of depth k < 8 from `row` on, 8 or 2: swizzled, they are the same ones in another order.
+    __device__ static void load_rows(const float (&a)[kTileRows + 8], int row, int k, float (&rows)[8]) {
+        const float4 low = *reinterpret_cast<const float4*>(&a[row]);
+        const float4 high = *reinterpret_cast<const float4*>(&a[row ^ 4]);
+        const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int r = 0; r < 8; ++r) rows[r] = values[swizzled(r, k)];
+    }
+    __device__ static void load_rows(const float (&a)[kTileRows + 8], int row, int k, float (&rows)[2]) {
+        const float2 pair = *reinterpret_cast<const float2*>(&a[swizzled(row, k)]);
+        rows[0] = pair.x, rows[1] = pair.y;
     }
 
     __device__ int mma_row() const { return thread / kWarp / kWarpsAcross * 16 * kMmaRows + thread % kWarp / 4; }
@@ -100,8 +121,10 @@ private:
 #pragma unroll
             for (int m = 0; m < kMmaRows; ++m)
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    split<kParts>(left[k + t + i / 2 * 4][row + 16 * m + i % 2 * 8], a[m], i);
+                for (int i = 0; i < 4; ++i) {
+                    const int depth = k + i / 2 * 4;  // plus t < 4
+                    split<kParts>(left[depth + t][swizzled(row + 16 * m + i % 2 * 8, depth)], a[m], i);
+                }
 #pragma unroll
             for (int n = 0; n < kMmaColumns; ++n) {
                 std::uint32_t b[kParts][2];
@@ -146,7 +169,7 @@ private:
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int depth = k + i / 2 * 8, r = row + 16 * m + i % 2 * 8;
-                a[i] = pack_bfloat16(left[depth][r], left[depth + 1][r]);
+                a[i] = pack_bfloat16(left[depth][swizzled(r, depth)], left[depth + 1][swizzled(r, depth + 1)]);
             }
 #pragma unroll
             for (int n = 0; n < kMmaColumns; ++n) mma_bfloat16(fragment(m, n), a, b[n]);

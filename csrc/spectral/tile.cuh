@@ -24,7 +24,7 @@ __device__ inline Scale inverse_norm(double square_sum) {
 // The sum of `count` partial sums, in a fixed order, in every lane of the warp.
 __device__ inline double sum_partials(const double* partials, int count) {
     double sum = 0.0;
-    for (int i = static_cast<int>(threadIdx.x) % kWarp; i < count; i += kWarp) sum += partials[i];
+    for (int i = thread_number() % kWarp; i < count; i += kWarp) sum += partials[i];
     return warp_reduce(sum, Add{});
 }
 
@@ -33,7 +33,8 @@ struct Input {
     const float* data;
     float first, second;
 
-    __device__ float operator[](int i) const { return __ldg(data + i) * first * second; }
+    __device__ float scaled(float value) const { return value * first * second; }
+    __device__ float operator[](int i) const { return scaled(__ldg(data + i)); }
 };
 
 // Called by a whole warp.
@@ -58,7 +59,7 @@ struct Split {
 template <int kCount>
 __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32_t& last) {
     if (split.parts == 1) return true;
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = thread_number();
     float* parts = split.partials + thread;
     // 1) This part to memory, visible to all before it is counted.
 #pragma unroll
@@ -70,12 +71,13 @@ __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32
     if (!last) return false;
     // 2) The last one reads all, from the cache that all blocks share.
     __threadfence();
-    constexpr int kAtATime = kCount < 8 ? kCount : 8;  // loads in flight: more would take too many registers
+    constexpr int kAtATime = kCount < 8 ? kCount : 8;  // times the unrolling: loads in flight
+    [[maybe_unused]] constexpr int kUnroll = kCount < 8 ? 8 : 4;
 #pragma unroll
     for (int first = 0; first < kCount; first += kAtATime) {
 #pragma unroll
         for (int i = first; i < first + kAtATime; ++i) sum[i] = 0.0f;
-#pragma unroll 1
+#pragma unroll kUnroll
         for (int part = 0; part < split.parts; ++part) {
 #pragma unroll
             for (int i = first; i < first + kAtATime; ++i)

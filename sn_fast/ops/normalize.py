@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..reference import normalize as _reference
 from ..reference.geometry import decode
+from .layout import Layout
 from .library import define, dtype_code, stream_of
-from .plan import GradientPlan, Layout
+from .plan import GradientPlan
 from .power_step import PRECISIONS
 
 

@@ -14,8 +14,9 @@ from ..reference.geometry import decode
 from ..reference.lanczos import lanczos_start as _lanczos_start_reference
 from ..reference.linear_map import compute_dtype
 from ..reference.power import power_step as _power_step_reference
+from .layout import Layout
 from .library import define, stream_of
-from .plan import Layout, Plan
+from .plan import Plan
 
 PRECISIONS = ("fp32", "tf32", "3xtf32", "bf16")  # csrc/spectral/half_step.h: Precision
 _MAX_OPERATORS = 200  # csrc/spectral/half_step.h: kMaxOperators

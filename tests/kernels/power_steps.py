@@ -17,7 +17,9 @@ from torch import Tensor
 from sn_fast import LinearOperator
 from sn_fast.ops import plan as plans
 from sn_fast.ops import power_step as ops
-from sn_fast.ops.plan import Layout, Plan
+from sn_fast.ops import units as dividing
+from sn_fast.ops.layout import Layout
+from sn_fast.ops.plan import Plan
 from sn_fast.reference.linear_map import matvec, rmatvec
 from sn_fast.reference.power import power_step as reference
 
@@ -166,7 +168,7 @@ class _Sizes:
 
     @staticmethod
     def plan_struct_sizes() -> list[int]:
-        return [plans.GATHER.itemsize, plans.UNIT.itemsize, plans.PIECE.itemsize]
+        return [plans.GATHER.itemsize, dividing.UNIT.itemsize, plans.PIECE.itemsize]
 
 
 def gathers_of(plan: Plan) -> list[np.ndarray]:
@@ -176,7 +178,7 @@ def gathers_of(plan: Plan) -> list[np.ndarray]:
 
 def units_of(plan: Plan) -> list[np.ndarray]:
     """The plan's units of work, per half step."""
-    return np.split(plan._parts[1].numpy().view(plans.UNIT), [plan.n_units[0]])
+    return np.split(plan._parts[1].numpy().view(dividing.UNIT), [plan.n_units[0]])
 
 
 def kinds_of(call: Call) -> set[tuple[str, bool]]:
@@ -188,13 +190,16 @@ def kinds_of(call: Call) -> set[tuple[str, bool]]:
 @contextmanager
 def planning(split: bool = False, parallel: int | None = None, **constants: float) -> Iterator[None]:
     """Plans made otherwise: with sums split as often as can be, for a number of blocks, or with other constants."""
-    make_units, make_plan = plans._units, ops.Plan
+    make_units, make_plan = plans.make_units, ops.Plan
     with pytest.MonkeyPatch.context() as patch:
         for name, value in constants.items():
-            patch.setattr(plans, name, value)
+            patch.setattr(dividing, name, value)
         if split:
-            patch.setattr(plans, "_LEAST_COST", 1)
-            patch.setattr(plans, "_units", lambda t, first, parallel, budget: make_units(t, first, 10**6, 2**30))
+            for name in ("_UNIT_COST", "_PART_COST", "_JOIN_COST"):
+                patch.setattr(dividing, name, 0)
+            patch.setattr(dividing, "_COARSE", (math.inf, 1e-12))
+            patch.setattr(dividing, "_ENOUGH", 0)
+            patch.setattr(plans, "make_units", lambda t, first, _, __, c: make_units(t, first, 10**6, 2**30, c))
         if parallel is not None:
             patch.setattr(ops, "Plan", lambda module, layouts, device, _: make_plan(module, layouts, device, parallel))
         ops._plans.cache_clear()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sn_fast import ConvOperator, LinearOperator, MatrixOperator
-from sn_fast.ops.plan import Layout
+from sn_fast.ops.layout import Layout
 from sn_fast.reference.geometry import Axis, Geometry
 
 from ..attacks.models import same_bits

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sn_fast import LinearOperator
 from sn_fast.ops import normalize as ops
-from sn_fast.ops.plan import GradientPlan, Layout
+from sn_fast.ops.layout import Layout
+from sn_fast.ops.plan import GradientPlan
 from sn_fast.reference import normalize as reference
 
 from .accuracy import UNIT_ROUNDOFF, judge, round_operands

@@ -1,0 +1,214 @@
+"""How the work of one half step is divided among blocks: tiles, and parts of their sums, of known cost."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .layout import IntArray, Map
+
+# csrc/spectral/gather.h: the same fields in the same order.
+UNIT = np.dtype(
+    [(n, "<i4") for n in ("kind", "gather", "group", "row", "tile", "channel", "channel_end")]
+    + [(n, "<i4") for n in ("split", "splits", "counter", "partial", "norm")]
+)
+DOT, AXPY, DIRECT, GEMM64, GEMM16 = range(5)
+
+_THREADS = 128
+TILE_ROWS = 64  # of a GEMM tile
+TILE_COLUMNS = {GEMM64: 64, GEMM16: 16, DIRECT: 128}  # positions of a tile
+_SUMS = {DOT: 1, AXPY: 1, DIRECT: 16, GEMM64: 32, GEMM16: 8}  # partial sums of one thread
+_DOT_ROWS, _AXPY_LANES, _DIRECT_ROWS, _DIRECT_WARPS = 16, 8, 4, 4
+_DIRECT_MOST_ROWS = 8  # above it a GEMM tile wastes less
+
+# Costs in multiply-adds of a GEMM tile. A weight read from memory takes as long as about 36 of them (H100: 55 TFLOP/s,
+# 3 TB/s), and a narrow tile does fewer per load from shared memory. One block does about 46,000 in a microsecond; the
+# last three are 3 us, 1 us and 0.4 us for the 4096 sums of a wide tile. Estimates, none measured.
+_WEIGHT_COST = 36
+_NARROW_COST = 1.6
+_DIRECT_COST = 2.5
+_UNIT_COST = 140_000  # to start and to end
+_PART_COST = 46_000  # to store its sums and be counted
+_JOIN_COST = 4.5  # per partial sum that the last part reads
+
+# How finely sums are split, in shares of what one block has to do: most tiles, the smallest ones that fill the gaps at
+# the end, and how much of the work those are.
+_COARSE, _FINE, _LATE = (math.inf, 8.0, 2.0, 1.2, 1.0, 0.8, 0.65), (0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.5)
+_ENOUGH = 1.03  # times the time in which all blocks, equally busy, would end: nothing better is looked for
+
+
+class Tiling:
+    """How one map is cut into tiles, and what each costs."""
+
+    def __init__(self, m: Map) -> None:
+        self.map = m
+        bare = m.positions == m.inputs == math.prod(m.slots) == 1
+        bare = bare and not any(e.item() or t.item() for e, t in zip(m.entries, m.taps))  # reads, and its first tap
+        if bare and (m.channel_stride == 1 or m.channels == 1):
+            self.kind = DOT
+        elif bare and (m.row_stride == 1 or m.rows == 1):
+            self.kind = AXPY
+        elif m.rows <= _DIRECT_MOST_ROWS:
+            self.kind = DIRECT
+        else:
+            self.kind = min((GEMM64, GEMM16), key=lambda kind: self._positions(kind)[2])
+        self.order, self.active, _ = self._positions(self.kind)
+        if self.kind == DOT:
+            self.tile_rows = _DOT_ROWS
+        elif self.kind == AXPY:
+            self.tile_rows = _AXPY_LANES * (4 if m.layout.dtype == 0 else 8)
+        else:
+            self.tile_rows = _DIRECT_ROWS if self.kind == DIRECT else TILE_ROWS
+        self.row_blocks = -(-m.rows // self.tile_rows)
+
+    def _positions(self, kind: int) -> tuple[IntArray | None, list[npt.NDArray[Any]], float]:
+        """Order of positions, active slots of each tile, and the cost of all tiles per channel and row of tiles."""
+        if kind in (DOT, AXPY):
+            return None, [np.zeros(1, np.int64)], 1.0
+        columns = TILE_COLUMNS[kind]
+        order = self.map.order(columns)
+        active = self.map.active_slots(order, columns)
+        factor = _NARROW_COST if kind == GEMM16 else 1.0
+        return order, active, factor * columns * sum(map(len, active))
+
+    @property
+    def tiles_per_group(self) -> int:
+        return self.row_blocks * len(self.active)
+
+    @property
+    def partial_sums(self) -> int:
+        """Elements of one part of a tile's split sum."""
+        return _SUMS[self.kind] * _THREADS
+
+    def cost(self, tile: int) -> int:
+        """Of one tile's whole sum."""
+        m, slots = self.map, len(self.active[tile])
+        if self.kind in (DOT, AXPY):
+            return _WEIGHT_COST * self.tile_rows * m.channels
+        if self.kind == DIRECT:
+            return _DIRECT_COST * _DIRECT_WARPS * _DIRECT_ROWS * TILE_COLUMNS[DIRECT] * m.channels * slots
+        columns = TILE_COLUMNS[self.kind]
+        return max(columns, _WEIGHT_COST) * TILE_ROWS * m.channels * slots
+
+
+def make_units(
+    tilings: Sequence[Tiling], norm_offsets: Sequence[int], parallel: int, budget: int, first_counter: int
+) -> npt.NDArray[Any]:
+    """All units of one half step, the costly ones first, as ``parallel`` blocks are to take them.
+
+    Sums are split as ends soonest by the costs above. ``budget`` bounds the partial sums (in elements).
+    """
+    tiles = [_tile_units(t, i, first) for i, (t, first) in enumerate(zip(tilings, norm_offsets))]
+    cost = np.concatenate([c for _, c in tiles])
+    owners = np.split(np.arange(len(cost)), np.cumsum([len(c) for _, c in tiles])[:-1])
+    total = max(1.0, float(cost.sum()))  # 0: nothing is read anywhere
+    share = total / parallel
+    largest_first = np.argsort(-cost, kind="stable")
+    before = np.empty(len(cost))  # part of the work that lies in larger tiles
+    before[largest_first] = np.cumsum(cost[largest_first]) / total
+    best: tuple[float, list[npt.NDArray[np.int64]], npt.NDArray[Any]] | None = None
+    for coarse, late, fine in _grains():
+        target = np.where(before <= 1 - late, coarse, fine) * share
+        splits = [_splits(t, cost[mine], target[mine]) for t, mine in zip(tilings, owners)]
+        if sum(t.partial_sums * int(s[s > 1].sum()) for t, s in zip(tilings, splits)) > budget:
+            continue
+        costs = np.concatenate([_costs(t, cost[mine], s) for t, mine, s in zip(tilings, owners, splits)])
+        order = np.argsort(-costs, kind="stable")
+        ends = last_end(costs[order], parallel)
+        if best is None or ends < best[0]:
+            best = ends, splits, order
+        if best[0] <= _ENOUGH * (share + len(cost) * _UNIT_COST / parallel):
+            break
+    assert best is not None  # the first splits nothing
+    return _cut(tilings, [units for units, _ in tiles], best[1], first_counter)[best[2]]
+
+
+def _grains() -> Iterator[tuple[float, float, float]]:
+    for coarse in _COARSE:
+        yield coarse, 0.0, coarse
+        for late, fine in itertools.product(_LATE, _FINE):
+            if fine < coarse:
+                yield coarse, late, fine
+
+
+def last_end(costs: npt.NDArray[np.float64], parallel: int) -> float:
+    """When the last of ``parallel`` blocks ends, each of which takes the next unit as soon as it is free."""
+    busy = costs[:parallel].tolist()
+    heapq.heapify(busy)
+    for cost in costs[parallel:].tolist():
+        heapq.heapreplace(busy, busy[0] + cost)
+    return float(max(busy))
+
+
+def _tile_units(t: Tiling, op: int, first_norm: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """One unit per tile of one map (per four, of the direct kind), and the cost of each."""
+    m = t.map
+    if t.kind == DIRECT:
+        first = np.arange(0, m.groups * t.tiles_per_group, _DIRECT_WARPS)
+        units = np.zeros(len(first), UNIT)
+        units["row"], units["norm"] = first, first_norm + first
+        cost = np.full(len(first), max(map(t.cost, range(len(t.active)))))
+    else:
+        group, block, tile = (x.ravel() for x in np.indices((m.groups, t.row_blocks, len(t.active))))
+        units = np.zeros(len(group), UNIT)
+        units["group"], units["row"], units["tile"] = group, block * t.tile_rows, tile
+        units["norm"] = first_norm + np.arange(len(group))
+        cost = np.array([t.cost(i) for i in range(len(t.active))])[tile]
+    units["kind"], units["gather"] = t.kind, op
+    return units, cost.astype(np.float64)
+
+
+def _splits(t: Tiling, cost: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Into how many parts each tile's sum over channels is cut."""
+    least = 64 if t.kind in (DOT, AXPY) else 4 if t.kind == DIRECT else 1
+    most = max(1, t.map.channels // least)
+    return np.clip(np.ceil(cost / target), 1, most).astype(np.int64)
+
+
+def _costs(t: Tiling, cost: npt.NDArray[np.float64], splits: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Of all parts. Any may be the one that comes last, and adds them up."""
+    joining = np.where(splits > 1, _PART_COST + splits * t.partial_sums * _JOIN_COST, 0.0)
+    return np.repeat(cost / splits + _UNIT_COST + joining, splits)
+
+
+def _cut(
+    tilings: Sequence[Tiling],
+    tiles: Sequence[npt.NDArray[Any]],
+    splits: Sequence[npt.NDArray[np.int64]],
+    counter: int,
+) -> npt.NDArray[Any]:
+    """The units of all tiles, each cut into so many parts."""
+    partial = 0
+    parts = []
+    for t, rows, s in zip(tilings, tiles, splits):
+        units = np.repeat(rows, s)
+        units["split"] = np.arange(len(units)) - np.repeat(np.cumsum(s) - s, s)
+        units["splits"] = np.repeat(s, s)
+        channels = t.map.channels
+        step = 4 if t.kind in (DOT, AXPY) else 1  # keeps rows aligned to 16 bytes
+        edges = lambda i: np.minimum(-(-channels * i // units["splits"] // step) * step, channels)  # noqa: B023, E731
+        number = units["split"].astype(np.int64)  # times channels it may leave int32
+        units["channel"], units["channel_end"] = edges(number), edges(number + 1)
+        many = s > 1
+        sizes = np.where(many, s, 0) * t.partial_sums
+        units["counter"] = np.repeat(np.where(many, counter + np.cumsum(many) - 1, -1), s)
+        units["partial"] = np.repeat(partial + np.cumsum(sizes) - sizes, s)
+        counter += int(many.sum())
+        partial += int(sizes.sum())
+        parts.append(units)
+    return np.concatenate(parts)
+
+
+def partial_size(units: npt.NDArray[Any]) -> int:
+    """Elements of all partial sums."""
+    many = units[units["splits"] > 1]
+    if not len(many):
+        return 0
+    sums = np.array([_SUMS[kind] for kind in range(5)])[many["kind"]] * _THREADS
+    return int((many["partial"] + many["splits"] * sums).max())
