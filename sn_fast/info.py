@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 
 import torch
@@ -37,16 +36,10 @@ def _gpu() -> str:
 
 
 def _driver() -> str:
-    """The driver matters by itself: it runs kernels of its own CUDA major version and of older ones."""
-    number = ctypes.c_int()
-    try:
-        found = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0
-    except OSError:
-        found = False
-    if not found:
+    version = compiled.driver_version()
+    if version is None:
         return "none"
-    major, minor = number.value // 1000, number.value % 1000 // 10
-    text = f"up to CUDA {major}.{minor}"
-    if compiled.MODULE is not None and major < int(compiled.MODULE.cuda_version.split(".")[0]):
+    text = f"up to CUDA {version[0]}.{version[1]}"
+    if compiled.MODULE is not None and compiled.too_old(version, compiled.MODULE):
         text += f": too old for kernels built with CUDA {compiled.MODULE.cuda_version}"
     return text

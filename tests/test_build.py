@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from sn_fast import info
-from sn_fast.ops import compiled
+from sn_fast.ops import compiled, library
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "build_tools"))
@@ -347,6 +347,30 @@ def test_info_says_what_the_gpu_and_the_driver_lack(monkeypatch):
     facts = info()
     assert facts["gpu"] == "T4, compute capability 7.5: the kernels are not for it (built for 8.0 9.0)"
     assert facts["driver"] == "up to CUDA 12.4: too old for kernels built with CUDA 13.0"
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "found"),
+    [
+        ((13, 0), (9, 0), None),
+        ((13, 2), (9, 0), None),
+        (None, (9, 0), None),  # not told: torch has found a GPU all the same
+        ((12, 4), (9, 0), r"for CUDA 13.0, but the driver here supports 12.4 at most. Remedy: update the driver"),
+        ((13, 0), (7, 5), r"for 8.0 9.0, but a GPU here is 7.5. Remedy: reinstall with SN_FAST_CUDA_ARCHS=7.5"),
+    ],
+)
+def test_plain_pytorch_where_the_kernels_cannot_run(monkeypatch, driver, capability, found):
+    monkeypatch.setattr(library, "driver_version", lambda: driver)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    served = library.UseKernels.__new__(library.UseKernels)
+    served._module, served._runs = SimpleNamespace(archs="8.0 9.0", cuda_version="13.0"), None
+    if found is None:
+        assert served.runs()
+        return
+    with pytest.warns(UserWarning, match=found):
+        assert not served.runs()
+    assert not served.runs()  # warned once
 
 
 def test_bindings_reach_no_code_that_only_nvcc_reads():

@@ -29,8 +29,9 @@ struct Stream {
 #ifndef SN_FAST_ON_CPU
 
 inline void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(text("sn_fast: ", what, ": ", cudaGetErrorString(status)));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // or the next launch would report it once more
+    throw std::runtime_error(text("sn_fast: ", what, ": ", cudaGetErrorString(status)));
 }
 
 // Makes a device current, and the one before it again on leaving.

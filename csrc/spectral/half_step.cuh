@@ -34,11 +34,14 @@ __device__ void run_unit(const Gather& g, const HalfStepParams& p, HalfStepShare
     }
 }
 
-// One half step of all operators. Blocks take the units in their order, the costly ones first, whenever they are free.
+// One half step of all operators. Blocks take the units in their order, the costly ones first, whenever they are free:
+// also those blocks that start late because other work holds their place.
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_step_kernel(HalfStepParams p) {
     HalfStepShared& s = shared_memory<HalfStepShared>();
     constexpr int kWords = sizeof(Unit) / sizeof(std::int32_t);
-    for (int number = static_cast<int>(blockIdx.x); number < p.n_units; number = s.next) {
+    if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);
+    __syncthreads();
+    for (int number = s.next; number < p.n_units; number = s.next) {
         const int thread = thread_number();
         // 1) The unit to shared memory.
         if (thread < kWords)
@@ -48,7 +51,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_s
         // 2) The number of the next one, asked for together with what the tile begins with.
         const Gather& g = p.gathers[s.unit.gather];
         const auto dtype = static_cast<Dtype>(g.dtype);
-        if (thread == 0) s.next = static_cast<int>(gridDim.x) + atomicAdd(p.taken, 1);
+        if (thread == 0) s.next = atomicAdd(p.taken, 1);
         // 3) The tile.
         switch (dtype) {
             case Dtype::kFloat32: run_unit<float>(g, p, s); break;

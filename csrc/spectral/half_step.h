@@ -30,7 +30,7 @@ struct HalfStepParams {
     float* outputs;
     float* partials;
     std::int32_t* counters;   // 0 at the start, as `taken`
-    std::int32_t* taken;      // counts the units that blocks have taken after their first
+    std::int32_t* taken;      // counts the units that blocks have taken
     const void* weights[kMaxOperators];
     const float* given[kMaxOperators];  // what the vector is where there is nothing to normalise
 };

@@ -154,8 +154,11 @@ __global__ void __launch_bounds__(kInnerThreads) inner_kernel(NormalizeBackward 
 
 struct GradientShared {
     StagedTiles<kGradientColumns> tiles;
-    std::int32_t channel[kGradientColumns];       // of each pair: start of its channel in x, or -1
-    std::int32_t entry[kGradientColumns][kAxes];  // and of its tap's slots: start of the entries in the table
+    std::int32_t channel[kGradientColumns];  // of each pair: start of its channel in x, or -1
+    std::int32_t row[kGradientColumns];      // and of its tap in `position`
+    // Of each tap: start of its slots' entries in the table; and where it reads for the positions of two chunks, or -1.
+    std::int32_t entry[kGradientColumns][kAxes];
+    std::int32_t position[2][kGradientColumns][kTileDepth];
     std::int32_t last;
 };
 
@@ -164,8 +167,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
     constexpr int kLoads = kTileRows * kTileDepth / kTileThreads, kStep = kTileThreads / kTileDepth;
     GradientShared& s = shared_memory<GradientShared>();
     const Gather& g = *p.gather;
-    const int thread = static_cast<int>(threadIdx.x);
-    const int pairs = p.columns * p.taps;
+    const int thread = thread_number(), pairs = p.columns * p.taps;
     const int part = static_cast<int>(blockIdx.x) % p.parts, number = static_cast<int>(blockIdx.x) / p.parts;
     const int group = number / tiles_of_group(p), tile = number % tiles_of_group(p);
     const int first_pair = tile % pair_tiles(p) * kGradientColumns;
@@ -180,35 +182,55 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
         const int begin = static_cast<int>(static_cast<std::int64_t>(g.positions) * part / p.parts);
         const int end = static_cast<int>(static_cast<std::int64_t>(g.positions) * (part + 1) / p.parts);
         const int depth = thread % kTileDepth, first = thread / kTileDepth;
-        const float* y = p.y + static_cast<std::int64_t>(group) * p.rows * g.positions;
-        const float* x = p.x + static_cast<std::int64_t>(group) * p.columns * g.inputs;
-        // 1) The pairs of the tile.
+        const float* y = as_it_is(p.y + (static_cast<std::int64_t>(group) * p.rows + first_row) * g.positions);
+        const float* x = as_it_is(p.x + static_cast<std::int64_t>(group) * p.columns * g.inputs);
+        const int rows = p.rows - first_row, positions = g.positions, size1 = g.size[1], size2 = g.size[2];
+        const int slots0 = g.slots[0], slots1 = g.slots[1], slots2 = g.slots[2];
+        // 1) The pairs of the tile, and their taps: each once, unless there are more than pairs.
+        const int taps = min(p.taps, kGradientColumns);
         if (thread < kGradientColumns) {
-            const int pair = first_pair + thread, tap = pair % p.taps, inner = g.slots[1] * g.slots[2];
+            const int pair = first_pair + thread, tap = taps < p.taps ? pair % p.taps : min(thread, taps - 1);
             s.channel[thread] = pair < pairs ? pair / p.taps * g.inputs : -1;
-            s.entry[thread][0] = g.entry[0] + tap / inner;
-            s.entry[thread][1] = g.entry[1] + tap % inner / g.slots[2];
-            s.entry[thread][2] = g.entry[2] + tap % g.slots[2];
+            s.row[thread] = taps < p.taps ? thread : pair % p.taps;
+            s.entry[thread][0] = g.entry[0] + tap / (slots1 * slots2);
+            s.entry[thread][1] = g.entry[1] + tap % (slots1 * slots2) / slots2;
+            s.entry[thread][2] = g.entry[2] + tap % slots2;
         }
         __syncthreads();
-        float a[kLoads], b[kLoads];
-        auto load_chunk = [&](int at) {
+        // Where all taps read for a chunk of positions.
+        auto find_positions = [&](int at, int buffer) {
             const int position = at + depth;
             const bool inside = position < end;
-            const int inner = g.size[1] * g.size[2];
-            const int row0 = position / inner * g.slots[0];
-            const int row1 = position % inner / g.size[2] * g.slots[1];
-            const int row2 = position % g.size[2] * g.slots[2];
+            const int row0 = position / (size1 * size2) * slots0;
+            const int row1 = position / size2 % size1 * slots1;
+            const int row2 = position % size2 * slots2;
+#pragma unroll 2
+            for (int tap = first; tap < taps; tap += kStep) {
+                int found = -1;
+                if (inside) {
+                    const int e0 = __ldg(p.table + (s.entry[tap][0] + row0));
+                    const int e1 = __ldg(p.table + (s.entry[tap][1] + row1));
+                    const int e2 = __ldg(p.table + (s.entry[tap][2] + row2));
+                    found = (e0 | e1 | e2) >= 0 ? e0 + e1 + e2 : -1;
+                }
+                s.position[buffer][tap][depth] = found;
+            }
+        };
+        float a[kLoads], b[kLoads];
+        // All loads of a chunk are under way before the first is used.
+        auto load_chunk = [&](int at, int buffer) {
+            const int position = at + depth;
+            const bool inside = position < end;
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) {
-                const int row = first_row + first + i * kStep;
-                a[i] = inside && row < p.rows ? y[row * g.positions + position] : 0.0f;
-                b[i] = 0.0f;
+                const int row = first + i * kStep;
+                a[i] = inside && row < rows ? __ldg(y + (row * positions + position)) : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
                 const int pair = first + i * kStep;
-                if (!inside || s.channel[pair] < 0) continue;
-                const int e0 = p.table[s.entry[pair][0] + row0], e1 = p.table[s.entry[pair][1] + row1];
-                const int e2 = p.table[s.entry[pair][2] + row2];
-                if ((e0 | e1 | e2) >= 0) b[i] = x[s.channel[pair] + e0 + e1 + e2];
+                const int channel = s.channel[pair], found = s.position[buffer][s.row[pair]][depth];
+                b[i] = (channel | found) >= 0 ? __ldg(x + (channel + found)) : 0.0f;
             }
         };
         auto stage = [&](int buffer) {
@@ -218,15 +240,21 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
                 s.tiles.b[buffer][depth][first + i * kStep] = b[i];
             }
         };
-        // 2) Chunk after chunk of positions; the next travels while this one is multiplied.
+        // 2) Chunk after chunk of positions. While one is multiplied the next travels, and that after it is looked up.
         if (begin < end) {
-            load_chunk(begin);
+            find_positions(begin, 0);
+            __syncthreads();
+            load_chunk(begin, 0);
+            find_positions(begin + kTileDepth, 1);
             stage(0);
             __syncthreads();
             int buffer = 0;
             for (int next = begin + kTileDepth;; next += kTileDepth, buffer ^= 1) {
                 const bool more = next < end;
-                if (more) load_chunk(next);
+                if (more) {
+                    load_chunk(next, buffer ^ 1);
+                    find_positions(next + kTileDepth, buffer);
+                }
                 product.add(s.tiles, buffer);
                 if (!more) break;
                 stage(buffer ^ 1);

@@ -1,6 +1,8 @@
 // The kernel that ends a power iteration.
 #pragma once
 
+#include <climits>
+
 #include "spectral/tile.cuh"
 
 namespace sn_fast {
@@ -18,13 +20,23 @@ struct FinishParams {
 
 static_assert(sizeof(FinishParams) <= 4096, "kernel parameters");
 
-struct FinishShared {
-    double sigma[kFinishThreads / kWarp];
-    int group[kFinishThreads / kWarp];
+// A group and its square sum.
+struct Candidate {
+    double sum;
+    int group;
 };
 
-// Whether a square sum (or NaN) beats another as the largest.
-__device__ inline bool is_larger(double a, double b) { return a > b || (a != a && b == b); }
+struct FinishShared {
+    Candidate best[kFinishThreads / kWarp];
+};
+
+// The one with the larger sum, NaN being the largest; of equal ones the first group.
+__device__ inline Candidate larger(const Candidate& a, const Candidate& b) {
+    const bool a_is_nan = a.sum != a.sum, b_is_nan = b.sum != b.sum;
+    if (a_is_nan != b_is_nan) return a_is_nan ? a : b;
+    if (a_is_nan || a.sum == b.sum) return a.group < b.group ? a : b;
+    return a.sum > b.sum ? a : b;
+}
 
 // Normalises one piece of a vector in place, or finds sigma and its group.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) {
@@ -40,30 +52,27 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) 
             x[i] = scale.alive ? x[i] * scale.first * scale.second : given[i];
         return;
     }
-    // 2) The largest norm over the groups: each warp takes every 8th group.
+    // 2) The largest norm over the groups: a thread sums up a group if its partial sums are few, else a warp.
     FinishShared& s = shared_memory<FinishShared>();
-    const int warp = thread / kWarp;
-    double best = -1.0;
-    int best_group = 0;
-    for (int group = warp; group < piece.groups; group += kFinishThreads / kWarp) {
-        const double sum = sum_partials(norms + group * piece.norms, piece.norms);
-        if (is_larger(sum, best)) {
-            best = sum;
-            best_group = group;
+    Candidate best{-1.0, INT_MAX};
+    if (piece.norms < kWarp) {
+        for (int group = thread; group < piece.groups; group += kFinishThreads) {
+            double sum = 0.0;
+            for (int i = 0; i < piece.norms; ++i) sum += norms[group * piece.norms + i];
+            best = larger(best, {sum, group});
         }
+    } else {
+        for (int group = thread / kWarp; group < piece.groups; group += kFinishThreads / kWarp)
+            best = larger(best, {sum_partials(norms + group * piece.norms, piece.norms), group});
     }
-    s.sigma[warp] = best;
-    s.group[warp] = best_group;
+    for (int step = kWarp / 2; step > 0; step /= 2)
+        best = larger(best, {__shfl_xor_sync(kAllLanes, best.sum, step), __shfl_xor_sync(kAllLanes, best.group, step)});
+    if (thread % kWarp == 0) s.best[thread / kWarp] = best;
     __syncthreads();
     if (thread != 0) return;
-    for (int w = 1; w < kFinishThreads / kWarp; ++w) {
-        if (is_larger(s.sigma[w], best) || (!is_larger(best, s.sigma[w]) && s.group[w] < best_group)) {
-            best = s.sigma[w];
-            best_group = s.group[w];
-        }
-    }
-    p.sigmas[piece.op] = static_cast<float>(sqrt(best));
-    p.groups[piece.op] = best_group;
+    for (int w = 1; w < kFinishThreads / kWarp; ++w) best = larger(best, s.best[w]);
+    p.sigmas[piece.op] = static_cast<float>(sqrt(best.sum));
+    p.groups[piece.op] = best.group;
 }
 
 }  // namespace sn_fast

@@ -20,17 +20,18 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def guarded(model: Model, model_mode: str, freeze_sn: bool) -> Iterator[None]:
+def guarded(model: Model, model_mode: str, freeze_sn: bool, replayed: bool) -> Iterator[None]:
     """Autograd is off inside, modules are in ``model_mode``, and normalised weights are computed once if ``freeze_sn``.
 
-    On leaving, also by an exception, every module has its training flag and its buffers back.
+    On leaving, also by an exception, every module has its training flag and its buffers back; ``replayed``: from a CUDA
+    graph, which tells no tensor that it writes to it.
     """
     # A caller's inference mode would forbid the gradients that enable_grad is to allow later on.
     with torch.inference_mode(False), torch.no_grad():
         if not isinstance(model, nn.Module):
             yield
             return
-        with _restored(model):
+        with _restored(model, replayed):
             if model_mode != "keep":
                 model.train(model_mode == "train")
             with frozen_sigma(model) if freeze_sn else nullcontext():
@@ -38,7 +39,7 @@ def guarded(model: Model, model_mode: str, freeze_sn: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def _restored(model: nn.Module, replayed: bool) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         _SavedBuffer(module, name, buffer, buffer.clone(), buffer._version)
@@ -53,7 +54,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for saved in buffers:
-            saved.restore()
+            saved.restore(replayed)
         for module, training in flags:
             module.training = training  # train() may be overridden, and would reach the submodules
 
@@ -65,12 +66,12 @@ class _SavedBuffer(NamedTuple):
     value: Tensor
     version: int
 
-    def restore(self) -> None:
+    def restore(self, replayed: bool) -> None:
         """Writes only what may have changed: a write bumps the version, which others may watch."""
         if getattr(self.module, self.name, None) is not self.buffer:
             setattr(self.module, self.name, self.buffer)
         # In training batch_norm updates its running statistics without bumping their versions.
-        if self.buffer._version != self.version or self.module.training:
+        if self.buffer._version != self.version or self.module.training or replayed:
             self.buffer.copy_(self.value)
 
 
@@ -189,6 +190,7 @@ def prepared(
     model_mode: str,
     freeze_sn: bool,
     autocast_dtype: torch.dtype | None,
+    replayed: bool = False,
 ) -> Iterator[tuple[Tensor, Objective]]:
     """The guarded model's objective, and a copy of x, so that nothing reaches the caller's."""
     if not callable(model):
@@ -206,7 +208,7 @@ def prepared(
     if y is not None:
         check_labels(y, x, class_indices=isinstance(loss, str))
     mean, std = normalisation(mean, std, x)
-    with guarded(model, model_mode, freeze_sn):
+    with guarded(model, model_mode, freeze_sn, replayed):
         # Autograd refuses a caller's inference tensors; clones made in here are ordinary tensors.
         y, mean, std = (None if t is None else t.clone() for t in (y, mean, std))
         objective = Objective(model, y, loss=loss, targeted=targeted, mean=mean, std=std, autocast_dtype=autocast_dtype)

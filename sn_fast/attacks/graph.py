@@ -10,10 +10,13 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from ..ops.library import stream_of
 
 Tensors = Sequence[Tensor | None]
 _MOST_GRAPHS = 4  # of one model: each keeps the memory of a whole forward and backward
@@ -26,17 +29,20 @@ def run(model: nn.Module, options: Hashable, loop: Callable[[Tensors], Tensors],
 
     ``options`` stands for all that makes ``loop`` what it is, apart from model and tensors.
     """
-    graphs = _graphs.setdefault(model, OrderedDict())
-    key = options, _state(model), tuple(map(_layout, tensors))
-    graph = graphs.get(key)
-    if graph is not None:
-        graphs.move_to_end(key)
-        return graph.replay(tensors)
-    graph = LoopGraph(loop, tensors)
-    graphs[key] = graph
-    while len(graphs) > _MOST_GRAPHS:
-        graphs.popitem(last=False)
-    return graph.first
+    device = next(t.device for t in tensors if t is not None)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # streams are of the current device
+        graphs = _graphs.setdefault(model, OrderedDict())
+        # Two streams must not share a graph: its memory is written by both.
+        key = options, _state(model), tuple(map(_layout, tensors)), stream_of(device)
+        graph = graphs.get(key)
+        if graph is not None:
+            graphs.move_to_end(key)
+            return graph.replay(tensors)
+        graph = LoopGraph(loop, tensors)
+        graphs[key] = graph
+        while len(graphs) > _MOST_GRAPHS:
+            graphs.popitem(last=False)
+        return graph.first
 
 
 class LoopGraph:
@@ -74,7 +80,8 @@ def capture(function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensor
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads (data loaders) may go on with what a capture forbids to this one.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # A stream of our own: torch's own one for captures is of the device where it was first used.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
             results = function()
     except RuntimeError as error:
         raise RuntimeError(

@@ -199,7 +199,8 @@ def pgd(
         _check_graph(model, x)
     # In a graph normalised weights are part of what is captured: they must not be frozen before.
     freeze = freeze_sn and not cuda_graph
-    with prepared(model, x, y, loss, targeted, mean, std, model_mode, freeze, autocast_dtype) as (x, objective):
+    settings = loss, targeted, mean, std, model_mode, freeze, autocast_dtype, cuda_graph
+    with prepared(model, x, y, *settings) as (x, objective):
         if _is_trivial(x, radius):
             return _result(x, objective) if return_info else x
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import platform
@@ -37,6 +38,21 @@ def covers(archs: str, capability: tuple[int, int]) -> bool:
         if built == capability or (older and (built[0] == capability[0] or (ptx and not suffix))):
             return True
     return False
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA version that the driver supports; None without a driver."""
+    number = ctypes.c_int()
+    try:
+        found = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0
+    except OSError:
+        return None
+    return (number.value // 1000, number.value % 1000 // 10) if found else None
+
+
+def too_old(driver: tuple[int, int] | None, module: ModuleType) -> bool:
+    """Whether a driver cannot run a module: it runs kernels of its own CUDA major version and of older ones."""
+    return driver is not None and driver[0] < int(module.cuda_version.split(".")[0])
 
 
 def _absent(name: str) -> str:

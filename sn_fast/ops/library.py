@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import covers
+from .compiled import covers, driver_version, too_old
 
 _LIBRARY = torch.library.Library("sn_fast", "DEF")
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # name -> (kernel, reference)
@@ -44,7 +44,7 @@ def define(
 class UseKernels:
     """Serves every operator on tensors of one device type from a compiled module, until ``stop`` or its own end.
 
-    On GPUs that the module was not built for, the reference stays in place, with one warning.
+    On GPUs and drivers that the module was not built for, the reference stays in place, with one warning.
     """
 
     def __init__(self, module: ModuleType, device_type: str) -> None:
@@ -62,17 +62,24 @@ class UseKernels:
     def runs(self) -> bool:
         """Whether the module's code runs on the devices that are there."""
         if self._runs is None:
-            capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-            missing = [c for c in capabilities if not covers(self._module.archs, c)]
-            self._runs = not missing
-            if missing:
-                major, minor = missing[0]
-                warnings.warn(
-                    f"sn_fast's kernels were built for {self._module.archs}, but a GPU here is {major}.{minor}: plain "
-                    f"PyTorch is used. Remedy: reinstall with SN_FAST_CUDA_ARCHS={major}.{minor}",
-                    stacklevel=2,
-                )
+            why = self._obstacle()
+            self._runs = why is None
+            if why:
+                warnings.warn(f"sn_fast's kernels were built for {why}. Plain PyTorch is used", stacklevel=2)
         return self._runs
+
+    def _obstacle(self) -> str | None:
+        driver = driver_version()
+        if driver is not None and too_old(driver, self._module):
+            cuda = self._module.cuda_version
+            remedy = f"update the driver, or reinstall with a CUDA {driver[0]} toolkit"
+            return f"CUDA {cuda}, but the driver here supports {driver[0]}.{driver[1]} at most. Remedy: {remedy}"
+        for capability in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())):
+            if not covers(self._module.archs, capability):
+                found = "{}.{}".format(*capability)
+                remedy = f"reinstall with SN_FAST_CUDA_ARCHS={found}"
+                return f"{self._module.archs}, but a GPU here is {found}. Remedy: {remedy}"
+        return None
 
     def stop(self) -> None:
         self._library._destroy()

@@ -17,6 +17,8 @@ from .library import define, dtype_code, stream_of
 from .plan import GradientPlan
 from .power_step import PRECISIONS
 
+_LEAST_BUDGET = 1 << 20  # elements of partial sums that are always allowed: 4 MB
+
 
 def _normalize_kernel(
     module: ModuleType,
@@ -107,7 +109,7 @@ def _normalize_backward_kernel(
         return _backward_reference(grad, weight, sigma, u, v, group, geometry, beta, cap, precision)
     u, v = u.contiguous(), v.contiguous()
     group = None if group is None else group.to(torch.int64)
-    plan = _plan(module, layout, device, u.numel() + v.numel())
+    plan = _plan(module, layout, device, max(_LEAST_BUDGET, u.numel() + v.numel()))
     # In terms of the convolution that describes the layer: x is its input, y its output.
     x, y = (u, v) if geometry_.transposed else (v, u)
     inner = torch.empty(module.normalize_backward_blocks(weight.numel()), dtype=torch.float64, device=device)
@@ -121,7 +123,7 @@ def _normalize_backward_kernel(
         x.data_ptr(),
         y.data_ptr(),
         0 if group is None else group.data_ptr(),
-        plan.addresses,
+        plan.tables.addresses(),
         (inner.data_ptr(), partials.data_ptr(), counters.data_ptr()),
         plan.sizes,
         beta,

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from .layout import AXES, IntArray, Layout, Map, Table
+from .tables import Tables
 from .units import GEMM64, TILE_COLUMNS, TILE_ROWS, UNIT, Tiling, make_units, partial_size
 
 # csrc/spectral/gather.h: the same fields in the same order.
@@ -38,7 +38,7 @@ _PIECE = 4096  # elements that one block normalises
 
 
 class Plan:
-    """The tables and units of one list of operators, on the device, and the sizes that a call has to allocate."""
+    """Tables of one list of operators (gathers, units, pieces, indices), and the sizes that a call has to allocate."""
 
     def __init__(self, module: ModuleType, layouts: Sequence[Layout], device: torch.device, parallel: int) -> None:
         sizes = [GATHER.itemsize, UNIT.itemsize, PIECE.itemsize]
@@ -78,18 +78,11 @@ class Plan:
         pieces = self._pieces(halves, offsets, norm_offsets)
         self.n_units = [len(u) for u in units]
         self.n_pieces = len(pieces)
-        self._parts = [
-            torch.from_numpy(np.ascontiguousarray(part).view(np.int32).reshape(-1)).to(device)
-            for part in (np.concatenate(records), np.concatenate(units), pieces, table.array())
-        ]
-
-    @property
-    def addresses(self) -> list[int]:
-        """Of gathers, units, pieces and table."""
-        return [part.data_ptr() for part in self._parts]
+        parts = np.concatenate(records), np.concatenate(units), pieces, table.array()
+        self.tables = Tables(parts, device)
 
     @functools.cached_property
-    def spans(self) -> Tensor:
+    def spans(self) -> Tables:
         """Per group of each operator, where its vectors lie on the start side and on the other."""
         rows = []
         for i, groups in enumerate(self._groups):
@@ -97,7 +90,7 @@ class Plan:
             for group in range(groups):
                 firsts = self.offsets[1][i] + group * start, self.offsets[0][i] + group * image
                 rows.append((firsts[0], start, firsts[1], image))
-        return torch.from_numpy(np.array(rows, SPAN).view(np.int32).reshape(-1)).to(self._parts[0].device)
+        return Tables([np.array(rows, SPAN)], self.device)
 
     def _gather(
         self,
@@ -167,7 +160,7 @@ def _filled(tiling: Tiling) -> IntArray:
 
 
 class GradientPlan:
-    """The map of one layer for its weight's gradient, on the device, and the sizes that a call has to allocate."""
+    """Tables of one layer for its weight's gradient (gather, indices), and the sizes that a call has to allocate."""
 
     def __init__(self, layout: Layout, device: torch.device, parallel: int, budget: int) -> None:
         m = Map(layout, forward=True)
@@ -187,9 +180,4 @@ class GradientPlan:
         for name in ("group_stride", "row_stride", "channel_stride", "tap_stride", "size", "slots"):
             record[name] = getattr(m, name)
         record["entry"] = [table.add(e) for e in m.entries]
-        self._parts = [torch.from_numpy(part.view(np.int32).reshape(-1)).to(device) for part in (record, table.array())]
-
-    @property
-    def addresses(self) -> list[int]:
-        """Of the gather and the table."""
-        return [part.data_ptr() for part in self._parts]
+        self.tables = Tables([record, table.array()], device)

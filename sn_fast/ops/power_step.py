@@ -150,20 +150,27 @@ def _plans_of(
     for w in weights:
         if w.device != device:
             raise ValueError(f"{operator}: weights are on {device} and on {w.device}; one call is for one device")
-    return _plans(module, operator, tuple(geometry), tuple((w.shape, w.stride(), w.dtype) for w in weights), device)
+    try:
+        return _plans(module, tuple(geometry), tuple((w.shape, w.stride(), w.dtype) for w in weights), device)
+    except _Mismatch as error:
+        raise ValueError(f"{operator}: {error}") from None
 
 
-@functools.lru_cache(maxsize=64)
+class _Mismatch(ValueError):
+    """Weights that do not belong to their geometries."""
+
+
+@functools.lru_cache(maxsize=512)
 def _plans(
-    module: ModuleType, operator: str, geometry: tuple[int, ...], weights: tuple[Weight, ...], device: torch.device
+    module: ModuleType, geometry: tuple[int, ...], weights: tuple[Weight, ...], device: torch.device
 ) -> list[Plan] | None:
     geometries = decode(geometry)
     if len(weights) != len(geometries):
-        raise ValueError(f"{operator}: {len(weights)} weights for {len(geometries)} geometries; give one of each")
+        raise _Mismatch(f"{len(weights)} weights for {len(geometries)} geometries; give one of each")
     layouts = []
     for (shape, stride, dtype), g in zip(weights, geometries):
         if tuple(shape[2:]) != tuple(a.kernel for a in g.axes):
-            raise ValueError(f"{operator}: a weight of shape {tuple(shape)} does not fit its geometry {g}")
+            raise _Mismatch(f"a weight of shape {tuple(shape)} does not fit its geometry {g}")
         layout = Layout.of(torch.empty_strided(shape, stride, dtype=dtype, device="meta"), g)
         if layout is None or max(math.prod(g.in_shape(shape)), math.prod(g.out_shape(shape))) >= 2**31:
             return None
@@ -203,7 +210,7 @@ def _power_step_once(
     partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
     counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
     module.power_step(
-        plan.addresses,
+        plan.tables.addresses(),
         plan.n_units,
         plan.n_pieces,
         [w.data_ptr() for w in weights],
@@ -254,9 +261,10 @@ def _lanczos_start_kernel(
     ]
     partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
     counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
-    gathers, units, _, table = plan.addresses
+    gathers, units, _, table = plan.tables.addresses()
+    (spans,) = plan.spans.addresses()
     module.lanczos(
-        (gathers, units, plan.spans.data_ptr(), table),
+        (gathers, units, spans, table),
         plan.n_units,
         count,
         n,

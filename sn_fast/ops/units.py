@@ -86,7 +86,7 @@ class Tiling:
         """Elements of one part of a tile's split sum."""
         return _SUMS[self.kind] * _THREADS
 
-    def cost(self, tile: int) -> int:
+    def cost(self, tile: int) -> float:
         """Of one tile's whole sum."""
         m, slots = self.map, len(self.active[tile])
         if self.kind in (DOT, AXPY):
@@ -153,7 +153,8 @@ def _tile_units(t: Tiling, op: int, first_norm: int) -> tuple[npt.NDArray[Any], 
         first = np.arange(0, m.groups * t.tiles_per_group, _DIRECT_WARPS)
         units = np.zeros(len(first), UNIT)
         units["row"], units["norm"] = first, first_norm + first
-        cost = np.full(len(first), max(map(t.cost, range(len(t.active)))))
+        tiles = (first[:, None] + np.arange(_DIRECT_WARPS)) % len(t.active)
+        cost = np.array([t.cost(i) for i in range(len(t.active))])[tiles].max(axis=1)
     else:
         group, block, tile = (x.ravel() for x in np.indices((m.groups, t.row_blocks, len(t.active))))
         units = np.zeros(len(group), UNIT)
@@ -191,7 +192,7 @@ def _cut(
         units["split"] = np.arange(len(units)) - np.repeat(np.cumsum(s) - s, s)
         units["splits"] = np.repeat(s, s)
         channels = t.map.channels
-        step = 4 if t.kind in (DOT, AXPY) else 1  # keeps rows aligned to 16 bytes
+        step = (4 if t.map.layout.dtype == 0 else 8) if t.kind in (DOT, AXPY) else 1  # keeps rows aligned to 16 bytes
         edges = lambda i: np.minimum(-(-channels * i // units["splits"] // step) * step, channels)  # noqa: B023, E731
         number = units["split"].astype(np.int64)  # times channels it may leave int32
         units["channel"], units["channel_end"] = edges(number), edges(number + 1)

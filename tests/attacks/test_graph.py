@@ -26,12 +26,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+CAPTURE = graph.capture
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
 class Captures:
     """Stands in for CUDA's capture: the loop is run again on the same memory, its results written in place."""
 
     def __init__(self) -> None:
         self.count = 0
         self.replays = 0
+        self.unaware: tuple[Tensor, ...] = ()  # written without being told, as by a graph
 
     def capture(self, function: Callable[[], graph.Tensors]) -> tuple[Callable[[], None], graph.Tensors]:
         self.count += 1
@@ -39,18 +55,32 @@ class Captures:
 
         def replay() -> None:
             self.replays += 1
-            for mine, new in zip(results, function()):
-                if mine is not None and new is not None:
-                    mine.copy_(new)
+            with torch.autograd._unsafe_preserve_version_counter(self.unaware):
+                for mine, new in zip(results, function()):
+                    if mine is not None and new is not None:
+                        mine.copy_(new)
 
         return replay, results
+
+    def counted(self, function: Callable[[], graph.Tensors]) -> tuple[Callable[[], None], graph.Tensors]:
+        """On a GPU: the real capture, counted."""
+        self.count += 1
+        replay, results = CAPTURE(function)
+
+        def count_and_replay() -> None:
+            self.replays += 1
+            replay()
+
+        return count_and_replay, results
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     """Lets cuda_graph=True run where the tensors are."""
     stand_in = Captures()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        monkeypatch.setattr(graph, "capture", stand_in.counted)
+    else:
         monkeypatch.setattr(graph, "capture", stand_in.capture)
         monkeypatch.setattr(graph, "on_side_stream", lambda function: function())
         monkeypatch.setattr(methods, "_check_graph", lambda model, x: None)
@@ -103,6 +133,26 @@ def test_equals_the_ordinary_loop(captures: Captures, name: str) -> None:
         for key, value in model.state_dict().items():
             assert torch.equal(value, state[key]), key
     assert (captures.count, captures.replays) == (1, 3)
+
+
+def test_buffers_written_in_eval_mode_are_put_back(captures: Captures) -> None:
+    model = nn.Sequential(Counting(), network())
+    captures.unaware = (model[0].calls,)
+    for seed in range(3):
+        attack(model, seed, {}, True)
+        assert model[0].calls == 0
+    assert captures.replays == 2
+
+
+def test_every_stream_has_its_own_graph(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two streams that share a graph's memory would write over each other's batches."""
+    model, stream = network(), graph.stream_of
+    attack(model, 0, {}, True)
+    monkeypatch.setattr(graph, "stream_of", lambda device: (1234, 0))
+    attack(model, 0, {}, True)
+    monkeypatch.setattr(graph, "stream_of", stream)
+    attack(model, 0, {}, True)
+    assert (captures.count, captures.replays) == (2, 1)
 
 
 def test_results_belong_to_the_caller(captures: Captures) -> None:

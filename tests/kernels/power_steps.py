@@ -173,12 +173,12 @@ class _Sizes:
 
 def gathers_of(plan: Plan) -> list[np.ndarray]:
     """The plan's operators, per half step."""
-    return np.split(plan._parts[0].numpy().view(plans.GATHER), 2)
+    return np.split(plan.tables[0].view(plans.GATHER), 2)
 
 
 def units_of(plan: Plan) -> list[np.ndarray]:
     """The plan's units of work, per half step."""
-    return np.split(plan._parts[1].numpy().view(dividing.UNIT), [plan.n_units[0]])
+    return np.split(plan.tables[1].view(dividing.UNIT), [plan.n_units[0]])
 
 
 def kinds_of(call: Call) -> set[tuple[str, bool]]:

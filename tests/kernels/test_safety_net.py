@@ -22,6 +22,7 @@ from ..on_device import DEVICE
 from . import on_cpu
 from .conftest import THREAD_ORDERS
 from .power_steps import Call, kinds_of, planning
+from .weight_gradients import Call as Gradient
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="edits kernels and runs them on the CPU")
 
@@ -59,7 +60,7 @@ def operators() -> list[LinearOperator]:
 
 
 def results(module: ModuleType, order: int) -> list[Tensor]:
-    """For all kinds of tiles with the module's kernels, in one order of threads; also with many parts to every sum."""
+    """Of all kinds of tiles, in one order of threads, also with many parts to every sum; and weights' gradients."""
     torch.manual_seed(0)
     call = Call.of(*operators())
     served = UseKernels(module, "cpu")
@@ -69,6 +70,7 @@ def results(module: ModuleType, order: int) -> list[Tensor]:
         for split in (False, True):
             with planning(split=split, parallel=9):
                 found += [t for part in call.run() for t in part]
+        found += [Gradient.of(op).run() for op in operators()[:5]]
     finally:
         module.set_thread_order(0)
         served.stop()
@@ -99,6 +101,22 @@ BARRIERS: dict[str, Edit] = {
         "s.tap[j] = slot.tap * g.tap_stride;\n        }\n        __syncthreads();",
         "s.tap[j] = slot.tap * g.tap_stride;\n        }",
     ),
+    "half_step: the first number": (
+        "if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);\n    __syncthreads();",
+        "if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);",
+    ),
+    "half_step: the unit before its use": (
+        "(p.units + number)[thread];\n        __syncthreads();",
+        "(p.units + number)[thread];",
+    ),
+    "half_step: the end of a unit": (
+        "        __syncthreads();  // the next unit uses the same shared memory\n",
+        "",
+    ),
+    "gradient: the first positions": (
+        "find_positions(begin, 0);\n            __syncthreads();",
+        "find_positions(begin, 0);",
+    ),
     "gemm: the first chunk": ("stage(0);\n        __syncthreads();", "stage(0);"),
     "dot: the vector's chunk": ("s.x[i] = x[chunk + i];\n        __syncthreads();", "s.x[i] = x[chunk + i];"),
     "dot: the rows' sums": (
@@ -110,11 +128,14 @@ BARRIERS: dict[str, Edit] = {
         "s.columns[first][lane * kVector + e] = sums[e];",
     ),
     "block_reduce: warps before the sum": (
-        "scratch[threadIdx.x / kWarp] = value;\n    __syncthreads();",
-        "scratch[threadIdx.x / kWarp] = value;",
+        "scratch[thread / kWarp] = value;\n    __syncthreads();",
+        "scratch[thread / kWarp] = value;",
     ),
     "join_splits: who is last": ("split.parts - 1;\n    __syncthreads();", "split.parts - 1;"),
-    "finish: the warps' largest": ("s.group[warp] = best_group;\n    __syncthreads();", "s.group[warp] = best_group;"),
+    "finish: the warps' largest": (
+        "s.best[thread / kWarp] = best;\n    __syncthreads();",
+        "s.best[thread / kWarp] = best;",
+    ),
 }
 
 
@@ -189,12 +210,17 @@ def test_bits_do_not_depend_on_the_number_of_blocks(tmp_path: Path, module: Modu
 
 OVERFLOW = "ERROR: AddressSanitizer: heap-buffer-overflow"
 BEYOND: dict[str, tuple[Edit, str, str]] = {  # what is said of it, and where
-    "a unit too many": (("while (s.unit < p.n_units)", "while (s.unit <= p.n_units)"), OVERFLOW, "half_step.cuh"),
-    "a row that is not stored": (("i * kStepA < rows ?", "i * kStepA <= rows ?"), OVERFLOW, "gemm.cuh"),
+    "a unit too many": (("number < p.n_units", "number <= p.n_units"), OVERFLOW, "half_step.cuh"),
+    "a row beyond the last": (
+        ("last_row = g.rows - unit.row - 1;", "last_row = g.rows - unit.row;"),
+        OVERFLOW,
+        "gemm.cuh",
+    ),
+    "a depth beyond the last": (("2 * i * kStepB, 2 * depth - 2)", "2 * i * kStepB, 1 << 20)"), OVERFLOW, "gemm.cuh"),
     "an element too many": (("if (e < count) sums[e]", "if (e <= count) sums[e]"), OVERFLOW, "axpy_tile"),
     "a wrong row": (("at[c * g.channel_stride + e]", "at[(c + 1) * g.channel_stride + e]"), OVERFLOW, "axpy_tile"),
     "a slot beyond its table": (
-        ("std::int32_t position[kTileSlots][kColumns];", "std::int32_t position[1][1];"),
+        ("std::int32_t position[kTileSlots * kColumns];", "std::int32_t position[1];"),
         "out of bounds for type",
         "gemm.cuh",
     ),
