@@ -58,21 +58,7 @@ class PublishedLoop:
     """The iteration of every layer of a model. ``weights`` are the model's own tensors."""
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
-        shapes: dict[nn.Module, tuple[int, ...]] = {}
-        hooks = [
-            m.register_forward_pre_hook(lambda m, args: shapes.__setitem__(m, tuple(args[0].shape[1:])))
-            for m in model.modules()
-            if isinstance(m, (nn.Conv2d, nn.Linear))
-        ]
-        training = model.training
-        try:
-            with torch.no_grad():
-                model.eval()(example)
-        finally:
-            model.train(training)
-            for hook in hooks:
-                hook.remove()
-        self.layers = [PublishedLayer(m, shape) for m, shape in shapes.items()]  # type: ignore[arg-type]
+        self.layers = [PublishedLayer(m, shape) for m, shape in _input_shapes(model, example).items()]
         self.weights = [layer.weight for layer in self.layers]
         self.us = [layer.u for layer in self.layers]
 
@@ -93,3 +79,51 @@ class PublishedLoop:
         """W / max(1, sigma / beta) of every layer after one iteration, differentiable through it, as published."""
         sigmas, _ = self.iterate(weights, self.us)
         return [w / (sigma / beta).clamp(min=1.0) for w, sigma in zip(weights, sigmas)]
+
+
+class PublishedNorm(nn.Module):
+    """The same of one layer as a parametrization of its weight: every use in training takes a step."""
+
+    u: Tensor
+
+    def __init__(self, layer: PublishedLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("u", layer.u)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W / max(1, sigma), in float32 also under autocast, as published."""
+        with torch.autocast(weight.device.type, enabled=False):
+            sigma, u = self.layer.step(weight, self.u)
+            if self.training:
+                with torch.no_grad():
+                    self.u.copy_(u)
+            return weight / sigma.clamp(min=1.0)
+
+
+def apply_published_norm(model: nn.Module, example: Tensor) -> nn.Module:
+    """Every convolution and linear layer normalised as published, layer by layer."""
+    found = _input_shapes(model, example)
+    for module, shape in found.items():
+        layer = PublishedLayer(module, shape)
+        nn.utils.parametrize.register_parametrization(module, "weight", PublishedNorm(layer))
+    return model
+
+
+def _input_shapes(model: nn.Module, example: Tensor) -> dict[nn.Conv2d | nn.Linear, tuple[int, ...]]:
+    """Of every convolution and linear layer, in the order of their first use."""
+    shapes: dict[nn.Conv2d | nn.Linear, tuple[int, ...]] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args: shapes.__setitem__(m, tuple(args[0].shape[1:])))
+        for m in model.modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
+    ]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return shapes

@@ -66,7 +66,7 @@ def kernel_names() -> set[str]:
 
 
 def _operators(device: str, dtype: torch.dtype, small: bool) -> dict[str, sn_fast.LinearOperator]:
-    """Of every kind of tile (dot and axpy, direct, both GEMMs), with split sums, groups, and every sort of geometry."""
+    """Of every kind of tile (dot, axpy, direct, both GEMMs), sums whole and split, groups, and every sort of geometry."""
 
     def weight(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -84,6 +84,11 @@ def _operators(device: str, dtype: torch.dtype, small: bool) -> dict[str, sn_fas
         "transposed": sn_fast.ConvOperator(weight(24, 20, 4, 4), (5, 6), stride=2, padding=1, transposed=True),
         "1d": sn_fast.ConvOperator(weight(20, 8, 5), (40,), padding=2, padding_mode="circular"),
         "3d": sn_fast.ConvOperator(weight(12, 10, 3, 3, 3), (5, 4, 6), padding=1),
+        # Sums long enough to be split, of each kind.
+        "long rows": sn_fast.MatrixOperator(weight(12, 60000)),
+        "long sums": sn_fast.ConvOperator(weight(64, 700, 3, 3), (4, 4), padding=1),
+        "long sums, many positions": sn_fast.ConvOperator(weight(64, 500, 3), (64,), padding=1),
+        "long sums, few rows": sn_fast.ConvOperator(weight(4, 800, 3), (40,), padding=1),
     }
 
 

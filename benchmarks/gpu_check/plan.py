@@ -19,13 +19,14 @@ class Stage:
 
 STAGES = (
     Stage(1, "build", 120, "compile the kernels for this GPU, in a copy of the sources"),
-    Stage(2, "tests", 110, "the test suite with tensors on the GPU"),
-    Stage(3, "sanitizer", 70, "memcheck, racecheck and initcheck of every kernel"),
+    Stage(2, "tests", 100, "the test suite with tensors on the GPU"),
+    Stage(3, "sanitizer", 60, "memcheck, racecheck and initcheck of every kernel"),
     Stage(4, "operators", 50, "accuracy, opcheck, CUDA graphs, streams, equal bits on repeats"),
-    Stage(5, "peaks", 15, "copy bandwidth, fp32, tf32 and bf16 rates of this GPU"),
-    Stage(6, "power", 110, "power iteration and normalisation of three networks"),
-    Stage(7, "updates", 40, "the attacks' updates"),
-    Stage(8, "training", 45, "a step of adversarial training, with and without normalisation"),
+    Stage(5, "peaks", 12, "copy bandwidth, fp32, tf32 and bf16 rates of this GPU"),
+    Stage(6, "power", 90, "power iteration and normalisation of three networks"),
+    Stage(7, "updates", 38, "the attacks' updates"),
+    Stage(8, "training", 50, "steps of adversarial training, with and without normalisation"),
+    Stage(9, "profile", 20, "Nsight Compute's counters of the main kernels"),
 )
 
 

@@ -80,9 +80,10 @@ def _updates(results: Results) -> Iterator[Bar]:
 
 
 def _training(results: Results) -> Iterator[Bar]:
-    for layout in ("channels_last", "contiguous"):
-        share = _get(results, layout, "refresh_share")
-        yield _below(f"sigma refresh in a training step, {layout}", share, 0.01, percent=True)
+    networks = [name for name, entry in results.items() if isinstance(entry, dict) and "batch" in entry]
+    for name in networks or ["networks"]:
+        share = _get(results, name, "sn_share", "of_step", "device")
+        yield _below(f"{name}: refresh, normalised weights, gradient / PGD-10 step", share, 0.01, percent=True)
 
 
 _BARS: dict[str, Callable[[Results], Iterator[Bar]]] = {

@@ -83,21 +83,27 @@ def _kernels(context: Context, cases: Sequence[Case]) -> None:
 
 
 def _repeats(context: Context, cases: Sequence[Case]) -> None:
-    """The same bits every time; differences are counted on the device, so that the calls follow one another closely."""
-    times = context.pick(200 if context.quick else 1000, 2)
+    """The same bits every time: the calls follow one another in a graph, and differences are counted on the device."""
+    rounds, calls = context.pick((100 if context.quick else 1000, 10), (2, 1))
+    timer = Timer(context.device, 1)
     for case in cases:
         if not ("float32" in case.name and context.has_time(f"repeats: {case.name}", 3.0)):
             continue
-        first = case.run()
+        first = [t.clone() for t in case.run()]
         different = torch.zeros((), dtype=torch.int64, device=context.device)
-        for _ in range(times):
+
+        def compare(case: Case = case, first: Sequence[Tensor] = first, different: Tensor = different) -> None:
             for a, b in zip(case.run(), first, strict=True):
-                different += (a != b).any()
+                different.add_((a != b).any())
+
+        replay = timer.graph(compare, calls)
+        for _ in range(rounds):
+            replay()
         count = int(different)
         if count:
-            context.fail(f"{case.name}: other bits in {count} results of {times} repeats")
-        context.record(f"repeats/{case.name}", {"times": times, "different": count})
-    print(f"repeats: {times} each", flush=True)
+            context.fail(f"{case.name}: other bits in {count} results of {rounds * calls} repeats")
+        context.record(f"repeats/{case.name}", {"times": rounds * calls, "different": count})
+    print(f"repeats: {rounds * calls} each", flush=True)
 
 
 def _opcheck(context: Context, case: Case) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,12 +69,12 @@ def _run(command: list[str], seconds: float) -> tuple[str, bool]:
     # Without torch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as file:  # a pipe would be lost with a program that is stopped
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             process.wait(max(5.0, seconds))
             ended = True
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # also the program that the sanitizer watches
             process.wait()
             ended = False
         file.seek(0)

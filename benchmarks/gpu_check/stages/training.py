@@ -1,9 +1,11 @@
-"""One step of adversarial training of ResNet-18, and what spectral normalisation adds to it."""
+"""Steps of adversarial training with each normalisation, eager and compiled, and what normalising costs of them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,74 +16,160 @@ import sn_fast
 from sn_fast.attacks import pgd
 
 from ... import models
+from ...published_loop import apply_published_norm
 from ..context import Context
 from ..kernels import serve
-from ..timing import Timer, ratio
+from ..roofline import layers, used_weights
+from ..timing import Timer, digits, ratio
 
 _BATCH, _STEPS = 256, 10
+_NAMES = ("ResNet-18, 32x32", "WRN-28-10, 32x32")
+_COMPILE = 75.0  # seconds that the compilation of one network, for the attack and for training, may need
 
 
 def run(context: Context) -> None:
-    """PGD-10, l_inf, bf16 autocast; in both memory formats."""
+    """PGD-10, l_inf, batch 256, bf16 autocast, channels last, made-up images of CIFAR's size."""
     serve(context)
-    for name, layout in {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}.items():
-        if context.has_time(name, 12.0):
-            context.attempt(name, lambda n=name, f=layout: _format(context, n, f))  # type: ignore[misc]
-        if context.rehearse:
-            return
+    networks = context.pick({name: models.NETWORKS[name] for name in _NAMES}, models.TINY)
+    trainings = []
+    for name, network in networks.items():
+        if context.has_time(name, 20.0):
+            training = context.attempt(name, lambda n=name, w=network: _Training(context, n, w))  # type: ignore[misc]
+            if training:
+                trainings.append(training)
+                context.attempt(f"{name}, eager", training.eager)
+                context.attempt(f"{name}, share", training.share)
+                context.attempt(f"{name}, cuda_graph", training.graphed)
+    for training in trainings:  # slow to compile: last
+        training.compiled()
 
 
-def _format(context: Context, name: str, layout: torch.memory_format) -> None:
-    torch.manual_seed(0)
-    network = next(iter(context.pick(models.NETWORKS, models.TINY).values()))
-    batch, steps = context.pick((_BATCH, _STEPS), (4, 2))
-    timer = Timer(context.device, context.pick(8, 2))
-    plain = network.make().to(context.device, memory_format=layout)
-    x = torch.rand(batch, 3, *network.input_size, device=context.device).contiguous(memory_format=layout)
-    y = torch.randint(10, (batch,), device=context.device)
-    ours, theirs = copy.deepcopy(plain), copy.deepcopy(plain)
-    sn_fast.apply_spectral_norm(ours, x[:1])
-    for m in [m for m in theirs.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+def _by_torch(model: nn.Module, _: Tensor) -> nn.Module:
+    for m in [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
         nn.utils.parametrizations.spectral_norm(m)
+    return model
 
-    def trainer(model: nn.Module, **options: Any) -> Callable[[], Tensor]:
+
+_NORMALISATIONS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "plain": lambda model, _: model,
+    "sn_fast": lambda model, example: sn_fast.apply_spectral_norm(model, example),
+    "torch": _by_torch,
+    "published": apply_published_norm,
+}
+
+
+@dataclass
+class _Training:
+    """One network, once with each normalisation."""
+
+    context: Context
+    name: str
+    network: models.Network
+    networks: dict[str, nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        context = self.context
+        self.batch, self.steps = context.pick((_BATCH, _STEPS), (4, 2))
+        self.timer = Timer(context.device, context.pick(6, 2))
+        plain = self.network.make().to(device=context.device).to(memory_format=torch.channels_last)
+        x = torch.rand(self.batch, 3, *self.network.input_size, device=context.device)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.y = torch.randint(10, (self.batch,), device=context.device)
+        self.networks = {n: make(copy.deepcopy(plain), self.x[:1]) for n, make in _NORMALISATIONS.items()}
+        self.record("batch", self.batch)
+        self.record("steps", self.steps)
+        self.step: dict[str, float] | None = None
+
+    def record(self, key: str, value: Any) -> None:
+        self.context.record(f"{self.name}/{key}", value)
+
+    def trainer(self, model: nn.Module, update: nn.Module | None = None, **options: Any) -> Callable[[], Tensor]:
+        """One step. ``update``: compiled code does not see that a weight has moved; its sigma is advanced here."""
         optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+        attack: dict[str, Any] = {"norm": "inf", "eps": 8 / 255, "steps": self.steps, "clip": (0, 1)} | options
 
         def step() -> Tensor:
             model.train()
-            attack: dict[str, Any] = {"norm": "inf", "eps": 8 / 255, "steps": steps, "clip": (0, 1)} | options
-            x_adv = pgd(model, x, y, autocast_dtype=torch.bfloat16, **attack)
+            x_adv = pgd(model, self.x, self.y, autocast_dtype=torch.bfloat16, **attack)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(context.device, dtype=torch.bfloat16):
-                loss = F.cross_entropy(model(x_adv), y)
+            with torch.autocast(self.context.device, dtype=torch.bfloat16):
+                loss = F.cross_entropy(model(x_adv), self.y)
             loss.backward()
             optimizer.step()
+            if update is not None:
+                sn_fast.update_spectral_norm(update)
             return loss
 
         return step
 
-    actions = {"plain": trainer(plain), "sn_fast": trainer(ours), "torch": trainer(theirs)}
-    took = timer.on_host(actions)
-    entry: dict[str, Any] = {"step": took, "batch": batch, "steps": steps}
-    entry |= {f"{n}_times_plain": ratio(took[n], took["plain"]) for n in ("sn_fast", "torch")}
-    # A share of one per cent is smaller than the spread of whole steps: the refresh by itself says more.
-    refresh = Timer(context.device, context.repeats).on_host({"refresh": lambda: sn_fast.update_spectral_norm(ours)})
-    entry["refresh"] = refresh["refresh"]
-    entry["refresh_share"] = ratio(refresh["refresh"], took["sn_fast"])
-    context.record(name, entry)
-    milliseconds = ", ".join(f"{n} {t['median'] / 1000:.1f} ms" for n, t in took.items())
-    print(f"{name}: {milliseconds}; refresh {entry['refresh_share']:.2%} of a step", flush=True)
-    if context.rehearse or context.has_time(f"{name}, cuda_graph", 6.0):
-        entry["cuda_graph"] = _graphed(context, trainer(ours, cuda_graph=True), timer, took["sn_fast"])
-        context.record(name, entry)
+    def compare(self, mode: str, actions: dict[str, Callable[[], Any]]) -> None:
+        took = self.timer.on_host(actions)
+        entry: dict[str, Any] = {"step": took}
+        if "plain" in took:
+            entry |= {f"{n}_times_plain": ratio(t, took["plain"]) for n, t in took.items() if n != "plain"}
+        self.record(mode, entry)
+        self.step = took.get("sn_fast", self.step)
+        text = ", ".join(f"{n} {t['median'] / 1000:.1f} ms" for n, t in took.items())
+        print(f"{self.name}, {mode}: {text}", flush=True)
 
+    def eager(self) -> None:
+        self.compare("eager", {n: self.trainer(m) for n, m in self.networks.items()})
 
-def _graphed(context: Context, step: Callable[[], Tensor], timer: Timer, eager: dict[str, float]) -> Any:
-    """The step with the attack's loop as one CUDA graph."""
-    try:
-        step()
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        print(f"pgd(cuda_graph=True): {type(error).__name__}: {error}", flush=True)
-        return f"not measured: {type(error).__name__}: {str(error)[:300]}"
-    took = timer.on_host({"graph": step})["graph"]
-    return {"step": took, "eager_times_graph": ratio(eager, took)}
+    def compiled(self) -> None:
+        """Those whose compilations fit into the time, in the order of their importance."""
+        ready: dict[str, Callable[[], Any]] = {}
+        for n, model in self.networks.items():
+            label = f"{self.name}, compiled, {n}"
+            if not self.context.has_time(label, _COMPILE):
+                continue
+            compiled: Any = torch.compile(model, backend=self.context.pick("inductor", "aot_eager"))
+            action = self.trainer(compiled, update=model if n == "sn_fast" else None)
+            if self.context.attempt(label, lambda a=action: (a(), True)):  # type: ignore[misc]
+                ready[n] = action
+        if ready and self.context.has_time(f"{self.name}, compiled", 10.0):
+            self.context.attempt(f"{self.name}, compiled", partial(self.compare, "compiled", ready))
+            self.share()
+
+    def share(self) -> None:
+        """Sigma's refresh, the normalised weights and their gradients, once each: what a step with ``freeze_sn`` needs.
+
+        A share of one per cent is smaller than the spread of whole steps, so that it is timed by itself.
+        """
+        if self.step is None:
+            return
+        model = self.networks["sn_fast"]
+        found = layers(model)
+        raws = [x.state.raw for x in found]
+        grads = [torch.randn_like(r) for r in raws]
+
+        def normalised() -> Any:
+            return torch.autograd.grad(used_weights(x.module for x in found), raws, grads)
+
+        actions: dict[str, Callable[[], Any]] = {"refresh": lambda: sn_fast.update_spectral_norm(model)}
+        actions["normalised"] = normalised
+        timer = Timer(self.context.device, self.context.repeats)
+        host = timer.on_host(actions)
+        device = timer.on_device({n: timer.graph(a) for n, a in actions.items()})
+        shares = {
+            where: digits(sum(t["median"] for t in took.values()) / self.step["median"])
+            for where, took in (("host", host), ("device", device))
+        }
+        self.record("sn_share", {"host": host, "device": device, "of_step": shares})
+        print(f"{self.name}: normalisation is {shares['device']:.2%} of a step", flush=True)
+
+    def graphed(self) -> None:
+        """The step with the attack's loop as one CUDA graph."""
+        step = self.trainer(self.networks["sn_fast"], cuda_graph=True)
+        try:
+            step()
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            if not self.context.rehearse:
+                raise
+            self.record("cuda_graph", f"not measured: {type(error).__name__}: {str(error)[:300]}")
+            return
+        took = self.timer.on_host({"graph": step})["graph"]
+        entry: dict[str, Any] = {"step": took}
+        if self.step:
+            entry["eager_times_graph"] = ratio(self.step, took)
+        self.record("cuda_graph", entry)
