@@ -121,8 +121,8 @@ void register_spectral(py::module_& m) {
     m.def("plan_struct_sizes", &plan_struct_sizes);
     m.def("power_step", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_pieces, Addresses weights,
                            Addresses starts, Addresses others, std::array<Address, 2> results, Address sigmas,
-                           Address groups, std::array<Address, 2> norms, Address partials, Address counters,
-                           int n_counters, int precision, StreamArg stream) {
+                           Address groups, Address targets, std::array<Address, 2> norms, Address partials,
+                           Address counters, int n_counters, int precision, StreamArg stream) {
         PowerStep step;
         step.gathers = pointer<const Gather>(plan[0]), step.units = pointer<const Unit>(plan[1]);
         step.pieces = pointer<const Piece>(plan[2]), step.table = pointer<const std::int32_t>(plan[3]);
@@ -134,6 +134,7 @@ void register_spectral(py::module_& m) {
             step.results[h] = pointer<float>(results[h]), step.norms[h] = pointer<double>(norms[h]);
         }
         step.sigmas = pointer<float>(sigmas), step.groups = pointer<std::int64_t>(groups);
+        step.targets = pointer<const Targets>(targets);
         step.partials = pointer<float>(partials), step.counters = pointer<std::int32_t>(counters);
         step.n_counters = n_counters, step.precision = precision;
         power_step(step, stream_of(stream));

@@ -66,7 +66,7 @@ def kernel_names() -> set[str]:
 
 
 def _operators(device: str, dtype: torch.dtype, small: bool) -> dict[str, sn_fast.LinearOperator]:
-    """Of every kind of tile (dot, axpy, direct, both GEMMs), sums whole and split, groups, and every sort of geometry."""
+    """Of every kind of tile (dot, axpy, direct, both GEMMs), sums whole and split, groups, every sort of geometry."""
 
     def weight(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)

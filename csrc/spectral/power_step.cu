@@ -17,15 +17,15 @@ void power_step(const PowerStep& step, const Stream& stream) {
     fill_zero(step.counters, static_cast<std::size_t>(step.n_counters) * sizeof(std::int32_t), stream);
 
     FinishParams finish{step.pieces, {step.results[0], step.results[1]}, {step.norms[0], step.norms[1]},
-                        step.sigmas, step.groups, {}};
+                        step.sigmas, step.groups, step.targets, {}};
     HalfStepParams half{};
     half.precision = static_cast<Precision>(step.precision);
     half.table = step.table;
     half.partials = step.partials;
     for (int i = 0; i < count; ++i) {
         half.weights[i] = reinterpret_cast<const void*>(step.weights[i]);
-        finish.given[0][i] = reinterpret_cast<const float*>(step.given[1][i]);
-        finish.given[1][i] = reinterpret_cast<const float*>(step.given[0][i]);
+        finish.given[0][i] = reinterpret_cast<float*>(step.given[1][i]);
+        finish.given[1][i] = reinterpret_cast<float*>(step.given[0][i]);
     }
     for (int h = 0; h < 2; ++h) {
         half.gathers = step.gathers + h * count;

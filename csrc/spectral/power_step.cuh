@@ -3,6 +3,7 @@
 
 #include <climits>
 
+#include "spectral/power_step.h"
 #include "spectral/tile.cuh"
 
 namespace sn_fast {
@@ -15,7 +16,8 @@ struct FinishParams {
     const double* norms[2];
     float* sigmas;
     std::int64_t* groups;
-    const float* given[2][kMaxOperators];
+    const Targets* targets;  // null: results stay where they are; else they go to `given`, and sigma and group to these
+    float* given[2][kMaxOperators];
 };
 
 static_assert(sizeof(FinishParams) <= 4096, "kernel parameters");
@@ -38,7 +40,7 @@ __device__ inline Candidate larger(const Candidate& a, const Candidate& b) {
     return a.sum > b.sum ? a : b;
 }
 
-// Normalises one piece of a vector in place, or finds sigma and its group.
+// Normalises one piece of a vector, or finds sigma and its group.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) {
     const Piece piece = p.pieces[blockIdx.x];
     const int thread = static_cast<int>(threadIdx.x);
@@ -46,10 +48,11 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) 
     if (piece.length > 0) {
         // 1) A piece of one group: scaled, or as given where its norm is zero or not finite.
         const Scale scale = inverse_norm(sum_partials(norms, piece.norms));
-        float* x = p.results[piece.second] + piece.output + piece.first;
-        const float* given = p.given[piece.second][piece.op] + piece.first;
+        float* result = p.results[piece.second] + piece.output + piece.first;
+        float* given = p.given[piece.second][piece.op] + piece.first;
+        float* target = p.targets ? given : result;
         for (int i = thread; i < piece.length; i += kFinishThreads)
-            x[i] = scale.alive ? x[i] * scale.first * scale.second : given[i];
+            target[i] = scale.alive ? result[i] * scale.first * scale.second : given[i];
         return;
     }
     // 2) The largest norm over the groups: a thread sums up a group if its partial sums are few, else a warp.
@@ -71,8 +74,15 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) 
     __syncthreads();
     if (thread != 0) return;
     for (int w = 1; w < kFinishThreads / kWarp; ++w) best = larger(best, s.best[w]);
-    p.sigmas[piece.op] = static_cast<float>(sqrt(best.sum));
-    p.groups[piece.op] = best.group;
+    const auto sigma = static_cast<float>(sqrt(best.sum));
+    if (p.targets) {
+        const Targets& target = p.targets[piece.op];
+        *target.sigma = sigma;
+        if (target.group) *target.group = best.group;
+    } else {
+        p.sigmas[piece.op] = sigma;
+        p.groups[piece.op] = best.group;
+    }
 }
 
 }  // namespace sn_fast

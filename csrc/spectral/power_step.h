@@ -10,6 +10,12 @@
 
 namespace sn_fast {
 
+// Where sigma of one operator goes, and the group that attains it (null: nobody asks).
+struct Targets {
+    float* sigma;
+    std::int64_t* group;
+};
+
 // Everything on the device, sizes in elements. `gathers` and `units` hold the first half step's, then the second's.
 struct PowerStep {
     const Gather* gathers;
@@ -23,6 +29,7 @@ struct PowerStep {
     float* results[2];                     // of the two half steps: all operators' vectors, one after the other
     float* sigmas;
     std::int64_t* groups;
+    const Targets* targets;  // null, or the vectors replace those given, and sigma and group go there
     double* norms[2];
     float* partials;
     std::int32_t* counters;  // of units taken, one per half step; then of parts, as the units number them

@@ -92,6 +92,12 @@ def has_kernels(device: torch.device) -> bool:
     return served is not None and served.runs()
 
 
+def kernels_of(device: torch.device) -> ModuleType | None:
+    """The compiled module that serves this device, for what is no operator: work in place on a model's own state."""
+    served = _SERVED.get(device.type)
+    return served._module if served is not None and served.runs() else None
+
+
 def dtype_code(t: Tensor) -> int | None:
     """The kernels' code of a tensor's dtype; None where they do not take it."""
     return _DTYPE_CODES.get(t.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import normalize as _reference
-from ..reference.geometry import decode
+from ..reference.geometry import Geometry, decode
 from .layout import Layout
 from .library import define, dtype_code, stream_of
 from .plan import GradientPlan
@@ -88,33 +88,35 @@ def _normalize_backward_kernel(
 ) -> Tensor:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    (geometry_,) = decode(geometry)
     device = weight.device
     for name, t in (("grad", grad), ("sigma", sigma), ("u", u), ("v", v), ("group", group)):
         if t is not None and t.device != device:
             raise ValueError(f"normalize_backward: {name} is on {t.device}, the weight on {device}; move one of them")
     if grad.shape != weight.shape:
         raise ValueError(f"normalize_backward: grad has shape {tuple(grad.shape)}, the weight {tuple(weight.shape)}")
-    for name, t, shape in (("u", u, geometry_.out_shape(weight.shape)), ("v", v, geometry_.in_shape(weight.shape))):
-        if tuple(t.shape) != shape:
-            raise ValueError(f"normalize_backward: {name} has shape {tuple(t.shape)}, the operator needs {shape}")
-    _check_scalar("normalize_backward", sigma)
     result = torch.empty_like(weight, dtype=grad.dtype)
     weight, grad = _laid_out_as(result, weight), _laid_out_as(result, grad)
-    layout = Layout.of(weight, geometry_)
+    known, shapes, layout = _layout(tuple(geometry), weight.shape, weight.stride(), weight.dtype)
+    for name, t, shape in zip("uv", (u, v), shapes):
+        if t.shape != shape:
+            raise ValueError(f"normalize_backward: {name} has shape {tuple(t.shape)}, the operator needs {shape}")
+    _check_scalar("normalize_backward", sigma)
     floats = all(t.dtype == torch.float32 for t in (sigma, u, v))
     grad_code = dtype_code(grad)
-    every_group = geometry_.groups > 1 and group is None  # whose sums would share their places
+    every_group = known.groups > 1 and group is None  # whose sums would share their places
     if layout is None or grad_code is None or not floats or every_group or max(u.numel(), v.numel()) >= 2**31:
         return _backward_reference(grad, weight, sigma, u, v, group, geometry, beta, cap, precision)
     u, v = u.contiguous(), v.contiguous()
     group = None if group is None else group.to(torch.int64)
     plan = _plan(module, layout, device, max(_LEAST_BUDGET, u.numel() + v.numel()))
     # In terms of the convolution that describes the layer: x is its input, y its output.
-    x, y = (u, v) if geometry_.transposed else (v, u)
-    inner = torch.empty(module.normalize_backward_blocks(weight.numel()), dtype=torch.float64, device=device)
-    partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
-    counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
+    x, y = (u, v) if known.transposed else (v, u)
+    # One allocation: the inner product's partial sums, the split sums', and counters; the first two are multiples of 8.
+    n_inner = module.normalize_backward_blocks(weight.numel())
+    scratch = torch.empty(2 * n_inner + plan.partial_size + plan.n_counters, dtype=torch.float32, device=device)
+    inner = scratch.data_ptr()
+    partials = inner + 8 * n_inner
+    counters = partials + 4 * plan.partial_size
     module.normalize_backward(
         (grad.data_ptr(), weight.data_ptr(), result.data_ptr()),
         (grad_code, layout.dtype),
@@ -124,7 +126,7 @@ def _normalize_backward_kernel(
         y.data_ptr(),
         0 if group is None else group.data_ptr(),
         plan.tables.addresses(),
-        (inner.data_ptr(), partials.data_ptr(), counters.data_ptr()),
+        (inner, partials, counters),
         plan.sizes,
         beta,
         cap,
@@ -132,6 +134,16 @@ def _normalize_backward_kernel(
         stream_of(device),
     )
     return result
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(
+    geometry: tuple[int, ...], shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Geometry, tuple[tuple[int, ...], tuple[int, ...]], Layout | None]:
+    """The geometry, the shapes of u and v, and the layout of a weight."""
+    (known,) = decode(geometry)
+    layout = Layout.of(torch.empty_strided(shape, stride, dtype=dtype, device="meta"), known)
+    return known, (known.out_shape(shape), known.in_shape(shape)), layout
 
 
 @functools.lru_cache(maxsize=4096)

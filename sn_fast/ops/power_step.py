@@ -44,18 +44,18 @@ def power_step(
     if not weights:
         return [], [], [], []
     images, starts, sigmas, groups = _power_step(weights, us, vs, geometry, n_iterations, precision)
-    first, second = _unflatten(images, _images(us, vs)), _unflatten(starts, _starts(us, vs))
-    u, v = _images(first, second, by=us), _starts(first, second, by=us)
+    first, second = _unflatten(images, images_of(us, vs)), _unflatten(starts, starts_of(us, vs))
+    u, v = images_of(first, second, by=us), starts_of(first, second, by=us)
     sigma = [x.to(compute_dtype(w, like)) for x, w, like in zip(sigmas.unbind(), weights, us)]
     return u, v, sigma, list(groups.unbind())
 
 
-def _starts(us: Sequence[Tensor], vs: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> list[Tensor]:
+def starts_of(us: Sequence[Tensor], vs: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> list[Tensor]:
     """Of each operator the vector from which its iteration starts: v of a convolution, u of a matrix."""
     return [v if like.dim() > 1 else u for u, v, like in zip(us, vs, us if by is None else by, strict=True)]
 
 
-def _images(us: Sequence[Tensor], vs: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> list[Tensor]:
+def images_of(us: Sequence[Tensor], vs: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The other one."""
     return [u if like.dim() > 1 else v for u, v, like in zip(us, vs, us if by is None else by, strict=True)]
 
@@ -77,7 +77,7 @@ def _power_step_flat(
     precision: str = "fp32",
 ) -> Flat:
     u, v, sigma, group = _power_step_reference(weights, us, vs, geometry, n_iterations, precision)
-    images, starts = (torch.cat([x.reshape(-1) for x in xs]) for xs in (_images(u, v), _starts(u, v)))
+    images, starts = (torch.cat([x.reshape(-1) for x in xs]) for xs in (images_of(u, v), starts_of(u, v)))
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in sigma))
     return images, starts, torch.stack([x.to(dtype) for x in sigma]), torch.stack(group)
 
@@ -95,7 +95,7 @@ def _power_step_fake(
         for dtypes in ([t.dtype for t in us], [compute_dtype(w, u) for w, u in zip(weights, us)])
     )
     images, starts = (
-        xs[0].new_empty(sum(x.numel() for x in xs), dtype=dtype) for xs in (_images(us, vs), _starts(us, vs))
+        xs[0].new_empty(sum(x.numel() for x in xs), dtype=dtype) for xs in (images_of(us, vs), starts_of(us, vs))
     )
     n, like = len(weights), weights[0]
     return images, starts, like.new_empty(n, dtype=sigma), like.new_empty(n, dtype=torch.int64)
@@ -114,7 +114,7 @@ def _power_step_kernel(
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if n_iterations < 1:
         raise ValueError(f"power_step: n_iterations={n_iterations} must be >= 1")
-    plans = _plans_of(module, "power_step", weights, geometry)
+    plans = plans_of(module, "power_step", weights, geometry)
     u_shapes, v_shapes = ([shapes[side] for plan in plans or () for shapes in plan.shapes] for side in (0, 1))
     if (
         plans is None
@@ -125,8 +125,8 @@ def _power_step_kernel(
     pieces: list[Flat] = []
     for i, plan in zip(range(0, len(weights), _MAX_OPERATORS), plans):
         part = slice(i, i + _MAX_OPERATORS)
-        starts = [x.contiguous() for x in _starts(us[part], vs[part])]
-        images = [x.contiguous() for x in _images(us[part], vs[part])]
+        starts = [x.contiguous() for x in starts_of(us[part], vs[part])]
+        images = [x.contiguous() for x in images_of(us[part], vs[part])]
         for _ in range(n_iterations):
             flat = _power_step_once(module, plan, weights[part], starts, images, precision)
             images, starts = _unflatten(flat[0], images), _unflatten(flat[1], starts)
@@ -140,7 +140,7 @@ def _power_step_kernel(
 Weight = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
-def _plans_of(
+def plans_of(
     module: ModuleType, operator: str, weights: Sequence[Tensor], geometry: Sequence[int]
 ) -> list[Plan] | None:
     """A plan for every 200 operators; None where the kernels do not take them. What does not fit together raises."""
@@ -219,6 +219,7 @@ def _power_step_once(
         [r.data_ptr() for r in results],
         sigmas.data_ptr(),
         groups.data_ptr(),
+        0,
         [norms.data_ptr(), norms.data_ptr() + 8 * plan.norm_sizes[0]],
         partials.data_ptr(),
         counters.data_ptr(),
@@ -241,7 +242,7 @@ _power_step = define(
 def _lanczos_start_kernel(
     module: ModuleType, weights: Sequence[Tensor], starts: Sequence[Tensor], geometry: Sequence[int], n_iterations: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    plans = _plans_of(module, "lanczos_start", weights, geometry)
+    plans = plans_of(module, "lanczos_start", weights, geometry)
     if n_iterations < 1:
         raise ValueError(f"lanczos_start: n_iterations={n_iterations} must be >= 1")
     if plans is None or len(plans) > 1 or n_iterations > _MAX_LANCZOS:

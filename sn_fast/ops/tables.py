@@ -16,7 +16,7 @@ _CAPTURED: dict[int, Tables] = {}  # a graph reads its tables as long as it live
 
 
 class Tables:
-    """Arrays of 4-byte integers, or of records of such, copied to a device once.
+    """Arrays of integers, or of records of such, copied to a device once.
 
     They stay valid for every kernel that was given their addresses, on whatever stream, and for every CUDA graph.
     """
@@ -44,7 +44,7 @@ class Tables:
         return [tensor.data_ptr() for tensor in self._tensors]
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        """A copy of one array, as integers."""
+        """A copy of one array, as 4-byte integers."""
         return self._tensors[index].cpu().numpy()
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops.library import has_kernels, stream_of
+from ..ops.library import has_kernels, kernels_of, stream_of
 from ..ops.normalize import normalize_all
 from ..ops.power_step import power_step
+from ..ops.prepared_step import PreparedStep, prepare
 
 if TYPE_CHECKING:
     from .parametrization import SpectralNorm
@@ -81,7 +82,7 @@ def _normalized(members: list[SpectralNorm]) -> _Ready:
 
 def _state(member: SpectralNorm) -> object:
     """Changes with everything that a normalised weight depends on, and with the stream that it is computed on."""
-    weight, sigma = member.raw, member.sigma
+    weight, sigma = member.raw, member.state("sigma")
     of_weight = _address(weight), _version(weight), _placement(weight)
     return of_weight, _version(sigma), sigma.data_ptr(), stream_of(weight.device)
 
@@ -120,26 +121,70 @@ def advance(members: Iterable[SpectralNorm], n_power_iterations: int | None = No
     batches: dict[tuple[torch.device, int, bool, str], list[SpectralNorm]] = {}
     for m in members:
         n = n_power_iterations or m.options.n_power_iterations
-        batches.setdefault((m.u.device, n, m.options.full, m.options.products()), []).append(m)
+        batches.setdefault((m.state("u").device, n, m.options.full, m.options.products()), []).append(m)
+    compiling = torch.compiler.is_compiling()
     with torch.no_grad():
         for (_, n, full, precision), batch in batches.items():
-            weights = [m.operand(m.raw) for m in batch]
-            us, vs = [m.u for m in batch], [m.v for m in batch]
-            code = [c for m in batch for c in m.code]
-            if full and n > 1:
-                us, vs, _, _ = power_step(weights, us, vs, code, n - 1, precision)
-            if full:
-                _copy([m.previous for m in batch], [u if m.as_matrix else v for m, u, v in zip(batch, us, vs)])
-            us, vs, sigmas, groups = power_step(weights, us, vs, code, 1 if full else n, precision)
-            _copy([b for m in batch for b in (m.u, m.v, m.sigma)], [t for ts in zip(us, vs, sigmas) for t in ts])
-            top = [(m.buffer("top_group"), group) for m, group in zip(batch, groups)]
-            _copy([b for b, _ in top if b is not None], [group for b, group in top if b is not None])
+            step = None if full or compiling else _prepared(batch, precision)
+            if step is None:
+                _advance_copies(batch, n, full, precision)
+            else:
+                step.run(n)
+                states = [
+                    t for m in batch for t in (m.state("u"), m.state("v"), m.state("sigma"), m.buffer("top_group"))
+                ]
+                torch.autograd.graph.increment_version([t for t in states if t is not None])
             for m in batch:
                 if m.options.bound:
                     m.certify(m.sigma)
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 for m in batch:
                     m.mark_current()
+
+
+def _advance_copies(batch: list[SpectralNorm], n: int, full: bool, precision: str) -> None:
+    """By the operator, whose results are new tensors."""
+    weights = [m.operand(m.raw) for m in batch]
+    us, vs = [m.u for m in batch], [m.v for m in batch]
+    code = [c for m in batch for c in m.code]
+    if full and n > 1:
+        us, vs, _, _ = power_step(weights, us, vs, code, n - 1, precision)
+    if full:
+        _copy([m.previous for m in batch], [u if m.as_matrix else v for m, u, v in zip(batch, us, vs)])
+    us, vs, sigmas, groups = power_step(weights, us, vs, code, 1 if full else n, precision)
+    _copy([b for m in batch for b in (m.u, m.v, m.sigma)], [t for ts in zip(us, vs, sigmas) for t in ts])
+    top = [(m.buffer("top_group"), group) for m, group in zip(batch, groups)]
+    _copy([b for b, _ in top if b is not None], [group for b, group in top if b is not None])
+
+
+# By the first of a batch; not kept in it, for it is copied and pickled.
+_steps: weakref.WeakKeyDictionary[SpectralNorm, tuple[object, PreparedStep | None]] = weakref.WeakKeyDictionary()
+
+
+def _prepared(batch: list[SpectralNorm], precision: str) -> PreparedStep | None:
+    """In place, by kernels, if nothing stands between a weight and its memory: found once for the same tensors."""
+    if kernels_of(batch[0].state("u").device) is None or torch._C._len_torch_dispatch_stack():
+        return None
+    key = (precision, [_where(m) for m in batch])
+    known, step = _steps.get(batch[0], (None, None))
+    if known != key:
+        weights = [m.operand(m.raw) for m in batch]
+        views = all(type(m.raw) is nn.Parameter and w.data_ptr() == m.raw.data_ptr() for m, w in zip(batch, weights))
+        step = None
+        if views:
+            us, vs, sigmas = ([m.state(name) for m in batch] for name in ("u", "v", "sigma"))
+            code = [c for m in batch for c in m.code]
+            step = prepare(weights, us, vs, sigmas, [m.buffer("top_group") for m in batch], code, precision)
+        _steps[batch[0]] = key, step
+    return step
+
+
+def _where(member: SpectralNorm) -> tuple[object, ...]:
+    """All that a prepared step takes for given: where weight and state lie, and how."""
+    raw, group = member.raw, member.buffer("top_group")
+    u, v, sigma = member.state("u"), member.state("v"), member.state("sigma")
+    places = raw.data_ptr(), u.data_ptr(), v.data_ptr(), sigma.data_ptr(), group.data_ptr() if group is not None else 0
+    return places, raw.shape, raw.stride(), raw.dtype, u.dtype, u.shape, v.shape, type(raw), member.geometry
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -28,7 +28,7 @@ from ..operators.norm import operator_norm
 from ..operators.observe import observed_input_sizes
 from .group import Group, advance
 from .options import Options
-from .parametrization import SpectralNorm
+from .parametrization import SpectralNorm, spectral_norms
 
 _DEFAULT_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -157,7 +157,7 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
     """
     if n_power_iterations is not None:
         n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
-    advance([m for _, m in _parametrizations(model) if m.geometry is not None], n_power_iterations)
+    advance([m for m in spectral_norms(model) if m.geometry is not None], n_power_iterations)
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def frozen_sigma(model: nn.Module) -> Iterator[None]:
     frozen: list[SpectralNorm] = []
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for _, m in _parametrizations(model):
+            for m in spectral_norms(model):
                 m.freeze()
                 frozen.append(m)
         yield

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..certified.layer import certified_sigma
 from ..operators.linear import LinearOperator, chain, conv_operator, whole_window_size
@@ -78,15 +77,23 @@ class SpectralNorm(nn.Module):
 
     def is_attached(self) -> bool:
         """Whether this still is a parametrization of its module's weight."""
-        if self._home is None or not parametrize.is_parametrized(*self._home):
+        if self._home is None:
             return False
-        return any(p is self for p in chain(*self._home))
+        module, name = self._home
+        lists = module._modules.get("parametrizations")
+        found = None if lists is None else lists._modules.get(name)
+        return found is not None and any(p is self for p in found._modules.values())
 
     @property
     def raw(self) -> Tensor:
         """The raw weight."""
         assert self._home is not None
-        return chain(*self._home).original
+        module, name = self._home
+        try:  # as below, without the attribute look-ups of nn.Module: this is asked for many times in a step
+            weight = module._modules["parametrizations"]._modules[name]._parameters["original"]  # type: ignore[union-attr]
+        except KeyError:
+            weight = None
+        return chain(module, name).original if weight is None else weight
 
     def operand(self, weight: Tensor) -> Tensor:
         """The weight as the operators take it: as it is, or as a matrix, rows first."""
@@ -138,6 +145,12 @@ class SpectralNorm(nn.Module):
         """A buffer that only some have."""
         return self._buffers.get(name)
 
+    def state(self, name: str) -> Tensor:
+        """``u``, ``v`` or ``sigma``, without the attribute look-ups of nn.Module."""
+        found = self._buffers[name]
+        assert found is not None
+        return found
+
     @property
     def previous_name(self) -> str:
         return "u_prev" if self.as_matrix else "v_prev"
@@ -180,7 +193,7 @@ class SpectralNorm(nn.Module):
 
     def mark_current(self) -> None:
         """Note that u, v and sigma belong to the raw weight as it is now."""
-        self._mark = WeightMark(self.raw)
+        self.__dict__["_mark"] = WeightMark(self.raw)  # nn.Module's own way to set it takes ten times as long
 
     def mark_stale(self) -> None:
         """Have the next use refresh."""
@@ -224,11 +237,12 @@ class SpectralNorm(nn.Module):
             sigma = sigma_through_last_iteration(operand, self.previous, self.known_geometry)
             result = normalize_reference(operand, sigma, beta, cap)
         else:
-            group, precision, u = self.buffer("top_group"), self.options.products(), self.u
+            group, precision, u = self.buffer("top_group"), self.options.products(), self.state("u")
             if self.options.bound:  # the gradient of the bound, as far as the bound follows the norm in proportion
                 u = u * torch.where(self.estimate > 0, self.sigma / self.estimate, 1.0)
             ready = self._group.take_normalized(self) if self.can_be_ready(weight) else None
-            result = normalize(operand, self.sigma, u, self.v, group, self.code, beta, cap, precision, ready)
+            sigma, v = self.state("sigma"), self.state("v")
+            result = normalize(operand, sigma, u, v, group, self.code, beta, cap, precision, ready)
         if operand is weight:
             return result
         dims = [weight.shape[self.matrix_dim], *weight.shape[: self.matrix_dim], *weight.shape[self.matrix_dim + 1 :]]
@@ -334,11 +348,34 @@ class SpectralNorm(nn.Module):
         return f"{size}, beta={self.options.beta:g}, mode={self.options.mode!r}, gradient={self.options.gradient!r}"
 
 
+def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
+    """All below ``model``, each once, in the order of ``model.modules()``."""
+    if isinstance(model, SpectralNorm):
+        return [model]
+    found: dict[SpectralNorm, None] = {}
+    seen: set[nn.Module] = set()
+    waiting: list[nn.Module] = [model]
+    while waiting:  # by hand: nn.Module's own walk takes longer than the refresh
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        inner = []
+        for child in module._modules.values():
+            if child is None:
+                continue
+            if child._modules:
+                inner.append(child)
+            elif isinstance(child, SpectralNorm):
+                found[child] = None
+        waiting += reversed(inner)
+    return list(found)
+
+
 def refresh(model: nn.Module) -> None:
     """Advance every normalised layer below ``model`` whose raw weight has moved, with its group."""
-    for module in model.modules():
-        if isinstance(module, SpectralNorm):
-            module.refresh()
+    for m in spectral_norms(model):
+        m.refresh()
 
 
 def _rounded_up(value: float, dtype: torch.dtype) -> float:

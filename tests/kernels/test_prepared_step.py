@@ -1,0 +1,178 @@
+"""Refresh in place: the same bits as the operator's, for as long as the tensors stay where they are."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sn_fast
+from sn_fast.ops.prepared_step import PreparedStep
+from sn_fast.spectral import group
+
+from ..attacks.models import same_bits
+from .whole_models import Calls, layers, move_in_place, plain_pytorch
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+STATES = ("u", "v", "sigma", "top_group")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of iterations that were taken in place."""
+    found: list[int] = []
+    run = PreparedStep.run
+
+    def recorded(step: PreparedStep, n_iterations: int) -> None:
+        found.append(n_iterations)
+        run(step, n_iterations)
+
+    monkeypatch.setattr(PreparedStep, "run", recorded)
+    return found
+
+
+def network(**options: Any) -> nn.Sequential:
+    model = nn.Sequential(
+        nn.Conv2d(2, 10, 3, stride=2, padding=1),
+        nn.ConvTranspose2d(10, 6, 3, stride=2, padding=1),
+        nn.Conv2d(6, 6, 3, padding=1, groups=3, padding_mode="replicate"),
+        nn.Conv2d(6, 4, (7, 1)),
+        nn.Flatten(),
+        nn.Linear(28, 5, bias=False),
+    )
+    with plain_pytorch():  # the start is not what is tested
+        return sn_fast.apply_spectral_norm(model, torch.randn(1, 2, 7, 7), **options)
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    return [b.clone() for m in layers(model) for name in STATES if (b := m.buffer(name)) is not None]
+
+
+def by_operator(model: nn.Module, n: int | None = None) -> None:
+    """The same refresh, by the operator: a dispatch mode has to see it."""
+    with Calls() as calls:
+        sn_fast.update_spectral_norm(model, n)
+    assert calls.power
+
+
+def agree(model: nn.Module, runs: list[int], n: int | None = None, in_place: bool = True) -> None:
+    twin = copy.deepcopy(model)  # refreshes the model, if it is stale
+    by_operator(twin, n)
+    runs.clear()
+    sn_fast.update_spectral_norm(model, n)
+    assert runs == [n or 1] * in_place
+    assert all(map(same_bits, state(model), state(twin)))
+
+
+@pytest.mark.parametrize("operator", ["conv", "reshape"])
+def test_equals_the_operator(runs: list[int], operator: str) -> None:
+    model = network(operator=operator)
+    for n in (None, 2, 3):
+        move_in_place(model)
+        # A reshaped transposed convolution is a copy of its weight, so that there the operator is used.
+        agree(model, runs, n, in_place=operator == "conv")
+
+
+def test_a_matrix_that_is_a_view_of_its_weight(runs: list[int]) -> None:
+    model = network(operator="reshape", exclude="1")
+    for _ in range(2):
+        move_in_place(model)
+        agree(model, runs)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e-30])
+def test_weights_without_a_norm_keep_their_vectors(runs: list[int], value: float) -> None:
+    model = network()
+    for i in (0, 2, 5):
+        model[i].parametrizations.weight.original.data.fill_(value)
+    agree(model, runs)
+
+
+def test_what_is_found_once_is_used_again_and_again(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    prepare = group.prepare
+    monkeypatch.setattr(group, "prepare", lambda *args: made.append(1) or prepare(*args))
+    model = network()
+    for _ in range(4):
+        move_in_place(model)
+        sn_fast.update_spectral_norm(model)
+    assert (len(runs), len(made)) == (4, 1)
+
+
+def _other_memory(model: nn.Sequential) -> None:
+    weight = model[0].parametrizations.weight.original
+    weight.data = (1.5 * weight.data).clone()
+
+
+def _other_strides(model: nn.Sequential) -> None:
+    weight = model[0].parametrizations.weight.original
+    weight.data = weight.data.clone().transpose(2, 3)
+
+
+def _other_state(model: nn.Sequential) -> None:
+    parametrization = model[0].parametrizations.weight[0]
+    parametrization.v = torch.randn_like(parametrization.v)
+    parametrization.u = torch.randn_like(parametrization.u)
+
+
+def _another_layer(model: nn.Sequential) -> None:
+    sn_fast.remove_spectral_norm(model[3])
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "memory of a weight": _other_memory,
+    "strides of a weight": _other_strides,
+    "vectors": _other_state,
+    "layers": _another_layer,
+    "dtype": lambda model: model.to(torch.bfloat16),
+    "layout": lambda model: model.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_what_it_is_for(runs: list[int], name: str) -> None:
+    model = network()
+    sn_fast.update_spectral_norm(model)
+    CHANGES[name](model)
+    for _ in range(2):
+        agree(model, runs, in_place=name != "strides of a weight")  # which the kernels do not take
+
+
+def test_float64_goes_to_the_operator(runs: list[int]) -> None:
+    model = network().double()
+    agree(model, runs, in_place=False)
+
+
+def test_writes_are_told_to_autograd(runs: list[int]) -> None:
+    """A graph that was made before cannot be gone through any more, which is better than a wrong gradient."""
+    model = network(beta=0.1)
+    loss = model(torch.randn(1, 2, 7, 7)).square().sum()
+    before = [m.state("u")._version for m in layers(model)]
+    sn_fast.update_spectral_norm(model)
+    assert [m.state("u")._version for m in layers(model)] == [v + 1 for v in before]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert runs == [1]
+
+
+def test_models_are_copied_and_saved_as_before(runs: list[int]) -> None:
+    model = network()
+    sn_fast.update_spectral_norm(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    copy.deepcopy(model)
+    assert not any(isinstance(value, PreparedStep) for m in layers(model) for value in vars(m).values())
+
+
+def test_a_bound_is_certified_after_it(runs: list[int]) -> None:
+    model = network(bound=True)
+    move_in_place(model)
+    agree(model, runs)
+    for m in layers(model):
+        assert m.sigma >= m.estimate
