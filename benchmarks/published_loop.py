@@ -94,7 +94,7 @@ class PublishedNorm(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """W / max(1, sigma), in float32 also under autocast, as published."""
         with torch.autocast(weight.device.type, enabled=False):
-            sigma, u = self.layer.step(weight, self.u)
+            sigma, u = self.layer.step(weight, self.u.clone())  # autograd keeps it, and the next line writes it
             if self.training:
                 with torch.no_grad():
                     self.u.copy_(u)

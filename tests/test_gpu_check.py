@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -18,9 +19,10 @@ from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import plan, results, runner, summary
 from benchmarks.gpu_check.context import Context
 from benchmarks.gpu_check.roofline import layers, total, work
+from benchmarks.gpu_check.stages import profile
 from benchmarks.gpu_check.stages.sanitizer import count_errors
 from benchmarks.gpu_check.timing import Timer, quartiles
-from benchmarks.published_loop import PublishedLoop
+from benchmarks.published_loop import PublishedLoop, apply_published_norm
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +66,27 @@ def test_published_loop_takes_the_steps_of_sn_fast() -> None:
     for layer, sigma, u in zip(layers(model), found, loop.us, strict=True):
         torch.testing.assert_close(sigma, layer.state.sigma, rtol=1e-3, atol=0)  # <A u, v> and |A^T v|
         torch.testing.assert_close(u[0], layer.state.v, rtol=1e-4, atol=1e-5)
+
+
+def test_published_norm_as_a_parametrization() -> None:
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(1, 3, 11, 13)
+    loop = PublishedLoop(model, x)
+    normalised = apply_published_norm(copy.deepcopy(model), x)
+    for layer, u in zip([normalised[i] for i in (0, 2, 4)], loop.us, strict=True):
+        layer.parametrizations.weight[0].u.copy_(u)
+    wanted = [w.detach() for w in loop.normalise(loop.weights)]
+    for i, weight in zip((0, 2, 4), wanted):
+        torch.testing.assert_close(normalised.eval()[i].weight, weight)
+        torch.testing.assert_close(normalised[i].weight, weight)  # in eval mode it stays where it is
+    loss = normalised.train()(x).square().sum()
+    loss.backward()  # through the iteration
+    assert normalised[0].parametrizations.weight.original.grad.norm() > 0
+    for _ in range(300):
+        normalised(x)
+    for i, size in {0: (11, 13), 2: (6, 7), 4: None}.items():
+        norm = sn_fast.operator_norm(sn_fast.operator_of(model[i], size), method="dense")
+        torch.testing.assert_close(normalised.eval()[i].weight, model[i].weight / max(1.0, norm), rtol=1e-4, atol=1e-6)
 
 
 def test_eager_updates_are_those_of_torchattacks() -> None:
@@ -111,9 +134,9 @@ def test_least_work_of_a_layer() -> None:
 
 
 def test_stages_by_number_and_name() -> None:
-    assert [s.number for s in plan.chosen("8,1,4-6,build")] == [1, 4, 5, 6, 8]
+    assert [s.number for s in plan.chosen("8,1,4-6,build,profile")] == [1, 4, 5, 6, 8, 9]
     assert plan.chosen("all") == list(plan.STAGES)
-    for text in ("9", "0", "power2", ",", "3-9"):
+    for text in ("10", "0", "power2", ",", "3-10"):
         with pytest.raises(ValueError, match="stage"):
             plan.chosen(text)
 
@@ -173,7 +196,8 @@ json.dump({"results": {"half": 1}, "failures": []}, open(out, "w"))
 print("working", flush=True)
 os._exit(7) if "power" in sys.argv else time.sleep(60)
 """
-    (package / "__init__.py").write_text("")
+    for folder in (package, package.parent):  # a folder without it comes after installed packages
+        (folder / "__init__.py").write_text("")
     (package / "child.py").write_text(script)
     monkeypatch.setattr(results, "ROOT", tmp_path)
     by_name = {s.name: s for s in plan.STAGES}
@@ -193,6 +217,34 @@ def test_times_on_the_host() -> None:
     assert calls == ["a", "b", *"aabbbbaaaabbbbaa"]  # warm-up, then in turn
     assert {name: t["n"] for name, t in found.items()} == {"a": 4, "b": 4}
     assert quartiles([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0, "n": 3}
+
+
+def test_counters_of_the_profiler() -> None:
+    metrics = profile.METRICS
+    names = ["ID", "Process ID", "Kernel Name", metrics["microseconds"], metrics["dram_bytes"]]
+    names += [metrics["busiest_over_mean_cycles"], metrics["mean_cycles"], metrics["of_fma_pipe"]]
+    rows = [
+        "==PROF== Connected to process 1",
+        "ran: pgd_step 2",
+        names,
+        ["", "", "", "ns", "Mbyte", "cycle", "cycle", "%"],
+        ["0", "1", "sn_fast::half_step_kernel(sn_fast::HalfStepParams)", "101,500", "98.5", "1200", "1000", "61.25"],
+        ["1", "1", "void sn_fast::pgd_step_sample<2, true>(P)", "20", "n/a", "0", "0", ""],
+    ]
+    text = "\n".join(row if isinstance(row, str) else ",".join(f'"{cell}"' for cell in row) for row in rows)
+    first, second = profile.read(text)
+    assert first == {
+        "kernel": "half_step_kernel",
+        "microseconds": 101.5,
+        "dram_bytes": 98.5e6,
+        "busiest_over_mean_cycles": 1.2,
+        "mean_cycles": 1000.0,
+        "of_fma_pipe": 61.25,
+    }
+    assert second["kernel"] == "pgd_step_sample"
+    assert second["microseconds"] == pytest.approx(0.02)
+    assert "dram_bytes" not in second
+    assert list(profile.read("nothing was profiled")) == []
 
 
 @pytest.mark.parametrize(
