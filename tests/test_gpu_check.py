@@ -16,7 +16,7 @@ from torch import nn
 import sn_fast
 from benchmarks import eager_updates, models
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import plan, results, runner, summary
+from benchmarks.gpu_check import plan, report, results, runner, summary
 from benchmarks.gpu_check.context import Context
 from benchmarks.gpu_check.roofline import layers, total, work
 from benchmarks.gpu_check.stages import profile
@@ -280,6 +280,64 @@ def test_bars() -> None:
     text, misses = summary.summary({"device": "a GPU", "stages": stages}, list(stages))
     assert misses == 2
     assert "90.0%" in text
+
+
+def test_report(tmp_path: Path) -> None:
+    took = {"median": 123.4, "low": 1.0, "high": 2.0, "n": 3}
+    network = {
+        "multiply_adds": 1,
+        "fp32": {
+            "power_step": {"time": took, "floors": {"larger": 60.0}, "times_larger_floor": 2.0},
+            "update_host": took,
+        },
+        "peers": {"published": {"host_times_sn_fast": 21.5}},
+    }
+    trained = {
+        "batch": 256,
+        "eager": {"step": {"plain": took, "sn_fast": took}},
+        "sn_share": {"of_step": {"device": 0.0081}},
+    }
+    update = {"of_copy": 0.9, "eager_times_sn_fast": 4.5}
+    launch = {"kernel": "half_step_kernel", "microseconds": 98.7}
+    found = {
+        "power": {"ResNet-18": network},
+        "training": {"ResNet-18": trained},
+        "updates": {"large": {"float32": {"pgd_step inf": update}}},
+        "profile": {"launches": [launch]},
+    }
+    about = {"date": "2026-11-25T16:00:00+00:00", "sources": "abc", "machine": {"torch": "2.11"}}
+    stages = {n: {"results": r, "status": "ok", "failures": [], **about} for n, r in found.items()}
+    content = {"schema": results.SCHEMA, "device": "NVIDIA H100", "rehearsal": False, "stages": stages}
+    folder, documents = tmp_path / "results", (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md")
+    for path in documents:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    results.write(folder / "peers_cpu.json", {"something": "else"})
+    results.write(folder / "rehearsal.json", content | {"rehearsal": True})
+    report.write(tmp_path, folder)
+    for path in documents:
+        assert path.read_text() == f"before\n{report.BEGIN}\n\n{report.NOTHING}\n\n{report.END}\nafter\n"
+    results.write(folder / "NVIDIA-H100.json", content)
+    report.write(tmp_path, folder)
+    short, long = (path.read_text() for path in documents)
+    assert "NVIDIA H100, torch 2.11, 2026-11-25, sources abc:" in short
+    assert "| ResNet-18 | 123 | 123 | 21.5x |" in short
+    assert "| ResNet-18 | eager | 0.1 | 0.1 | – | – | 0.81 % |" in short
+    assert "compiled" not in short  # was not measured
+    assert "| ResNet-18: fp32 kernels / larger floor | 2.00x | <= 2.50x | PASS |" in long
+    assert "| pgd_step inf | large, float32 | 90 % | 4.5x |" in long
+    assert "| `half_step_kernel` | 98.7 | – | – | – | – | – |" in long
+    assert "old" not in short + long
+    with pytest.raises(ValueError, match="must have one"):
+        report.between("no marks", "x")
+
+
+def test_documents_are_as_the_results() -> None:
+    """``python -m benchmarks.gpu_check --report`` was not forgotten."""
+    for name in ("README.md", "docs/benchmarks.md"):
+        text = (ROOT / name).read_text()
+        part = text.partition(report.BEGIN)[2].partition(report.END)[0]
+        assert (report.NOTHING in part) == (not list(results.FOLDER.glob("NVIDIA*.json"))), name
 
 
 def test_without_a_gpu_one_clear_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

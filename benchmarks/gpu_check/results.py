@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,21 @@ def read(path: Path) -> dict[str, Any]:
     return found.get("stages", {}) if found.get("schema") == SCHEMA else {}
 
 
+def get(content: Any, *path: str) -> Any:
+    """What lies at the end of a path of keys; None where it leads nowhere."""
+    for key in path:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
 def write(path: Path, content: Any) -> None:
     """Replace a file by JSON at once, so that a reader or a kill never meets half of it."""
+    replace_text(path, json.dumps(without_paths(content), indent=1, allow_nan=True) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(without_paths(content), indent=1, allow_nan=True) + "\n"
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".json", delete=False) as file:
         file.write(text)
     os.chmod(file.name, 0o644)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .results import get
+
 _MISSING = "not measured"
 Results = Mapping[str, Any]
 
@@ -33,7 +35,7 @@ def bars(stages: Results) -> Iterator[Bar]:
 
 
 def _build(results: Results) -> Iterator[Bar]:
-    kernels = _get(results, "info", "kernels")
+    kernels = get(results, "info", "kernels")
     yield Bar("kernels", kernels or _MISSING, "load", None if kernels is None else kernels.startswith("CUDA kernels"))
 
 
@@ -49,7 +51,7 @@ def _tests(results: Results) -> Iterator[Bar]:
 
 def _sanitizer(results: Results) -> Iterator[Bar]:
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        errors, ended = _get(results, tool, "errors"), bool(_get(results, tool, "ended"))
+        errors, ended = get(results, tool, "errors"), bool(get(results, tool, "ended"))
         text = _MISSING if errors is None else f"{errors} errors in {results[tool]['cases']} cases"
         yield Bar(f"compute-sanitizer {tool}", text, "0 errors", None if errors is None else errors == 0 and ended)
 
@@ -64,25 +66,25 @@ def _operators(results: Results) -> Iterator[Bar]:
 def _power(results: Results) -> Iterator[Bar]:
     networks = [name for name, entry in results.items() if isinstance(entry, dict) and "multiply_adds" in entry]
     for name in networks or ["networks"]:
-        floors = _get(results, name, "fp32", "power_step", "times_larger_floor")
+        floors = get(results, name, "fp32", "power_step", "times_larger_floor")
         yield _below(f"{name}: fp32 kernels / larger floor", floors, 2.5)
-        published = _get(results, name, "peers", "published")
-        yield _above(f"{name}: eager published loop / refresh", _get(published, "host_times_sn_fast"), 20)
-        yield _above(f"{name}: its CUDA graph / refresh as a graph", _get(published, "graph_times_sn_fast"), 6)
+        published = get(results, name, "peers", "published")
+        yield _above(f"{name}: eager published loop / refresh", get(published, "host_times_sn_fast"), 20)
+        yield _above(f"{name}: its CUDA graph / refresh as a graph", get(published, "graph_times_sn_fast"), 6)
 
 
 def _updates(results: Results) -> Iterator[Bar]:
     for size in [size for size in results if size.startswith("large")] or ["large"]:
         for norm, share in (("inf", 0.85), ("2", 0.75)):
-            entry = _get(results, size, "float32", f"pgd_step {norm}")
-            yield _above(f"pgd_step {norm}, {size}: of copy bandwidth", _get(entry, "of_copy"), share, percent=True)
-            yield _above(f"pgd_step {norm}, {size}: eager / sn_fast", _get(entry, "eager_times_sn_fast"), 4)
+            entry = get(results, size, "float32", f"pgd_step {norm}")
+            yield _above(f"pgd_step {norm}, {size}: of copy bandwidth", get(entry, "of_copy"), share, percent=True)
+            yield _above(f"pgd_step {norm}, {size}: eager / sn_fast", get(entry, "eager_times_sn_fast"), 4)
 
 
 def _training(results: Results) -> Iterator[Bar]:
     networks = [name for name, entry in results.items() if isinstance(entry, dict) and "batch" in entry]
     for name in networks or ["networks"]:
-        share = _get(results, name, "sn_share", "of_step", "device")
+        share = get(results, name, "sn_share", "of_step", "device")
         yield _below(f"{name}: refresh, normalised weights, gradient / PGD-10 step", share, 0.01, percent=True)
 
 
@@ -112,12 +114,6 @@ def summary(content: Results, ran: Sequence[str]) -> tuple[str, int]:
         text.append(f"stage {name}: {entry['status']}" + (f", {len(failures)} failures" if failures else ""))
         text += [f"  {failure}" for failure in failures[:10]]
     return "\n".join(text), 0 if rehearsal else sum(bar.passed is False for bar in lines)
-
-
-def _get(content: Any, *path: str) -> Any:
-    for key in path:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    return content
 
 
 def _below(what: str, value: float | None, limit: float, percent: bool = False) -> Bar:
