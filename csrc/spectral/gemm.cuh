@@ -33,9 +33,10 @@ struct Depth {
 // T is the type of the weights.
 template <class T, int kColumns>
 struct GemmTile {
-    static constexpr int kLoadsA = kTileRows * kTileDepth / kTileThreads;
-    static constexpr int kLoadsB = kColumns * kTileDepth / kTileThreads;
-    static constexpr int kStepA = kTileThreads / kTileDepth;  // rows between a thread's loads of A
+    static constexpr int kDepth = kTileDepth<kColumns>;
+    static constexpr int kLoadsA = kTileRows * kDepth / kTileThreads;
+    static constexpr int kLoadsB = kColumns * kDepth / kTileThreads;
+    static constexpr int kStepA = kTileThreads / kDepth;  // rows between a thread's loads of A
     static constexpr int kStepB = kTileThreads / kColumns;    // depth between a thread's loads of B
 
     const Gather& g;
@@ -79,7 +80,7 @@ struct GemmTile {
                                    unit.row * row_stride + unit.channel * channel_stride);
         const float* data = as_it_is(x.data + unit.channel * inputs);
         // Where this thread loads: one depth of A, kLoadsA rows; one column of B, kLoadsB depths.
-        const int depth_a = thread % kTileDepth, row_a = thread / kTileDepth, last_row = g.rows - unit.row - 1;
+        const int depth_a = thread % kDepth, row_a = thread / kDepth, last_row = g.rows - unit.row - 1;
         const int depth_b = thread / kColumns, column_b = thread % kColumns;
         const Depth split(slots);
         T a[kLoadsA];
@@ -112,7 +113,7 @@ struct GemmTile {
         auto stage = [&](int buffer) {
 #pragma unroll
             for (int i = 0; i < kLoadsA; ++i)
-                s.tiles.a[buffer][depth_a][swizzled(row_a, depth_a) + i * kStepA] = to_float(a[i]);
+                s.tiles.a[buffer][depth_a][swizzled(row_a + i * kStepA % 8, depth_a) + i * kStepA / 8 * 8] = to_float(a[i]);
 #pragma unroll
             for (int i = 0; i < kLoadsB; ++i) s.tiles.b[buffer][depth_b + i * kStepB][column_b] = x.scaled(b[i]);
         };
@@ -122,7 +123,7 @@ struct GemmTile {
         stage(0);
         __syncthreads();
         int buffer = 0;
-        for (int begin = kTileDepth;; begin += kTileDepth, buffer ^= 1) {
+        for (int begin = kDepth;; begin += kDepth, buffer ^= 1) {
             // 2) The next chunk travels while this one is multiplied.
             const bool more = begin < depth;
             if (more) load(begin);

@@ -118,6 +118,7 @@ __device__ inline void load_four(const void* data, Dtype dtype, std::int64_t i, 
 }
 
 constexpr int kGradientColumns = 64;  // (channel, tap) pairs of a tile
+constexpr int kGradientDepth = kTileDepth<kGradientColumns>;
 
 __host__ __device__ inline int pair_tiles(const NormalizeBackward& p) {
     return (p.columns * p.taps + kGradientColumns - 1) / kGradientColumns;
@@ -158,13 +159,13 @@ struct GradientShared {
     std::int32_t row[kGradientColumns];      // and of its tap in `position`
     // Of each tap: start of its slots' entries in the table; and where it reads for the positions of two chunks, or -1.
     std::int32_t entry[kGradientColumns][kAxes];
-    std::int32_t position[2][kGradientColumns][kTileDepth];
+    std::int32_t position[2][kGradientColumns][kGradientDepth];
     std::int32_t last;
 };
 
 // One tile of the weight's gradient: 64 rows x 64 (channel, tap) pairs, the sum running over output positions.
 __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(NormalizeBackward p) {
-    constexpr int kLoads = kTileRows * kTileDepth / kTileThreads, kStep = kTileThreads / kTileDepth;
+    constexpr int kLoads = kTileRows * kGradientDepth / kTileThreads, kStep = kTileThreads / kGradientDepth;
     GradientShared& s = shared_memory<GradientShared>();
     const Gather& g = *p.gather;
     const int thread = thread_number(), pairs = p.columns * p.taps;
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
     if (active) {
         const int begin = static_cast<int>(static_cast<std::int64_t>(g.positions) * part / p.parts);
         const int end = static_cast<int>(static_cast<std::int64_t>(g.positions) * (part + 1) / p.parts);
-        const int depth = thread % kTileDepth, first = thread / kTileDepth;
+        const int depth = thread % kGradientDepth, first = thread / kGradientDepth;
         const float* y = as_it_is(p.y + (static_cast<std::int64_t>(group) * p.rows + first_row) * g.positions);
         const float* x = as_it_is(p.x + static_cast<std::int64_t>(group) * p.columns * g.inputs);
         const int rows = p.rows - first_row, positions = g.positions, size1 = g.size[1], size2 = g.size[2];
@@ -245,15 +246,15 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
             find_positions(begin, 0);
             __syncthreads();
             load_chunk(begin, 0);
-            find_positions(begin + kTileDepth, 1);
+            find_positions(begin + kGradientDepth, 1);
             stage(0);
             __syncthreads();
             int buffer = 0;
-            for (int next = begin + kTileDepth;; next += kTileDepth, buffer ^= 1) {
+            for (int next = begin + kGradientDepth;; next += kGradientDepth, buffer ^= 1) {
                 const bool more = next < end;
                 if (more) {
                     load_chunk(next, buffer ^ 1);
-                    find_positions(next + kTileDepth, buffer);
+                    find_positions(next + kGradientDepth, buffer);
                 }
                 product.add(s.tiles, buffer);
                 if (!more) break;

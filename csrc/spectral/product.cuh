@@ -1,4 +1,4 @@
-// The product of two staged tiles, 64 rows x kColumns columns, 16 deep at a time, in registers of 128 threads.
+// The product of two staged tiles, 64 rows x kColumns columns, in registers of 128 threads.
 #pragma once
 
 #include "core/mma.cuh"
@@ -10,22 +10,27 @@ namespace sn_fast {
 constexpr int kTileThreads = 128;
 constexpr int kTileWarps = kTileThreads / kWarp;
 constexpr int kTileRows = 64;
-constexpr int kTileDepth = 16;
+
+// How deep staged tiles are. A narrow one does little with each weight, so that its time is that of loading them: it
+// has twice as many under way.
+template <int kColumns>
+constexpr int kTileDepth = kColumns == 64 ? 16 : 32;
 
 // Two buffers: one is filled while the other is multiplied. Rows are 8 elements longer than they need be, and in `a` the
 // elements of a row are exchanged by `swizzled`: then neither a warp that stores 16 depths of two rows nor one that loads
 // fragments of tf32 meets a bank of shared memory twice.
 template <int kColumns>
 struct StagedTiles {
-    alignas(16) float a[2][kTileDepth][kTileRows + 8];
-    alignas(16) float b[2][kTileDepth][kColumns + 8];
+    alignas(16) float a[2][kTileDepth<kColumns>][kTileRows + 8];
+    alignas(16) float b[2][kTileDepth<kColumns>][kColumns + 8];
 };
 
 // Where row `row` of one depth of `a` is kept: within its 8.
-__device__ inline int swizzled(int row, int depth) { return row ^ (depth >> 2) * 2; }
+__device__ inline int swizzled(int row, int depth) { return row ^ (depth >> 2 & 3) * 2; }
 
 template <int kColumns>
 struct TileProduct {
+    static constexpr int kDepth = kTileDepth<kColumns>;
     static constexpr int kSums = kTileRows * kColumns / kTileThreads;
     // float32: each thread holds kRowsPerThread x 4 neighbouring elements.
     static constexpr int kThreadsAcross = kColumns / 4;
@@ -68,20 +73,20 @@ struct TileProduct {
     }
 
 private:
-    using Left = float[kTileDepth][kTileRows + 8];
-    using Right = float[kTileDepth][kColumns + 8];
+    using Left = float[kDepth][kTileRows + 8];
+    using Right = float[kDepth][kColumns + 8];
 
     __device__ void add_float32(const Left& a, const Right& b) {
         const int row = thread / kThreadsAcross * kRowsPerThread, column = thread % kThreadsAcross * 4;
-        float chunk[kSums] = {};  // sums of sums: the error grows as the root of depth / 16, not of depth
-#pragma unroll 1  // all 16 at once take too many registers
-        for (int half = 0; half < kTileDepth; half += 8) {
-            const int swapped = swizzled(row, half);
+        float chunk[kSums] = {};  // sums of 16 products: the error grows as the root of depth / 16, not of depth
+#pragma unroll 1  // all at once take too many registers
+        for (int first = 0; first < kDepth; first += 8) {
+            const int swapped = swizzled(row, first);
 #pragma unroll
             for (int k = 0; k < 8; ++k) {
-                const float4 right = *reinterpret_cast<const float4*>(&b[half + k][column]);
+                const float4 right = *reinterpret_cast<const float4*>(&b[first + k][column]);
                 float left[kRowsPerThread];
-                load_rows(a[half + k], swapped, k, left);
+                load_rows(a[first + k], swapped, k, left);
 #pragma unroll
                 for (int r = 0; r < kRowsPerThread; ++r) {
                     chunk[4 * r] += left[r] * right.x;
@@ -90,9 +95,13 @@ private:
                     chunk[4 * r + 3] += left[r] * right.w;
                 }
             }
-        }
+            if (first % 16 == 0) continue;
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] += chunk[i];
+            for (int i = 0; i < kSums; ++i) {
+                sums[i] += chunk[i];
+                chunk[i] = 0.0f;
+            }
+        }
     }
 
     // Rows of depth k < 8 from `row` on, 8 or 2: swizzled, they are the same ones in another order.
@@ -116,7 +125,7 @@ private:
     __device__ void add_tf32(const Left& left, const Right& right) {
         const int row = mma_row(), column = mma_column() + thread % kWarp / 4, t = thread % 4;
 #pragma unroll 1  // both halves at once take too many registers
-        for (int k = 0; k < kTileDepth; k += 8) {
+        for (int k = 0; k < kDepth; k += 8) {
             std::uint32_t a[kMmaRows][kParts][4];
 #pragma unroll
             for (int m = 0; m < kMmaRows; ++m)
@@ -156,23 +165,26 @@ private:
     }
 
     __device__ void add_bfloat16(const Left& left, const Right& right) {
-        const int row = mma_row(), column = mma_column() + thread % kWarp / 4, k = thread % 4 * 2;
-        std::uint32_t b[kMmaColumns][2];
+        const int row = mma_row(), column = mma_column() + thread % kWarp / 4;
+#pragma unroll 1
+        for (int k = thread % 4 * 2; k < kDepth; k += 16) {
+            std::uint32_t b[kMmaColumns][2];
 #pragma unroll
-        for (int n = 0; n < kMmaColumns; ++n)
+            for (int n = 0; n < kMmaColumns; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                b[n][i] = pack_bfloat16(right[k + 8 * i][column + 8 * n], right[k + 8 * i + 1][column + 8 * n]);
+                for (int i = 0; i < 2; ++i)
+                    b[n][i] = pack_bfloat16(right[k + 8 * i][column + 8 * n], right[k + 8 * i + 1][column + 8 * n]);
 #pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
-            std::uint32_t a[4];
+            for (int m = 0; m < kMmaRows; ++m) {
+                std::uint32_t a[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int depth = k + i / 2 * 8, r = row + 16 * m + i % 2 * 8;
-                a[i] = pack_bfloat16(left[depth][swizzled(r, depth)], left[depth + 1][swizzled(r, depth + 1)]);
+                for (int i = 0; i < 4; ++i) {
+                    const int depth = k + i / 2 * 8, r = row + 16 * m + i % 2 * 8;
+                    a[i] = pack_bfloat16(left[depth][swizzled(r, depth)], left[depth + 1][swizzled(r, depth + 1)]);
+                }
+#pragma unroll
+                for (int n = 0; n < kMmaColumns; ++n) mma_bfloat16(fragment(m, n), a, b[n]);
             }
-#pragma unroll
-            for (int n = 0; n < kMmaColumns; ++n) mma_bfloat16(fragment(m, n), a, b[n]);
         }
     }
 
