@@ -15,7 +15,7 @@ from typing import Any
 import _pytest
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 DEVICE = torch.device(os.environ.get("SN_FAST_TEST_DEVICE") or "cpu")
@@ -33,7 +33,11 @@ _MAKERS = {
     *(torch.linspace, torch.logspace, torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm),
     *(torch.scalar_tensor, torch.tensor, torch.zeros),
 }
-_DRAWS = {Tensor.bernoulli_, Tensor.exponential_, Tensor.normal_, Tensor.random_, Tensor.uniform_}
+_MAKERS_LIKE = {torch.rand_like, torch.randint_like, torch.randn_like}
+_DRAWS = {
+    *(Tensor.bernoulli_, Tensor.exponential_, Tensor.normal_, Tensor.random_, Tensor.uniform_),
+    *(nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_),  # a mode sees these whole, and not what they call
+}
 _TO_NUMPY: set[Any] = {Tensor.numpy, Tensor.__array__}
 
 
@@ -50,10 +54,14 @@ class OnDevice(TorchFunctionMode):
             wanted = kwargs.pop("requires_grad", False)
             made = func(*args, **kwargs).to(DEVICE)
             return made.requires_grad_() if wanted else made
-        generator = kwargs.get("generator")
-        if func in _DRAWS and generator is not None and generator.device != args[0].device and _by_a_test():
-            drawn = func(torch.empty_like(args[0], device=generator.device), *args[1:], **kwargs)
-            return args[0].copy_(drawn)
+        if func in _MAKERS_LIKE and _by_a_test():
+            return func(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs).to(args[0].device)
+        if func in _DRAWS and _by_a_test():
+            target, rest = (args[0], args[1:]) if args else (kwargs.pop("tensor"), ())
+            generator = kwargs.get("generator")
+            source = torch.empty_like(target, device="cpu" if generator is None else generator.device)
+            with torch.no_grad():
+                return target.copy_(func(source, *rest, **kwargs))
         if func in _TO_NUMPY and args[0].device.type != "cpu" and _by_a_test():
             args = (args[0].cpu(), *args[1:])
         return func(*args, **kwargs)
