@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import sn_fast
 from sn_fast.attacks import graph, methods, pgd
 
+from ..on_device import DEVICE
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "l2": {"norm": 2},
     "inf, clip": {"norm": "inf", "clip": (0.0, 1.0)},
@@ -25,8 +27,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "training mode": {"model_mode": "train", "freeze_sn": False},
 }
 
-
-CAPTURE = graph.capture
+Loop = Callable[[], graph.Tensors]
+Capture = Callable[[Loop], tuple[Callable[[], None], graph.Tensors]]
+ON_GPU = DEVICE.type == "cuda"
 
 
 class Counting(nn.Module):
@@ -42,49 +45,47 @@ class Counting(nn.Module):
 
 
 class Captures:
-    """Stands in for CUDA's capture: the loop is run again on the same memory, its results written in place."""
+    """Counts captures and their replays."""
 
-    def __init__(self) -> None:
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
         self.count = 0
         self.replays = 0
         self.unaware: tuple[Tensor, ...] = ()  # written without being told, as by a graph
 
-    def capture(self, function: Callable[[], graph.Tensors]) -> tuple[Callable[[], None], graph.Tensors]:
+    def __call__(self, loop: Loop) -> tuple[Callable[[], None], graph.Tensors]:
         self.count += 1
-        results = function()
+        replay, results = self._capture(loop)
 
-        def replay() -> None:
+        def counted() -> None:
             self.replays += 1
             with torch.autograd._unsafe_preserve_version_counter(self.unaware):
-                for mine, new in zip(results, function()):
-                    if mine is not None and new is not None:
-                        mine.copy_(new)
+                replay()
 
-        return replay, results
+        return counted, results
 
-    def counted(self, function: Callable[[], graph.Tensors]) -> tuple[Callable[[], None], graph.Tensors]:
-        """On a GPU: the real capture, counted."""
-        self.count += 1
-        replay, results = CAPTURE(function)
 
-        def count_and_replay() -> None:
-            self.replays += 1
-            replay()
+def stand_in(loop: Loop) -> tuple[Callable[[], None], graph.Tensors]:
+    """For CUDA's capture: the loop is run again on the same memory, its results written in place."""
+    results = loop()
 
-        return count_and_replay, results
+    def replay() -> None:
+        for mine, new in zip(results, loop()):
+            if mine is not None and new is not None:
+                mine.copy_(new)
+
+    return replay, results
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
-    """Lets cuda_graph=True run where the tensors are."""
-    stand_in = Captures()
-    if torch.cuda.is_available():
-        monkeypatch.setattr(graph, "capture", stand_in.counted)
-    else:
-        monkeypatch.setattr(graph, "capture", stand_in.capture)
+    """Without a GPU cuda_graph=True runs where the tensors are."""
+    counted = Captures(graph.capture if ON_GPU else stand_in)
+    monkeypatch.setattr(graph, "capture", counted)
+    if not ON_GPU:
         monkeypatch.setattr(graph, "on_side_stream", lambda function: function())
         monkeypatch.setattr(methods, "_check_graph", lambda model, x: None)
-    return stand_in
+    return counted
 
 
 def network() -> nn.Sequential:
@@ -192,7 +193,7 @@ def test_few_graphs_are_kept_and_none_keeps_the_model(captures: Captures) -> Non
         attack(model, 0, {"steps": steps}, True)
     assert len(graph._graphs[model]) == graph._MOST_GRAPHS
     reference = weakref.ref(model)
-    if not torch.cuda.is_available():
+    if not ON_GPU:
         graph._graphs[model].clear()  # the stand-in's replay holds the loop, and with it the model
     del model
     gc.collect()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sn_fast.attacks import fgm, pgd, project, wrm
 from sn_fast.attacks.gradient import prepared
 
+from ..on_device import DEVICE
 from .models import conv_net, samples
 
 X_ADV_TOLERANCE = 1e-4  # manifest.json: suggested_tolerances.x_adv_abs
@@ -131,7 +132,7 @@ def test_torchattacks(peer) -> None:
 def test_foolbox(peer) -> None:
     foolbox = pytest.importorskip("foolbox")
     model, x, y = peer
-    theirs = foolbox.PyTorchModel(model, bounds=(0, 1))
+    theirs = foolbox.PyTorchModel(model, bounds=(0, 1), device=DEVICE)
 
     def run(attack, eps: float) -> Tensor:
         return attack.run(theirs, x, y, epsilon=eps)

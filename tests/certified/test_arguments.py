@@ -14,6 +14,7 @@ import torch
 from sn_fast import BoundInfo, ConvOperator, MatrixOperator, operator_norm_bound, operator_norm_interval
 from sn_fast.certified.bound import METHODS
 
+from ..on_device import DEVICE
 from .truth import dense_norm
 
 
@@ -101,7 +102,7 @@ def test_equal_calls_give_equal_bounds_also_under_autocast_and_inference_mode(me
     op = small(stride=2)
     value = float(operator_norm_bound(op, method=method))
     assert float(operator_norm_bound(op, method=method)) == value
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert float(operator_norm_bound(op, method=method)) == value
     with torch.inference_mode():
         assert float(operator_norm_bound(op, method=method)) == value
@@ -110,7 +111,7 @@ def test_equal_calls_give_equal_bounds_also_under_autocast_and_inference_mode(me
 def test_intervals_under_autocast() -> None:
     op = conv(stride=2)
     plain = [float(end) for end in operator_norm_interval(op)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert [float(end) for end in operator_norm_interval(op)] == plain
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import sn_fast
 from sn_fast.lipschitz import lipschitz_bound
 
+from ..on_device import DEVICE
 from .truth import random_statistics, steepest
 
 
@@ -328,7 +329,7 @@ def test_torchvision_models() -> None:
     models = pytest.importorskip("torchvision.models")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = lipschitz_bound(models.squeezenet1_1(num_classes=4), torch.randn(1, 3, 32, 32))
-        gated = lipschitz_bound(models.shufflenet_v2_x0_5(num_classes=4), torch.randn(1, 3, 32, 32))
+        report = lipschitz_bound(models.squeezenet1_1(num_classes=4).to(DEVICE), torch.randn(1, 3, 32, 32))
+        gated = lipschitz_bound(models.shufflenet_v2_x0_5(num_classes=4).to(DEVICE), torch.randn(1, 3, 32, 32))
     assert 0 < report.bound < math.inf
     assert 0 < gated.bound < math.inf

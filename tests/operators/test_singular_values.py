@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from sn_fast import ConvergenceWarning, ConvOperator, MatrixOperator, singular_values
 
+from ..on_device import DEVICE
 from .geometries import Case, cases
 
 svd_module = sys.modules["sn_fast.operators.singular_values"]  # its function has the same name
@@ -136,7 +137,7 @@ def test_equal_calls_give_equal_results_and_leave_the_global_generator_alone(ite
     values = singular_values(op, 3)
     assert not values.requires_grad
     assert torch.equal(values, singular_values(op, 3))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert torch.equal(values, singular_values(op, 3))
     assert torch.equal(torch.get_rng_state(), state)
     other = singular_values(op, 3, generator=torch.Generator().manual_seed(7))

@@ -25,6 +25,8 @@ from sn_fast import (
     update_spectral_norm,
 )
 
+from ..on_device import DEVICE
+
 X = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
@@ -67,7 +69,7 @@ def test_state_and_norms_keep_their_precision_under_autocast() -> None:
         for a, b in zip(model.parameters(), twin.parameters()):
             a.mul_(1.5)
             b.mul_(1.5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert torch.equal(operator_norm(op), plain)
         model(X)
         update_spectral_norm(model)
@@ -83,7 +85,7 @@ def test_the_full_gradient_keeps_its_precision_under_autocast() -> None:
     layer.weight.square().sum().backward()
     raw = layer.parametrizations.weight.original
     plain, raw.grad = raw.grad, None
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = layer.weight.square().sum()
     loss.backward()
     assert torch.equal(raw.grad, plain)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import sn_fast
 from sn_fast import apply_spectral_norm, frozen_sigma, operator_norm, operator_of, sigmas, update_spectral_norm
 
+from ..on_device import DEVICE
 from .models import X, network, normalised, states, step, true_norms, unchanged
 
 
@@ -333,7 +334,7 @@ def test_changing_the_dtype_is_no_change_of_weight(dtype: torch.dtype) -> None:
 
 def test_autocast() -> None:
     model = normalised()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         out = model(X)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
