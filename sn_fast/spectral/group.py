@@ -191,13 +191,21 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies into buffers, all in a few launches."""
     if targets:
         torch._foreach_copy_(targets, sources)
+        if _lists_keep_versions():
+            torch.autograd.graph.increment_version(targets)
 
 
-def _bump_versions_after_fused_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Fused optimizers write their parameters without bumping ``_version``: do it for them."""
+def _lists_keep_versions() -> bool:
+    """Whether writes to lists of tensors (``_foreach_...``) leave ``_version``: they do under a TorchDispatchMode."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def _bump_versions_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Some optimizers write their parameters without bumping ``_version``, the fused ones always: do it for them."""
+    lists = _lists_keep_versions()  # foreach is the default on GPUs
     for group in optimizer.param_groups:
-        if group.get("fused"):
+        if lists or group.get("fused"):
             torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
 
 
-register_optimizer_step_post_hook(_bump_versions_after_fused_step)
+register_optimizer_step_post_hook(_bump_versions_after_step)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import sn_fast
 from sn_fast import apply_spectral_norm, frozen_sigma, operator_norm, operator_of, sigmas, update_spectral_norm
@@ -87,6 +88,21 @@ def test_every_optimizer_is_noticed_also_the_fused_ones(kind: type, fused: bool)
     model(X)
     assert not unchanged(model, before)
     assert list(sigmas(model).values()) == pytest.approx(true_norms(model, raw=True), rel=0.05)
+
+
+def test_writes_to_lists_are_noticed_also_under_a_dispatch_mode() -> None:
+    """There they bump no version counter, and they are what optimizers do by default on a GPU."""
+    model = normalised()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, foreach=True)
+    before = states(model)
+    with FlopCounterMode(display=False):
+        step(model, X, optimizer)
+        model(X)
+        after, versions = states(model), [b._version for b in model.buffers()]
+        update_spectral_norm(model)
+    assert not unchanged(model, before)
+    assert not unchanged(model, after)
+    assert all(b._version > version for b, version in zip(model.buffers(), versions, strict=True))
 
 
 def test_frozen_layers_do_not_move_with_the_others() -> None:
