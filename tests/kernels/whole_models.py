@@ -37,12 +37,15 @@ class Calls(TorchDispatchMode):
 @contextlib.contextmanager
 def plain_pytorch() -> Iterator[None]:
     """As if there were no kernels."""
-    served = library._SERVED[DEVICE.type]
-    served._runs = False
+    served = library._SERVED.get(DEVICE.type)
+    if served is None:
+        yield
+        return
+    before, served._runs = served._runs, False
     try:
         yield
     finally:
-        served._runs = True
+        served._runs = before
 
 
 def normalised(beta: float = 0.5, **options: Any) -> nn.Sequential:

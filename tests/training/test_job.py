@@ -50,7 +50,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("scheme", ["erm", "fgm", "pgm", "wrm"])
 def test_a_run_leaves_everything_it_promises(tiny_run, scheme):
-    result = tiny_run(scheme=scheme)
+    result = tiny_run(scheme=scheme, device="auto")
     assert {p.name for p in result.path.iterdir()} == FILES
     metrics = json.loads((result.path / "metrics.json").read_text())
     assert metrics == result.metrics

@@ -26,13 +26,13 @@ class Bar:
         self.text = text
 
 
-@pytest.fixture
-def samples() -> Samples:
-    return load_split("digits", 100, seed=0).train
-
-
 def config(**options) -> TrainConfig:
     return TrainConfig.create(**{"train_size": 100, "batch_size": 30, "steps": 2, "eps": 0.3, **options})
+
+
+@pytest.fixture
+def samples() -> Samples:
+    return load_split("digits", 100, seed=0, device=config().device).train
 
 
 @pytest.mark.parametrize("scheme", ["erm", "fgm", "pgm", "wrm"])
