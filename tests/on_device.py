@@ -90,5 +90,6 @@ def activate() -> None:
     """To the end of the process, if SN_FAST_TEST_DEVICE is set."""
     if "SN_FAST_TEST_DEVICE" in os.environ:
         torch.backends.cudnn.allow_tf32 = False  # the tests' bounds are those of float32
+        torch.backends.cudnn.deterministic = True  # and many compare bits
         torch.from_numpy = _from_numpy  # type: ignore[assignment]  # the one maker that no mode sees
         OnDevice().__enter__()
