@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.library import stream_of
+from ..spectral.options import matmul_precision
 
 Tensors = Sequence[Tensor | None]
 _MOST_GRAPHS = 4  # of one model: each keeps the memory of a whole forward and backward
@@ -103,4 +104,4 @@ def _state(model: nn.Module) -> Hashable:
     addresses = tuple(t.data_ptr() for t in chain(model.parameters(), model.buffers()))
     flags = tuple(m.training for m in model.modules())
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    return addresses, flags, autocast, torch.get_float32_matmul_precision()
+    return addresses, flags, autocast, matmul_precision()

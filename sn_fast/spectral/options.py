@@ -57,10 +57,18 @@ class Options:
         return self.gradient == "full"
 
     def products(self) -> str:
-        """How kernels form products: as chosen, or as ``torch.set_float32_matmul_precision`` says now."""
+        """How kernels form products: as chosen, or as PyTorch's setting for float32 matrix products says now."""
         return self.precision or _of_matmul()
 
 
 @torch.compiler.assume_constant_result
 def _of_matmul() -> str:
-    return _OF_MATMUL[torch.get_float32_matmul_precision()]
+    return _OF_MATMUL[matmul_precision()]
+
+
+def matmul_precision() -> str:
+    """``torch.get_float32_matmul_precision``, which does not answer where torch.backends' fp32_precision says tf32."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"

@@ -348,6 +348,20 @@ def test_changing_the_dtype_is_no_change_of_weight(dtype: torch.dtype) -> None:
     assert sigmas(model) != sigma
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="fp32_precision is of torch 2.9")
+@pytest.mark.parametrize(("setting", "products"), [("ieee", "fp32"), ("tf32", "tf32")])
+def test_both_ways_to_set_the_precision_of_products(setting: str, products: str) -> None:
+    """PyTorch refuses to name the older setting where the newer one says tf32."""
+    model, before = normalised(), torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        step(model, X, torch.optim.SGD(model.parameters(), 0.1))
+        model(X)
+        assert model[0].parametrizations.weight[0].options.products() == products
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_autocast() -> None:
     model = normalised()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
