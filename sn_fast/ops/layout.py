@@ -14,7 +14,7 @@ from ..reference.geometry import Axis, Geometry
 from .library import dtype_code
 
 AXES = 3  # csrc/spectral/gather.h: kAxes
-_MOST_CHANNELS = 1 << 19  # of a convolution: k = (channel, slot) is taken apart exactly up to there (csrc: Depth)
+MOST_CHANNELS = 1 << 19  # of a convolution: k = (channel, slot) is taken apart exactly up to there (csrc: Depth)
 
 IntArray = npt.NDArray[np.int32]
 
@@ -41,7 +41,7 @@ class Layout:
             return None
         rows, columns = weight.shape[:2]
         layout = Layout(geometry, rows, columns, weight.stride(0), weight.stride(1), taps, dtype)
-        many = geometry.axes and max(rows // geometry.groups, columns) >= _MOST_CHANNELS
+        many = geometry.axes and max(rows // geometry.groups, columns) >= MOST_CHANNELS
         return None if many and not _is_matrix(layout) else layout
 
 

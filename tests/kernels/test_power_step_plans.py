@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sn_fast import LinearOperator
-from sn_fast.ops.layout import Layout
+from sn_fast.ops import units as dividing
+from sn_fast.ops.layout import MOST_CHANNELS, Layout, Map
+from sn_fast.ops.units import Tiling
 from sn_fast.reference.geometry import Geometry
 
 from .power_steps import KINDS, Call, gathers_of, operators, plan_from, plan_of, units_of
@@ -68,14 +71,7 @@ def test_plans_cover_all_work_once(mixture: list[LinearOperator], parallel: int)
 @pytest.mark.parametrize("reduced", [True, False])
 @pytest.mark.parametrize("parallel", [3 * 132, 3])
 def test_plan_of_resnet18(reduced: bool, parallel: int) -> None:
-    chosen: list[LinearOperator] = [conv(64, 3, (3, 3), (32, 32), padding=1)]
-    for width, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
-        before = max(64, width // 2)
-        chosen += [conv(width, width, (3, 3), (size, size), padding=1)] * (4 if width == 64 else 3)
-        if width > 64:
-            chosen.append(conv(width, before, (3, 3), (2 * size, 2 * size), padding=1, stride=2))
-            chosen.append(conv(width, before, (1, 1), (2 * size, 2 * size), stride=2))
-    chosen = [op.reduced() if reduced else op for op in (*chosen, matrix(10, 512))]
+    chosen = resnet18(reduced)
     call = Call.of(*chosen)
     check_plan(call, parallel)
     for units in units_of(plan_of(call, parallel)):
@@ -90,3 +86,68 @@ def test_plans_of_long_sums_do_not_overflow() -> None:
         assert (units["channel"] < units["channel_end"]).all()
         assert units["channel_end"].max() == channels
     assert len(units_of(plan)[1]) > 100
+
+
+def resnet18(reduced: bool = True) -> list[LinearOperator]:
+    chosen: list[LinearOperator] = [conv(64, 3, (3, 3), (32, 32), padding=1)]
+    for width, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
+        before = max(64, width // 2)
+        chosen += [conv(width, width, (3, 3), (size, size), padding=1)] * (4 if width == 64 else 3)
+        if width > 64:
+            chosen.append(conv(width, before, (3, 3), (2 * size, 2 * size), padding=1, stride=2))
+            chosen.append(conv(width, before, (1, 1), (2 * size, 2 * size), stride=2))
+    return [op.reduced() if reduced else op for op in (*chosen, matrix(10, 512))]
+
+
+def test_blocks_end_together() -> None:
+    """With the costs that the plan reckons with: none works much longer than the mean, and little is done twice."""
+    call = Call.of(*resnet18())
+    layouts = [Layout.of(op.weight, op.geometry) for op in call.operators]
+    for half, units in enumerate(units_of(plan_of(call, 396))):
+        tilings = [Tiling(Map(layout, forward=bool(layout.geometry.axes) == (half == 0))) for layout in layouts]
+        work, costs = 0.0, []
+        for unit in units:
+            t = tilings[unit["gather"]]
+            kind = KINDS[unit["kind"]]
+            whole = max(map(t.cost, range(len(t.active)))) if kind == "direct" else t.cost(unit["tile"])
+            part = whole * (unit["channel_end"] - unit["channel"]) / t.map.channels
+            work += part
+            extra = dividing._PART_COST + unit["splits"] * t.partial_sums * dividing._JOIN_COST
+            costs.append(part + dividing._UNIT_COST + (extra if unit["splits"] > 1 else 0.0))
+        ends = dividing.last_end(np.array(costs), 396)
+        assert ends <= 1.15 * sum(costs) / 396
+        assert ends <= 1.35 * work / 396
+        # The costly ones first: what comes late is short.
+        assert max(costs[len(costs) // 2 :]) <= np.median(costs[: len(costs) // 2])
+
+
+def test_parts_are_few_where_blocks_are() -> None:
+    """Every part costs: one block needs none."""
+    for units in units_of(plan_of(Call.of(*resnet18()), 1)):
+        assert (units["splits"] == 1).all()
+
+
+def test_the_budget_holds_for_one_long_sum() -> None:
+    """A matrix of few rows: its vectors are small, and so are its parts' sums."""
+    plan = plan_from([Layout(Geometry(), 16, 1 << 20, 1 << 20, 1, 0, 0)], parallel=396)
+    assert (units_of(plan)[0]["splits"] > 50).all() or (units_of(plan)[1]["splits"] > 50).all()
+    assert plan.partial_size <= 4 * sum(plan.result_sizes)
+
+
+def test_depths_are_taken_apart_exactly() -> None:
+    """k / slots by the high half of a product, as csrc/spectral/gemm.cuh does it, as far as plans let k go."""
+    for slots in range(1, 65):
+        most = min(1 << 30, MOST_CHANNELS * slots)
+        multiples = np.unique(np.linspace(0, most // slots, 20000).astype(np.uint64)) * np.uint64(slots)
+        k = np.concatenate([multiples, multiples[1:] - np.uint64(1)])
+        k = k[k < most]
+        inverse = np.uint64((2**31 + slots - 1) // slots)
+        assert ((np.uint64(2) * k * inverse >> np.uint64(32)) == k // np.uint64(slots)).all()
+
+
+def test_too_many_channels_for_that_are_left_to_the_reference() -> None:
+    geometry = conv(16, 2, (3,), (8,)).geometry
+    for channels, taken in ((MOST_CHANNELS - 1, True), (MOST_CHANNELS, False)):
+        assert (Layout.of(torch.empty(16, channels, 3, device="meta"), geometry) is not None) == taken
+    matrix_of_a_kernel = conv(16, 2, (3,), (3,)).geometry  # one window: a matrix, whose columns need no taking apart
+    assert Layout.of(torch.empty(16, MOST_CHANNELS, 3, device="meta"), matrix_of_a_kernel) is not None
