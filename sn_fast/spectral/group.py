@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -157,26 +158,35 @@ def _advance_copies(batch: list[SpectralNorm], n: int, full: bool, precision: st
     _copy([b for b, _ in top if b is not None], [group for b, group in top if b is not None])
 
 
-# By the first of a batch; not kept in it, for it is copied and pickled.
-_steps: weakref.WeakKeyDictionary[SpectralNorm, tuple[object, PreparedStep | None]] = weakref.WeakKeyDictionary()
+# Of each first member of a batch: its batches, and what was found for them. Not kept in it, for it is copied and pickled.
+_Found: TypeAlias = "OrderedDict[tuple[int, ...], tuple[object, PreparedStep | None]]"
+_steps: weakref.WeakKeyDictionary[SpectralNorm, _Found] = weakref.WeakKeyDictionary()
+_MOST_BATCHES = 4  # the whole model, and parts that are trained in turn
 
 
 def _prepared(batch: list[SpectralNorm], precision: str) -> PreparedStep | None:
     """In place, by kernels, if nothing stands between a weight and its memory: found once for the same tensors."""
     if kernels_of(batch[0].state("u").device) is None or torch._C._len_torch_dispatch_stack():
         return None
-    key = (precision, [_where(m) for m in batch])
-    known, step = _steps.get(batch[0], (None, None))
-    if known != key:
-        weights = [m.operand(m.raw) for m in batch]
-        views = all(type(m.raw) is nn.Parameter and w.data_ptr() == m.raw.data_ptr() for m, w in zip(batch, weights))
-        step = None
-        if views:
-            us, vs, sigmas = ([m.state(name) for m in batch] for name in ("u", "v", "sigma"))
-            code = [c for m in batch for c in m.code]
-            step = prepare(weights, us, vs, sigmas, [m.buffer("top_group") for m in batch], code, precision)
-        _steps[batch[0]] = key, step
+    found = _steps.setdefault(batch[0], OrderedDict())
+    members, where = tuple(map(id, batch)), (precision, [_where(m) for m in batch])
+    known, step = found.get(members, (None, None))
+    if known != where:
+        step = _prepare(batch, precision)
+        found[members] = where, step
+    found.move_to_end(members)
+    while len(found) > _MOST_BATCHES:
+        found.popitem(last=False)
     return step
+
+
+def _prepare(batch: list[SpectralNorm], precision: str) -> PreparedStep | None:
+    weights = [m.operand(m.raw) for m in batch]
+    if not all(type(m.raw) is nn.Parameter and w.data_ptr() == m.raw.data_ptr() for m, w in zip(batch, weights)):
+        return None
+    us, vs, sigmas = ([m.state(name) for m in batch] for name in ("u", "v", "sigma"))
+    code = [c for m in batch for c in m.code]
+    return prepare(weights, us, vs, sigmas, [m.buffer("top_group") for m in batch], code, precision)
 
 
 def _where(member: SpectralNorm) -> tuple[object, ...]:

@@ -105,14 +105,16 @@ def test_what_is_found_once_is_used_again_and_again(runs: list[int], monkeypatch
     assert (len(runs), len(made)) == (4, 1)
 
 
-def _other_memory(model: nn.Sequential) -> None:
+def _other_memory(model: nn.Sequential) -> Tensor:
     weight = model[0].parametrizations.weight.original
-    weight.data = (1.5 * weight.data).clone()
+    before = weight.data
+    weight.data = 1.5 * before
+    return before  # kept: else its memory, and with luck its values, would be the copy's
 
 
 def _other_strides(model: nn.Sequential) -> None:
     weight = model[0].parametrizations.weight.original
-    weight.data = weight.data.clone().transpose(2, 3)
+    weight.data = weight.data.transpose(2, 3)  # in the same place
 
 
 def _other_state(model: nn.Sequential) -> None:
@@ -139,9 +141,43 @@ CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
 def test_a_change_of_what_it_is_for(runs: list[int], name: str) -> None:
     model = network()
     sn_fast.update_spectral_norm(model)
-    CHANGES[name](model)
+    kept = CHANGES[name](model)
     for _ in range(2):
         agree(model, runs, in_place=name != "strides of a weight")  # which the kernels do not take
+    del kept
+
+
+def test_weights_that_were_all_replaced(runs: list[int]) -> None:
+    """Unlike above, where the copy for the comparison has those refreshed alone that have changed."""
+    model = network()
+    sn_fast.update_spectral_norm(model)
+    before = [m.sigma.clone() for m in layers(model)]
+    kept = [m.raw.data for m in layers(model)]
+    for m in layers(model):
+        m.raw.data = 2 * m.raw.data
+    sn_fast.update_spectral_norm(model, 3)
+    assert runs == [1, 3]
+    for m, sigma, old in zip(layers(model), before, kept, strict=True):
+        torch.testing.assert_close(m.sigma, 2 * sigma, rtol=0.1, atol=0)
+        assert m.raw.data_ptr() != old.data_ptr()
+
+
+def test_parts_that_are_trained_in_turn(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found once each, and no more than a few are kept."""
+    made: list[int] = []
+    prepare = group.prepare
+    monkeypatch.setattr(group, "prepare", lambda *args: made.append(1) or prepare(*args))
+    model = network()
+    for _ in range(3):
+        sn_fast.update_spectral_norm(model)
+        sn_fast.update_spectral_norm(model[:3])
+        sn_fast.update_spectral_norm(model[3:])
+    assert (len(runs), len(made)) == (9, 3)
+    members = layers(model)
+    for n in range(2, len(members) + 1):
+        for last in members[1:]:
+            group.advance([members[0], *[m for m in members[1:n] if m is not last], last])
+    assert len(group._steps[members[0]]) == group._MOST_BATCHES
 
 
 def test_float64_goes_to_the_operator(runs: list[int]) -> None:

@@ -154,6 +154,8 @@ CHOSEN: dict[str, Callable[[], LinearOperator]] = {
     "transposed": lambda: conv(20, 12, (3, 3), (4, 5), stride=2, padding=1, output_padding=1, transposed=True),
     "transposed_grouped": lambda: conv(12, 12, (3, 2), (4, 5), stride=2, transposed=True, groups=3),
     "3d": lambda: conv(5, 4, (2, 3, 2), (4, 5, 4), stride=(1, 2, 1), padding=1, dilation=(1, 1, 2)),
+    "many_taps": lambda: conv(5, 3, (9, 9), (7, 6), padding=4),  # more than the 64 pairs of a tile
+    "many_taps_3d": lambda: conv(66, 2, (5, 5, 5), (6, 5, 5), padding=2),
     "reflect": lambda: conv(5, 4, (3, 3), (5, 6), padding=2, padding_mode="reflect"),
     "circular": lambda: conv(5, 4, (3, 3), (5, 6), padding=2, padding_mode="circular", dilation=2),
     "patch": lambda: conv(20, 3, (4, 4), (16, 16), stride=4).reduced(),

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sn_fast
 from sn_fast import (
@@ -19,6 +19,7 @@ from sn_fast import (
     spectral_norm,
     update_spectral_norm,
 )
+from sn_fast.spectral.parametrization import SpectralNorm, spectral_norms
 
 X = torch.randn(2, 3, 9, 9)
 
@@ -295,3 +296,32 @@ def test_info() -> None:
     assert info["sn_fast"] == sn_fast.__version__
     assert info["torch"] == torch.__version__
     assert "PyTorch" in info["backend"]
+
+
+def test_every_layer_is_found_wherever_it_sits() -> None:
+    shared = nn.Conv2d(2, 2, 3, padding=1)
+    inner = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": nn.Sequential(nn.Conv2d(2, 2, 1), shared)})
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.nothing = nn.Conv2d(2, 2, 3, padding=1), inner, None
+            self.register_module("empty", None)
+            self.last = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner["b"](self.inner["a"](self.first(x)))
+            return self.last(x.mean(dim=(2, 3)))
+
+    model = apply_spectral_norm(Network(), torch.randn(1, 2, 5, 5))
+    wanted = [m for m in model.modules() if isinstance(m, SpectralNorm)]
+    assert len(wanted) == 4
+    assert spectral_norms(model) == wanted
+    assert spectral_norms(wanted[0]) == wanted[:1]
+    assert spectral_norms(model.last) == wanted[-1:]
+    before = [m.sigma.clone() for m in wanted]
+    for m in wanted:
+        m.raw.data *= 2
+    update_spectral_norm(model)
+    for m, sigma in zip(wanted, before, strict=True):
+        torch.testing.assert_close(m.sigma, 2 * sigma, rtol=0.02, atol=0)
