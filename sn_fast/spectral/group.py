@@ -158,7 +158,7 @@ def _advance_copies(batch: list[SpectralNorm], n: int, full: bool, precision: st
     _copy([b for b, _ in top if b is not None], [group for b, group in top if b is not None])
 
 
-# Of each first member of a batch: its batches, and what was found for them. Not kept in it, for it is copied and pickled.
+# Of each first member of a batch: its batches, and what was found for them. Kept here, for members are copied, pickled.
 _Found: TypeAlias = "OrderedDict[tuple[int, ...], tuple[object, PreparedStep | None]]"
 _steps: weakref.WeakKeyDictionary[SpectralNorm, _Found] = weakref.WeakKeyDictionary()
 _MOST_BATCHES = 4  # the whole model, and parts that are trained in turn
