@@ -16,8 +16,9 @@ from torch import nn
 import sn_fast
 from benchmarks import eager_updates, models
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import plan, report, results, runner, summary
+from benchmarks.gpu_check import plan, profiled, report, results, runner, summary
 from benchmarks.gpu_check.context import Context
+from benchmarks.gpu_check.profiled import actions
 from benchmarks.gpu_check.roofline import layers, total, work
 from benchmarks.gpu_check.stages import profile
 from benchmarks.gpu_check.stages.sanitizer import count_errors
@@ -294,8 +295,8 @@ def test_report(tmp_path: Path) -> None:
     }
     trained = {
         "batch": 256,
-        "eager": {"step": {"plain": took, "sn_fast": took}},
-        "sn_share": {"of_step": {"device": 0.0081}},
+        "eager": {"step": {"plain": took, "sn_fast": took}, "sn_share": {"of_step": {"device": 0.0081}}},
+        "compiled": {"step": {"plain": took}},
     }
     update = {"of_copy": 0.9, "eager_times_sn_fast": 4.5}
     launch = {"kernel": "half_step_kernel", "microseconds": 98.7}
@@ -323,7 +324,7 @@ def test_report(tmp_path: Path) -> None:
     assert "NVIDIA H100, torch 2.11, 2026-11-25, sources abc:" in short
     assert "| ResNet-18 | 123 | 123 | 21.5x |" in short
     assert "| ResNet-18 | eager | 0.1 | 0.1 | – | – | 0.81 % |" in short
-    assert "compiled" not in short  # was not measured
+    assert "| ResNet-18 | compiled | 0.1 | – | – | – | – |" in short
     assert "| ResNet-18: fp32 kernels / larger floor | 2.00x | <= 2.50x | PASS |" in long
     assert "| pgd_step inf | large, float32 | 90 % | 4.5x |" in long
     assert "| `half_step_kernel` | 98.7 | – | – | – | – | – |" in long
@@ -332,12 +333,27 @@ def test_report(tmp_path: Path) -> None:
         report.between("no marks", "x")
 
 
-def test_documents_are_as_the_results() -> None:
+def test_documents_are_as_the_results(tmp_path: Path) -> None:
     """``python -m benchmarks.gpu_check --report`` was not forgotten."""
-    for name in ("README.md", "docs/benchmarks.md"):
-        text = (ROOT / name).read_text()
-        part = text.partition(report.BEGIN)[2].partition(report.END)[0]
-        assert (report.NOTHING in part) == (not list(results.FOLDER.glob("NVIDIA*.json"))), name
+    names = ("README.md", "docs/benchmarks.md")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    report.write(tmp_path, results.FOLDER)
+    for name in names:
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
+
+
+def test_what_is_profiled_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler runs a launch again for every group of counters, and is to see none of those before."""
+    order: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["profiled", "--device", "cuda", "--small"])
+    monkeypatch.setattr(profiled, "actions", lambda device, small: iter([("it", lambda: order.append("it"))]))
+    for name, place in (("synchronize", torch.cuda), ("start", torch.cuda.profiler), ("stop", torch.cuda.profiler)):
+        monkeypatch.setattr(place, name, lambda name=name: order.append(name))
+    profiled.main()
+    assert order == ["it", "synchronize", "start", "it", "synchronize", "stop"]
+    assert len(list(actions("cpu", small=True))) == 5
 
 
 def test_without_a_gpu_one_clear_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
-"""Runs the main kernels once each in full size: the program that the profiler watches."""
+"""Runs the main kernels in full size: the program that the profiler watches, from ``start`` to ``stop``."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,29 +18,51 @@ from .roofline import layers, power_arguments, used_weights
 
 
 def main() -> None:
-    """Warm-up, so that plans are made and caches filled as in a loop; then once more, which is what counts."""
+    """Everything once to warm up, so that plans are made and libraries loaded; then once more, which is what counts."""
     parser = argparse.ArgumentParser("gpu_check.profiled")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    device = options.device
+    cuda = options.device == "cuda"
+    todo = list(actions(options.device, options.small))
+    for _, action in todo:
+        action()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+    for name, action in todo:
+        action()
+        print(f"ran: {name}", flush=True)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def actions(device: str, small: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is profiled, by name: few launches, for each is run again for every group of counters."""
     torch.manual_seed(0)
-    networks = models.TINY if options.small else dict(list(models.NETWORKS.items())[:2])
+    networks = models.TINY if small else dict(list(models.NETWORKS.items())[:2])
     for name, network in networks.items():
         model = network.make().to(device)
         sn_fast.apply_spectral_norm(model, network.example().to(device))
-        arguments = power_arguments(layers(model))
+        found = layers(model)
+        arguments = power_arguments(found)
         for precision in ("fp32", "tf32"):
-            power_step(*arguments, 1, precision)
-        weights = used_weights(x.module for x in layers(model)[1::10])  # a few: every layer has a launch of its own
-        torch.autograd.backward(weights, [torch.randn_like(w) for w in weights])
-        print(f"ran: {name}", flush=True)
-    size = (2, 3, 8, 8) if options.small else (256, 3, 224, 224)
-    x = torch.rand(size, device=device)
+            yield f"{name}, power_step, {precision}", partial(power_step, *arguments, 1, precision)
+        chosen = found[1::10]  # every layer has launches of its own
+        raws = [x.state.raw for x in chosen]
+        grads = [torch.randn_like(r) for r in raws]
+        modules = [x.module for x in chosen]
+
+        def normalised(modules: Any = modules, raws: Any = raws, grads: Any = grads) -> Any:
+            return torch.autograd.grad(used_weights(modules), raws, grads)
+
+        yield f"{name}, normalise", normalised
+    x = torch.rand((2, 3, 8, 8) if small else (256, 3, 224, 224), device=device)
     x_adv, grad = (x + 0.05 * torch.randn_like(x)).clamp_(0, 1), torch.randn_like(x)
     for norm in ("inf", 2):
-        pgd_step(x_adv, x, grad, norm=norm, eps=0.03, alpha=0.01, clip=(0, 1))
-        print(f"ran: pgd_step {norm}", flush=True)
+        options: dict[str, Any] = {"norm": norm, "eps": 0.03, "alpha": 0.01, "clip": (0, 1)}
+        yield f"pgd_step {norm}", partial(pgd_step, x_adv, x, grad, **options)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def _short(content: Mapping[str, Any]) -> Iterator[str]:
     ]
     heads = ("all layers, one power iteration, fp32", "as called (us)", "kernels alone (us)", "eager published loop")
     yield from table(heads, rows)
-    rows = [(name, mode, *_steps(t, mode), _share(t)) for name, t in _networks(stages, "training") for mode in _MODES]
+    rows = [
+        (name, mode, *_steps(t, mode), _share(t, mode)) for name, t in _networks(stages, "training") for mode in _MODES
+    ]
     steps = ("PGD-10 step, batch 256, bf16 (ms)", "", "no SN", "sn_fast", "torch's", "published", "sn_fast's share")
     yield from table(steps, [row for row in rows if any(cell != _NONE for cell in row[2:6])])
 
@@ -115,8 +117,8 @@ def _steps(training: Any, mode: str) -> list[str]:
     return [_NONE if t is None else f"{t / 1000:.1f}" for t in times]
 
 
-def _share(training: Any) -> str:
-    return _percent(get(training, "sn_share", "of_step", "device"), digits=2)
+def _share(training: Any, mode: str) -> str:
+    return _percent(get(training, mode, "sn_share", "of_step", "device"), digits=2)
 
 
 def _us(content: Any, *path: str) -> str:

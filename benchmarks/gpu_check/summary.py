@@ -84,8 +84,10 @@ def _updates(results: Results) -> Iterator[Bar]:
 def _training(results: Results) -> Iterator[Bar]:
     networks = [name for name, entry in results.items() if isinstance(entry, dict) and "batch" in entry]
     for name in networks or ["networks"]:
-        share = get(results, name, "sn_share", "of_step", "device")
-        yield _below(f"{name}: refresh, normalised weights, gradient / PGD-10 step", share, 0.01, percent=True)
+        for mode in ("eager", "compiled"):
+            share = get(results, name, mode, "sn_share", "of_step", "device")
+            what = f"{name}: refresh, normalised weights, gradient / PGD-10 step, {mode}"
+            yield _below(what, share, 0.01, percent=True)
 
 
 _BARS: dict[str, Callable[[Results], Iterator[Bar]]] = {

@@ -1,4 +1,5 @@
-// The plan of grouped power iteration, as the device reads it. sn_fast/ops/plan.py writes it: same fields, same order.
+// The plan of grouped power iteration, as the device reads it. sn_fast/ops/plan.py and units.py write it: same
+// fields, same order.
 //
 // A linear layer, a convolution of any geometry, its adjoint and a transposed convolution are all one map, per group of
 // channels: out[m, n] = sum_c sum_slot W(m, c, tap(slot)) in[c, index(n, slot)]. Geometry is data: along each axis

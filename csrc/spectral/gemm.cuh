@@ -19,11 +19,10 @@ struct GemmShared {
 
 // Takes k = channel * slots + slot apart by a multiplication. All k are given doubled, so that the inverse of 1 fits.
 struct Depth {
-    int slots;
-    unsigned inverse;  // 2^31 / slots, rounded up: exact as long as k * slots < 2^31, to which plan.py keeps
+    unsigned inverse;  // 2^31 / slots, rounded up: exact as long as k * slots < 2^31, to which ops/layout.py keeps
 
     __device__ explicit Depth(int slots)
-        : slots(slots), inverse((0x80000000u + static_cast<unsigned>(slots) - 1) / static_cast<unsigned>(slots)) {}
+        : inverse((0x80000000u + static_cast<unsigned>(slots) - 1) / static_cast<unsigned>(slots)) {}
 
     __device__ int channel(int twice_k) const {
         return static_cast<int>(__umulhi(static_cast<unsigned>(twice_k), inverse));

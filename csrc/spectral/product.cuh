@@ -18,7 +18,7 @@ constexpr int kTileDepth = kColumns == 64 ? 16 : 32;
 
 // Two buffers: one is filled while the other is multiplied. Rows are 8 elements longer than they need be, and in `a` the
 // elements of a row are exchanged by `swizzled`: then neither a warp that stores 16 depths of two rows nor one that loads
-// fragments of tf32 meets a bank of shared memory twice.
+// fragments of tf32 meets a bank of shared memory twice (one that stores 32 depths of a row does).
 template <int kColumns>
 struct StagedTiles {
     alignas(16) float a[2][kTileDepth<kColumns>][kTileRows + 8];

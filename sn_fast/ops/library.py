@@ -88,8 +88,7 @@ class UseKernels:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether operators on this device run compiled kernels."""
-    served = _SERVED.get(device.type)
-    return served is not None and served.runs()
+    return kernels_of(device) is not None
 
 
 def kernels_of(device: torch.device) -> ModuleType | None:

@@ -93,6 +93,8 @@ def prepare(
         return None
     if any(t.dtype != torch.float32 or not t.is_contiguous() for t in states):
         return None
+    if any(g is not None and (g.dtype != torch.int64 or g.device != device) for g in groups):
+        return None
     plans = plans_of(module, "power_step", weights, geometry)
     if plans is None or len(plans) > 1:
         return None

@@ -74,8 +74,7 @@ class Tiling:
         columns = TILE_COLUMNS[kind]
         order = self.map.order(columns)
         active = self.map.active_slots(order, columns)
-        factor = _NARROW_COST if kind == GEMM16 else 1.0
-        return order, active, factor * columns * sum(map(len, active))
+        return order, active, _cost_of_slot(kind, len(active)) * sum(map(len, active))
 
     @property
     def tiles_per_group(self) -> int:
@@ -91,10 +90,14 @@ class Tiling:
         m, slots = self.map, len(self.active[tile])
         if self.kind in (DOT, AXPY):
             return _WEIGHT_COST * self.tile_rows * m.channels
-        if self.kind == DIRECT:
-            return _DIRECT_COST * _DIRECT_WARPS * _DIRECT_ROWS * TILE_COLUMNS[DIRECT] * m.channels * slots
-        columns = TILE_COLUMNS[self.kind]
-        return max(columns, _WEIGHT_COST) * TILE_ROWS * m.channels * slots
+        rows = _DIRECT_WARPS * _DIRECT_ROWS if self.kind == DIRECT else TILE_ROWS
+        return _cost_of_slot(self.kind, len(self.active)) * rows * m.channels * slots
+
+
+def _cost_of_slot(kind: int, tiles: int) -> float:
+    """Of one row, channel and slot of a tile: its products, or its share of a weight that all tiles read."""
+    factor = {DIRECT: _DIRECT_COST, GEMM64: 1.0, GEMM16: _NARROW_COST}[kind]
+    return max(factor * TILE_COLUMNS[kind], _WEIGHT_COST / tiles)
 
 
 def make_units(

@@ -166,7 +166,9 @@ _MOST_BATCHES = 4  # the whole model, and parts that are trained in turn
 
 def _prepared(batch: list[SpectralNorm], precision: str) -> PreparedStep | None:
     """In place, by kernels, if nothing stands between a weight and its memory: found once for the same tensors."""
-    if kernels_of(batch[0].state("u").device) is None or torch._C._len_torch_dispatch_stack():
+    if kernels_of(batch[0].state("u").device) is None:
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():  # these want operators
         return None
     found = _steps.setdefault(batch[0], OrderedDict())
     members, where = tuple(map(id, batch)), (precision, [_where(m) for m in batch])
@@ -194,7 +196,8 @@ def _where(member: SpectralNorm) -> tuple[object, ...]:
     raw, group = member.raw, member.buffer("top_group")
     u, v, sigma = member.state("u"), member.state("v"), member.state("sigma")
     places = raw.data_ptr(), u.data_ptr(), v.data_ptr(), sigma.data_ptr(), group.data_ptr() if group is not None else 0
-    return places, raw.shape, raw.stride(), raw.dtype, u.dtype, u.shape, v.shape, type(raw), member.geometry
+    kinds = raw.dtype, u.dtype, v.dtype, sigma.dtype, None if group is None else group.dtype
+    return places, kinds, raw.shape, raw.stride(), u.shape, u.stride(), v.shape, v.stride(), type(raw), member.geometry
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

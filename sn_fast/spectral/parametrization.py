@@ -349,7 +349,7 @@ class SpectralNorm(nn.Module):
 
 
 def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
-    """All below ``model``, each once, in the order of ``model.modules()``."""
+    """All below ``model``, each once."""
     if isinstance(model, SpectralNorm):
         return [model]
     found: dict[SpectralNorm, None] = {}
@@ -364,10 +364,10 @@ def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
         for child in module._modules.values():
             if child is None:
                 continue
-            if child._modules:
-                inner.append(child)
-            elif isinstance(child, SpectralNorm):
+            if isinstance(child, SpectralNorm):
                 found[child] = None
+            elif child._modules:
+                inner.append(child)
         waiting += reversed(inner)
     return list(found)
 

@@ -125,6 +125,15 @@ BARRIERS: dict[str, Edit] = {
         "find_positions(begin, 0);\n            __syncthreads();",
         "find_positions(begin, 0);",
     ),
+    "gradient: the taps before their use": (
+        "s.entry[thread][2] = g.entry[2] + tap % slots2;\n        }\n        __syncthreads();",
+        "s.entry[thread][2] = g.entry[2] + tap % slots2;\n        }",
+    ),
+    "gradient: the first chunk": ("stage(0);\n            __syncthreads();", "stage(0);"),
+    "gradient: the next chunk": (
+        "stage(buffer ^ 1);\n                __syncthreads();",
+        "stage(buffer ^ 1);",
+    ),
     "gemm: the first chunk": ("stage(0);\n        __syncthreads();", "stage(0);"),
     "dot: the vector's chunk": ("s.x[i] = x[chunk + i];\n        __syncthreads();", "s.x[i] = x[chunk + i];"),
     "dot: the rows' sums": (

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..context import Context
 
-_KERNELS = "half_step_kernel|normalize_backward_kernel|normalize_kernel|pgd_step_inf|pgd_step_sample|pgd_step_apply"
+_KERNELS = "half_step_kernel|finish_kernel|normalize_kernel|inner_kernel|normalize_backward_kernel|pgd_step_.*"
 _STALLS = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 _WAITS = ("long_scoreboard", "short_scoreboard", "barrier", "mio_throttle", "lg_throttle", "math_pipe_throttle", "wait")
 METRICS = {
@@ -42,6 +42,7 @@ def run(context: Context) -> None:
     if profiler is None and not context.rehearse:
         raise RuntimeError("no ncu on PATH or in the CUDA toolkit")
     watch = [str(profiler), "--csv", "--page", "raw", "--clock-control", "none", "--target-processes", "all"]
+    watch += ["--profile-from-start", "off"]  # not the warm-up, nor the hundreds of launches that find the first sigma
     watch += ["--kernel-name", f"regex:{_KERNELS}", "--metrics", ",".join(METRICS.values())]
     program = [sys.executable, "-m", "benchmarks.gpu_check.profiled", "--device", context.device]
     command = [*program, "--small"] if context.rehearse else [*watch, *program]
