@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from torch import nn
 import sn_fast
 from benchmarks import eager_updates, models
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import plan, profiled, report, results, runner, summary
+from benchmarks.gpu_check import plan, profiled, programs, report, results, runner, summary
 from benchmarks.gpu_check.context import Context
 from benchmarks.gpu_check.profiled import actions
 from benchmarks.gpu_check.roofline import layers, total, work
@@ -209,6 +211,40 @@ os._exit(7) if "power" in sys.argv else time.sleep(60)
     assert stopped["results"] == died["results"] == {"half": 1}
     assert stopped["output"] == ["working"]
     assert died["error"] == "exit code 7"
+
+
+def test_what_a_stage_started_is_stopped_with_it(tmp_path: Path) -> None:
+    """The runner stops a stage; a tool of the stage leads a group of its own, and watches yet another program."""
+    alive = tmp_path / "alive"
+    program = f"import time, pathlib\nwhile True: pathlib.Path({str(alive)!r}).touch(); time.sleep(0.05)"
+    tool = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"
+    stage = tmp_path / "stage.py"
+    stage.write_text(f"""
+import sys
+from benchmarks.gpu_check import child, programs, stages
+class Stage:
+    def run(context):
+        programs.run([sys.executable, "-c", {tool!r}], 60.0)
+sys.modules["benchmarks.gpu_check.stages.power"] = Stage
+sys.argv = ["child", "power", "--out", {str(tmp_path / "out.json")!r}]
+sys.exit(child.main())
+""")
+    process = subprocess.Popen([sys.executable, str(stage)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while not alive.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive.exists()
+    process.terminate()
+    assert process.wait(30) != 0
+    alive.unlink()
+    time.sleep(0.5)
+    assert not alive.exists()
+
+
+def test_a_tool_that_takes_too_long() -> None:
+    assert programs.run([sys.executable, "-c", "print('done'); exit(3)"], 60.0) == ("done\n", 3)
+    command = [sys.executable, "-uc", "import time; print('began'); time.sleep(60)"]
+    assert programs.run(command, 2.0) == ("began\n", None)
 
 
 def test_times_on_the_host() -> None:

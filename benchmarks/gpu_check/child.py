@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    # As an exception, so that what the stage has started is stopped with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     if options.stage == "probe":
         options.out.write_text(json.dumps(probe()))
         return 0

@@ -111,7 +111,7 @@ def _normalize_backward_kernel(
     plan = _plan(module, layout, device, max(_LEAST_BUDGET, u.numel() + v.numel()))
     # In terms of the convolution that describes the layer: x is its input, y its output.
     x, y = (u, v) if known.transposed else (v, u)
-    # One allocation: the inner product's partial sums, the split sums', and counters; the first two are multiples of 8.
+    # One allocation: the inner product's partial sums (float64, so first), the split sums', and counters.
     n_inner = module.normalize_backward_blocks(weight.numel())
     scratch = torch.empty(2 * n_inner + plan.partial_size + plan.n_counters, dtype=torch.float32, device=device)
     inner = scratch.data_ptr()

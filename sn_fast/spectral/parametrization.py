@@ -79,21 +79,18 @@ class SpectralNorm(nn.Module):
         """Whether this still is a parametrization of its module's weight."""
         if self._home is None:
             return False
-        module, name = self._home
-        lists = module._modules.get("parametrizations")
-        found = None if lists is None else lists._modules.get(name)
-        return found is not None and any(p is self for p in found._modules.values())
+        try:
+            return any(p is self for p in chain(*self._home)._modules.values())
+        except KeyError:
+            return False
 
     @property
     def raw(self) -> Tensor:
         """The raw weight."""
         assert self._home is not None
-        module, name = self._home
-        try:  # as below, without the attribute look-ups of nn.Module: this is asked for many times in a step
-            weight = module._modules["parametrizations"]._modules[name]._parameters["original"]  # type: ignore[union-attr]
-        except KeyError:
-            weight = None
-        return chain(module, name).original if weight is None else weight
+        found = chain(*self._home)
+        weight = found._parameters.get("original")  # without the attribute look-ups of nn.Module
+        return found.original if weight is None else weight
 
     def operand(self, weight: Tensor) -> Tensor:
         """The weight as the operators take it: as it is, or as a matrix, rows first."""

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from sn_fast import apply_spectral_norm
 
 from ..spectral.models import X, network
-from .whole_models import Calls, agree, assert_close, gradients, normalised, plain_pytorch, ready
+from .whole_models import Calls, agree, assert_close, every_kind, gradients, normalised, plain_pytorch, ready
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -40,14 +40,7 @@ def test_one_call_per_forward_and_nothing_is_kept() -> None:
 
 
 def test_layers_of_every_kind_in_one_call() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3, stride=2, padding=1),
-        nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1),
-        nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="replicate"),
-        nn.Conv2d(4, 4, (7, 1)),
-        nn.Flatten(),
-        nn.Linear(28, 5, bias=False),
-    )
+    model = every_kind()
     for operator in ("conv", "reshape"):
         twin = apply_spectral_norm(copy.deepcopy(model), X[:1], beta=0.25, operator=operator, mode="scale")
         with Calls() as calls:

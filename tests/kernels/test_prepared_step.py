@@ -16,7 +16,7 @@ from sn_fast.ops.prepared_step import PreparedStep
 from sn_fast.spectral import group
 
 from ..attacks.models import same_bits
-from .whole_models import Calls, layers, move_in_place, plain_pytorch
+from .whole_models import Calls, every_kind, layers, move_in_place, plain_pytorch
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -37,17 +37,18 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One element for every step that was prepared."""
+    found: list[int] = []
+    prepare = group.prepare
+    monkeypatch.setattr(group, "prepare", lambda *args: found.append(1) or prepare(*args))
+    return found
+
+
 def network(**options: Any) -> nn.Sequential:
-    model = nn.Sequential(
-        nn.Conv2d(2, 10, 3, stride=2, padding=1),
-        nn.ConvTranspose2d(10, 6, 3, stride=2, padding=1),
-        nn.Conv2d(6, 6, 3, padding=1, groups=3, padding_mode="replicate"),
-        nn.Conv2d(6, 4, (7, 1)),
-        nn.Flatten(),
-        nn.Linear(28, 5, bias=False),
-    )
     with plain_pytorch():  # the start is not what is tested
-        return sn_fast.apply_spectral_norm(model, torch.randn(1, 2, 7, 7), **options)
+        return sn_fast.apply_spectral_norm(every_kind(), torch.randn(1, 2, 7, 7), **options)
 
 
 def state(model: nn.Module) -> list[Tensor]:
@@ -94,10 +95,7 @@ def test_weights_without_a_norm_keep_their_vectors(runs: list[int], value: float
     agree(model, runs)
 
 
-def test_what_is_found_once_is_used_again_and_again(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    prepare = group.prepare
-    monkeypatch.setattr(group, "prepare", lambda *args: made.append(1) or prepare(*args))
+def test_what_is_found_once_is_used_again_and_again(runs: list[int], made: list[int]) -> None:
     model = network()
     for _ in range(4):
         move_in_place(model)
@@ -178,11 +176,8 @@ def test_weights_that_were_all_replaced(runs: list[int]) -> None:
         assert m.raw.data_ptr() != old.data_ptr()
 
 
-def test_parts_that_are_trained_in_turn(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_are_trained_in_turn(runs: list[int], made: list[int]) -> None:
     """Found once each, and no more than a few are kept."""
-    made: list[int] = []
-    prepare = group.prepare
-    monkeypatch.setattr(group, "prepare", lambda *args: made.append(1) or prepare(*args))
     model = network()
     for _ in range(3):
         sn_fast.update_spectral_norm(model)

@@ -54,6 +54,18 @@ def normalised(beta: float = 0.5, **options: Any) -> nn.Sequential:
         return models.normalised(beta=beta, **options)
 
 
+def every_kind() -> nn.Sequential:
+    """A layer of every kind, for inputs of X's shape."""
+    return nn.Sequential(
+        nn.Conv2d(2, 10, 3, stride=2, padding=1),
+        nn.ConvTranspose2d(10, 6, 3, stride=2, padding=1),
+        nn.Conv2d(6, 6, 3, padding=1, groups=3, padding_mode="replicate"),
+        nn.Conv2d(6, 4, (7, 1)),
+        nn.Flatten(),
+        nn.Linear(28, 5, bias=False),
+    )
+
+
 def layers(model: nn.Module) -> list[SpectralNorm]:
     return [m for m in model.modules() if isinstance(m, SpectralNorm)]
 

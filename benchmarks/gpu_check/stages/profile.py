@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from .. import programs
 from ..context import Context
 
 _KERNELS = "half_step_kernel|finish_kernel|normalize_kernel|inner_kernel|normalize_backward_kernel|pgd_step_.*"
@@ -38,7 +35,7 @@ _UNITS |= {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
 def run(context: Context) -> None:
     """One entry per launch, in the order of ``profiled``."""
-    profiler = find_profiler()
+    profiler = programs.find("ncu")
     if profiler is None and not context.rehearse:
         raise RuntimeError("no ncu on PATH or in the CUDA toolkit")
     watch = [str(profiler), "--csv", "--page", "raw", "--clock-control", "none", "--target-processes", "all"]
@@ -46,11 +43,10 @@ def run(context: Context) -> None:
     watch += ["--kernel-name", f"regex:{_KERNELS}", "--metrics", ",".join(METRICS.values())]
     program = [sys.executable, "-m", "benchmarks.gpu_check.profiled", "--device", context.device]
     command = [*program, "--small"] if context.rehearse else [*watch, *program]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=max(5.0, context.left() - 3))
-    output = done.stdout + done.stderr
-    if done.returncode or "ran: pgd_step 2" not in output:
-        raise RuntimeError(f"exit code {done.returncode}: {output.strip()[-1500:]}")
-    launches = list(read(done.stdout))
+    output, code = programs.run(command, max(5.0, context.left() - 3))
+    if code or "ran: pgd_step 2" not in output:
+        raise RuntimeError(f"exit code {code}: {output.strip()[-1500:]}")
+    launches = list(read(output))
     context.record("launches", launches)
     for launch in launches:
         numbers = ", ".join(f"{k} {v:.4g}" for k, v in launch.items() if k != "kernel" and not k.startswith("waits"))
@@ -81,9 +77,3 @@ def read(text: str) -> Iterator[dict[str, Any]]:
         if launch.get("mean_cycles"):
             launch["busiest_over_mean_cycles"] /= launch["mean_cycles"]
         yield launch
-
-
-def find_profiler() -> Path | None:
-    """On PATH, or in the usual places of a toolkit."""
-    places = [shutil.which("ncu"), *Path("/usr/local").glob("cuda*/bin/ncu"), *Path("/opt/nvidia").glob("*/*/ncu")]
-    return next((Path(p) for p in places if p and os.access(p, os.X_OK)), None)

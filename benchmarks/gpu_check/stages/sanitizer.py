@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from .. import programs
 from ..context import Context
 
 _CASES = "float32|bfloat16 weights, bf16|float16, on chip"
@@ -23,6 +19,8 @@ _TOOLS = {
     "synccheck": (_MINE, _FEWER),
     "initcheck": ((), _FEWER),
 }
+# Without torch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
+_UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _LEAST = 12.0  # seconds that a tool needs
 _RESERVE = 3.0
 _REHEARSED = "float32 weights, fp32|pgd_step inf, float32, on chip"
@@ -30,7 +28,7 @@ _REHEARSED = "float32 weights, fp32|pgd_step inf, float32, on chip"
 
 def run(context: Context) -> None:
     """Errors per tool, and the head of the report where there are any."""
-    sanitizer = find_sanitizer()
+    sanitizer = programs.find("compute-sanitizer")
     if sanitizer is None and not context.rehearse:
         raise RuntimeError("no compute-sanitizer on PATH or in the CUDA toolkit")
     for i, tool in enumerate(_TOOLS if not context.rehearse else ["memcheck"]):
@@ -45,11 +43,12 @@ def _check(context: Context, sanitizer: Path | None, tool: str, seconds: float) 
         cases = _REHEARSED
     program = [sys.executable, "-m", "benchmarks.gpu_check.exercise", "--device", context.device, "--only", cases]
     watch = [str(sanitizer), "--tool", tool, "--print-limit", "30", "--error-exitcode", "66"]
-    output, ended = _run([*([] if context.rehearse else [*watch, *filters]), *program], seconds)
-    if ended and not re.search(r"^ran", output, re.MULTILINE) and filters and not context.rehearse:
+    output, code = programs.run([*([] if context.rehearse else [*watch, *filters]), *program], seconds, _UNCACHED)
+    if code is not None and not re.search(r"^ran", output, re.MULTILINE) and filters and not context.rehearse:
         # A sanitizer with other names for its options: watch all kernels.
         print(output[-1500:], flush=True)
-        output, ended = _run([*watch, *program], seconds)
+        output, code = programs.run([*watch, *program], seconds, _UNCACHED)
+    ended = code is not None
     ran = len(re.findall(r"^ran: ", output, re.MULTILINE))
     errors = count_errors(output)
     context.record(tool, {"errors": errors, "cases": ran, "ended": ended})
@@ -64,32 +63,8 @@ def _check(context: Context, sanitizer: Path | None, tool: str, seconds: float) 
         context.fail(f"{tool}: stopped after {ran} cases, no error so far")
 
 
-def _run(command: list[str], seconds: float) -> tuple[str, bool]:
-    """Output, and whether it ended in time."""
-    # Without torch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    with tempfile.TemporaryFile("w+", errors="replace") as file:  # a pipe would be lost with a program that is stopped
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(max(5.0, seconds))
-            ended = True
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # also the program that the sanitizer watches
-            process.wait()
-            ended = False
-        file.seek(0)
-        return file.read(), ended
-
-
 def count_errors(output: str) -> int | None:
     """From the sanitizer's last lines; None where there is no verdict."""
     hazards = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", output)
     found = hazards or re.search(r"ERROR SUMMARY: (\d+) error", output)
     return int(found[1]) if found else None
-
-
-def find_sanitizer() -> Path | None:
-    """On PATH, or in the usual places of a toolkit."""
-    places = [shutil.which("compute-sanitizer"), *Path("/usr/local").glob("cuda*/bin/compute-sanitizer")]
-    places += list(Path("/usr/local").glob("cuda*/compute-sanitizer/compute-sanitizer"))
-    return next((Path(p) for p in places if p and os.access(p, os.X_OK)), None)
