@@ -204,10 +204,8 @@ def chain(module: nn.Module, name: str) -> parametrize.ParametrizationList:
 
     By hand: this is asked for many times in a step, and nn.Module's own attribute look-ups take ten times as long.
     """
-    lists = module._modules["parametrizations"]
-    assert isinstance(lists, nn.ModuleDict)
-    found = lists._modules[name]
-    assert isinstance(found, parametrize.ParametrizationList)
+    lists: Any = module._modules["parametrizations"]
+    found: parametrize.ParametrizationList = lists._modules[name]
     return found
 
 
