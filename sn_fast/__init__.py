@@ -1,28 +1,27 @@
 """sn_fast: fast, true spectral norms of neural-network layers, and adversarial training with them."""
 
 from ._version import __version__
-from .certified import BoundInfo, operator_norm_bound, operator_norm_interval
 from .info import info
+from .layers import ConvOperator, LinearOperator, MatrixOperator, operator_of
 from .lipschitz import LipschitzReport, lipschitz_bound
-from .operators import (
-    ConvergenceWarning,
-    ConvOperator,
-    LinearOperator,
-    MatrixOperator,
-    operator_norm,
-    operator_of,
-    singular_values,
-)
-from .spectral import (
-    ClippedSpectrum,
+from .normalization import (
     apply_spectral_norm,
-    clip_spectrum,
     frozen_sigma,
     remove_spectral_norm,
     sigmas,
     spectral_norm,
     spectral_norm_summary,
     update_spectral_norm,
+)
+from .norms import (
+    BoundInfo,
+    ClippedSpectrum,
+    ConvergenceWarning,
+    clip_spectrum,
+    operator_norm,
+    operator_norm_bound,
+    operator_norm_interval,
+    singular_values,
 )
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sn_fast
-from sn_fast.operators.norm import start_vectors
+from sn_fast.norms.estimate import start_vectors
 from sn_fast.ops import normalize as _normalize_ops  # noqa: F401 - registers the operators
 from sn_fast.ops import updates as updates_ops
 from sn_fast.ops.power_step import PRECISIONS

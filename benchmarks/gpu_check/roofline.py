@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sn_fast.normalization.parametrization import SpectralNorm
 from sn_fast.reference.geometry import Geometry
-from sn_fast.spectral.parametrization import SpectralNorm
 
 from .timing import digits
 

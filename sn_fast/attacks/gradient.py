@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..normalization import frozen_sigma
+from ..normalization.parametrization import SpectralNorm
 from ..reference.linear_map import compute_dtype
-from ..spectral import frozen_sigma
-from ..spectral.parametrization import SpectralNorm
 from .arguments import Bound, check_labels, normalisation
 
 Model = Callable[[Tensor], Tensor]

@@ -16,8 +16,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..normalization.options import matmul_precision
 from ..ops.library import stream_of
-from ..spectral.options import matmul_precision
 
 Tensors = Sequence[Tensor | None]
 _MOST_GRAPHS = 4  # of one model: each keeps the memory of a whole forward and backward

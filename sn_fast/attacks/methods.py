@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..normalization import frozen_sigma
+from ..normalization.parametrization import refresh
 from ..ops import updates as ops
-from ..spectral import frozen_sigma
-from ..spectral.parametrization import refresh
 from . import graph
 from .arguments import (
     Amount,

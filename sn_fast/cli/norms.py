@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..inspection import inspect_model, load_checkpoint, load_model, plot, table
 from ..inspection.plot import check_plot
 from ..inspection.table import document
-from ..operators.describe import times
+from ..layers.describe import times
 from ..running import torch_threads
 
 _DEFAULT_SIZE = "3x224x224"

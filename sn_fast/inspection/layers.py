@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..certified import BoundInfo, operator_norm_interval
 from ..errors import UserError, first_line
-from ..operators.describe import times, window
-from ..operators.linear import (
+from ..layers.describe import times, window
+from ..layers.linear import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
     LinearOperator,
     operator_of,
     raw_weight,
 )
-from ..operators.observe import evaluating, observed_input_sizes
+from ..layers.observe import evaluating, observed_input_sizes
+from ..norms import BoundInfo, operator_norm_interval
 from ..running import progress_bar
 
 LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)

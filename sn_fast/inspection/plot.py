@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, require
 from ..files import replace_file
-from ..operators.describe import times
+from ..layers.describe import times
 from .layers import Inspection, LayerNorm
 
 if TYPE_CHECKING:

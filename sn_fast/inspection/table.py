@@ -6,7 +6,7 @@ import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
 
-from ..operators.describe import aligned, times
+from ..layers.describe import aligned, times
 from .layers import Inspection, LayerNorm
 
 _HEAD = ("layer", "type", "input", "norm at least", "at most", "width", "certificate", "reshaped", "off by", "")

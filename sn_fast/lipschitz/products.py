@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..certified import operator_norm_bound
-from ..operators.linear import (
+from ..layers.linear import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
     ConvOperator,
@@ -17,6 +16,7 @@ from ..operators.linear import (
     MatrixOperator,
     operator_of,
 )
+from ..norms import operator_norm_bound
 from .rounding import loosened, next_up, root, times
 from .rules import Call, Constant, Depends, no_bound, rule
 

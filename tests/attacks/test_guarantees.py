@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sn_fast import operator_norm, operator_of, spectral
+from sn_fast import normalization as spectral
+from sn_fast import operator_norm, operator_of
 from sn_fast.attacks import fgm, pgd, random_start, wrm
 
 from .models import CLASSES, Recorder, conv_net, same_bits, samples

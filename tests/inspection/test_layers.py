@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 import sn_fast
 from sn_fast.errors import UserError
 from sn_fast.inspection import Inspection, LayerNorm, inspect_model
-from sn_fast.operators import LinearOperator, operator_of
+from sn_fast.layers import LinearOperator, operator_of
 
 ULP = 1e-12
 

@@ -14,7 +14,7 @@ from sn_fast.cli import main
 from sn_fast.errors import UserError
 from sn_fast.inspection import Inspection, LayerNorm, inspect_model, plot, table
 from sn_fast.inspection.table import document
-from sn_fast.operators import operator_of
+from sn_fast.layers import operator_of
 
 SMALL = ["norms", "nets:small", "--input-size", "1x6x6", "--threads", "1"]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sn_fast import ConvOperator, LinearOperator, MatrixOperator
 
-from ..operators.geometries import cases
+from ..layers.geometries import cases
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 properties = settings(suppress_health_check=list(HealthCheck), deadline=None)

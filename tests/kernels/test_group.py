@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from sn_fast import apply_spectral_norm
 
-from ..spectral.models import X, network
+from ..normalization.models import X, network
 from .whole_models import Calls, agree, assert_close, every_kind, gradients, normalised, plain_pytorch, ready
 
 pytestmark = pytest.mark.usefixtures("kernels")

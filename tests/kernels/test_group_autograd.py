@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sn_fast import apply_spectral_norm, update_spectral_norm
-from sn_fast.spectral import group as groups
+from sn_fast.normalization import group as groups
 
+from ..normalization.models import X, states, step, unchanged
 from ..on_device import DEVICE
-from ..spectral.models import X, states, step, unchanged
 from .whole_models import (
     Calls,
     Chosen,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sn_fast import apply_spectral_norm, frozen_sigma, remove_spectral_norm, sigmas, spectral_norm, update_spectral_norm
 
-from ..spectral.models import X, network, step
+from ..normalization.models import X, network, step
 from .whole_models import (
     Calls,
     Chosen,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sn_fast import apply_spectral_norm, update_spectral_norm
-from sn_fast.spectral import group as groups
+from sn_fast.normalization import group as groups
 
-from ..spectral.models import X, states
+from ..normalization.models import X, states
 from .whole_models import agree, assert_close, layers, leave_ready, normalised, plain_pytorch
 
 pytestmark = pytest.mark.usefixtures("kernels")

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from sn_fast import ConvOperator, LinearOperator, MatrixOperator
-from sn_fast.operators.norm import start_vectors
+from sn_fast.norms.estimate import start_vectors
 from sn_fast.ops import power_step as ops
 from sn_fast.reference.lanczos import lanczos_start as reference
 
-from ..operators.geometries import Case, cases
+from ..layers.geometries import Case, cases
 
 
 def start_of(op: LinearOperator, seed: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sn_fast import LinearOperator, MatrixOperator
 from sn_fast.ops.power_step import PRECISIONS
 
-from ..operators.geometries import Case, cases
+from ..layers.geometries import Case, cases
 from .conftest import THREAD_ORDERS
 from .small_operators import DTYPES, conv, line, matrix, properties
 from .weight_gradients import CHOSEN, INF, NAN, Call, above, calls, parts, plan_of, same

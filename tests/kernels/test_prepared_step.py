@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sn_fast
+from sn_fast.normalization import group
 from sn_fast.ops.prepared_step import PreparedStep
-from sn_fast.spectral import group
 
 from ..attacks.models import same_bits
 from .whole_models import Calls, every_kind, layers, move_in_place, plain_pytorch

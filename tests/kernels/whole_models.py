@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sn_fast.normalization.parametrization import SpectralNorm
 from sn_fast.ops import library
-from sn_fast.spectral.parametrization import SpectralNorm
 
+from ..normalization import models
+from ..normalization.models import X, states, unchanged
 from ..on_device import DEVICE
-from ..spectral import models
-from ..spectral.models import X, states, unchanged
 
 
 class Calls(TorchDispatchMode):

@@ -1,0 +1,345 @@
+"""Normalising layers and whole models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..layers.linear import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    as_int,
+    chain,
+    checked_weight,
+    nominal_size,
+    operator_of,
+    per_axis,
+    whole_window_size,
+)
+from ..layers.observe import observed_input_sizes
+from ..norms.estimate import operator_norm
+from .group import Group, advance
+from .options import Options
+from .parametrization import SpectralNorm, spectral_norms
+
+_DEFAULT_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def spectral_norm(
+    module: ModuleT,
+    name: str = "weight",
+    *,
+    input_size: int | Sequence[int] | str | None = None,
+    beta: float = 1.0,
+    mode: str = "cap",
+    n_power_iterations: int = 1,
+    operator: str = "conv",
+    gradient: str = "detached",
+    reduce: bool = True,
+    precision: str | None = None,
+    bound: bool = False,
+) -> ModuleT:
+    """Normalise one layer's weight by the norm of its true linear map; equivalent to
+    ``W / max(1, sigma(W) / beta)`` in place of ``W`` (Farnia, Zhang, Tse 2019, section 4).
+
+    Args:
+        module: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, or any module whose ``name`` is 2-D.
+        input_size: spatial size of a convolution's input, e.g. ``(32, 32)``; other libraries call it input_dim or
+            input_shape. None: taken from the first forward (until then the weight is not normalised). "any": sigma is
+            a certified bound for every input size (except where the norm is the same at every size: 1x1, patches).
+        beta: the largest norm allowed ("cap") or the norm wanted ("scale"). Other libraries call it coeff,
+            norm_multiplier or k_coef_lip.
+        mode: "cap" divides by max(1, sigma / beta); "scale" by sigma / beta, as torch's spectral_norm with beta=1.
+        n_power_iterations: iterations per change of the weight. sigma starts from 15 Lanczos steps.
+        operator: "conv", the layer's true operator; "reshape", the Cout x (Cin k k) matrix, as torch does.
+        gradient: "detached" holds the singular vectors constant, as torch does; "full" differentiates through the last
+            power iteration, as the published code does.
+        reduce: iterate in the smallest space with the same norm (u and v of a 1x1 convolution are then those of its
+            matrix). False keeps u (Cout, *output_size) and v (Cin, *input_size) for every convolution.
+        precision: of the products in the CUDA kernels; sums are float32 always. "fp32", "tf32", "3xtf32" (tensor cores,
+            about float32's accuracy) or "bf16". None: as torch.set_float32_matmul_precision says, "highest" fp32,
+            "high" tf32, "medium" bf16. Without kernels products are exact in float32.
+        bound: sigma is a certified upper bound, computed anew at every change of the weight (``operator_norm_bound``,
+            which costs far more than a power iteration), so the layer's norm is provably at most beta, rounding of the
+            weight included. The power iteration's value is kept in the buffer ``estimate``, for the gradient.
+
+    Returns:
+        ``module``, its weight now a parametrization with buffers u, v and sigma.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or the module cannot be normalised; the message says why.
+    """
+    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
+    _register(module, name, Group(), input_size, options)
+    return module
+
+
+def apply_spectral_norm(
+    model: ModuleT,
+    example_input: Tensor | tuple[Any, ...],
+    *,
+    beta: float | Mapping[str, float] = 1.0,
+    mode: str = "cap",
+    n_power_iterations: int = 1,
+    include: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+    exclude: str | None = None,
+    operator: str = "conv",
+    gradient: str = "detached",
+    reduce: bool = True,
+    precision: str | None = None,
+    bound: bool = False,
+) -> ModuleT:
+    """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
+
+    Args:
+        model: changed in place and returned.
+        example_input: a tensor or a tuple of arguments; the model is run on it once, in eval mode and without
+            gradients, to learn every layer's input size. Batch size 1 is enough. A layer used at several sizes is
+            normalised for the size with the largest norm.
+        beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
+        include: module classes to normalise; None: Linear and all convolutions.
+        exclude: regular expression; layers whose name matches (re.search) are left alone.
+        mode, n_power_iterations, operator, gradient, reduce, precision, bound: see ``spectral_norm``.
+
+    Raises:
+        ValueError: no layer is left to normalise, or a pattern matches none, or none matches a layer.
+    """
+    if not isinstance(example_input, (Tensor, tuple)):
+        raise TypeError(f"example_input is a {type(example_input).__name__}; give a tensor, or a tuple of arguments")
+    classes = _classes(include)
+    excluded = _pattern("exclude", exclude) if exclude else None
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, classes) and not (excluded and excluded.search(name))
+    }
+    if not layers:
+        raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
+    betas = _betas(beta, layers)
+    convolutions = {n: m for n, m in layers.items() if isinstance(m, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)}
+    sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
+    group = Group()
+    done: list[nn.Module] = []
+    try:
+        for name, module in layers.items():
+            used_at = sizes.get(name, [])
+            size = _size_of_largest_norm(module, used_at)
+            options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
+            _register(module, "weight", group, size, options).sizes.update(used_at)
+            done.append(module)
+    except BaseException as error:
+        for module in done:
+            _remove(module, "weight", keep_raw=True)
+        if type(error) in (ValueError, TypeError):
+            raise type(error)(f"layer {name!r}: {error}") from error
+        raise
+    return model
+
+
+def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None) -> None:
+    """Advance u, v and sigma of every layer now, in one call.
+
+    Eager code needs no call: a layer refreshes itself when its weight has changed. Compiled code, and code that writes
+    weights through ``.data``, calls this after ``optimizer.step()``, or once and for all
+    ``optimizer.register_step_post_hook(lambda *_: update_spectral_norm(model))``.
+
+    Args:
+        n_power_iterations: None: each layer's own number.
+    """
+    if n_power_iterations is not None:
+        n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
+    advance([m for m in spectral_norms(model) if m.geometry is not None], n_power_iterations)
+
+
+@contextmanager
+def frozen_sigma(model: nn.Module) -> Iterator[None]:
+    """Within this context every normalised weight is computed once, detached, and no state moves.
+
+    For many forwards with one weight, such as the steps of an attack. A change of weight inside is not seen.
+    """
+    frozen: list[SpectralNorm] = []
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for m in spectral_norms(model):
+                m.freeze()
+                frozen.append(m)
+        yield
+    finally:
+        for m in frozen:
+            m.thaw()
+
+
+def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
+    """Remove the normalisation from a layer, or from every layer of a model; the normalised weight stays in place.
+
+    Raises:
+        ValueError: nothing here is normalised by sn_fast, or another parametrization sits on the same weight.
+    """
+    found = list(normalised_modules(module_or_model))
+    if not found:
+        raise ValueError("remove_spectral_norm: no layer here is normalised by sn_fast")
+    for _, module, name in found:
+        if len(chain(module, name)) > 1:
+            raise ValueError(
+                f"{type(module).__name__}.{name} has other parametrizations too, and PyTorch removes all at once: use "
+                f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+            )
+    for _, module, name in found:
+        _remove(module, name, keep_raw=False)
+    return module_or_model
+
+
+def sigmas(model: nn.Module) -> dict[str, float]:
+    """Current sigma of every normalised layer's raw weight, by layer name (a layer with an unknown size is left out).
+
+    The layer in use has norm min(sigma, beta) under mode "cap" and beta under "scale".
+    """
+    found = [(n, m) for n, m in _parametrizations(model) if m.geometry is not None]
+    for _, m in found:
+        m.refresh()
+    return {name: float(m.sigma) for name, m in found}
+
+
+def _register(
+    module: nn.Module, name: str, group: Group, input_size: int | Sequence[int] | str | None, options: Options
+) -> SpectralNorm:
+    weight = checked_weight(module, name)
+    convolution = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) and name == "weight"
+    as_matrix = options.operator == "reshape" or not convolution
+    if as_matrix and options.operator == "conv" and weight.ndim != 2:
+        raise ValueError(
+            f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}; its operator is not known: "
+            "use operator='reshape' or a supported layer"
+        )
+    size = None if as_matrix else _input_size(module, weight.ndim - 2, input_size)
+    every_size = not as_matrix and input_size == "any" and _depends_on_size(module)
+    if every_size:
+        options = replace(options, bound=True)
+    if size is not None:
+        operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
+    # As torch does it, the rows of a reshaped kernel are output channels.
+    rows = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
+    parametrization = SpectralNorm(group, options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size)
+    parametrization.train(module.training)
+    tied = [m for m in group.members() if m.raw is weight and not m.is_stale()]
+    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    for m in tied:  # registering writes the weight, without changing it
+        m.mark_current()
+    parametrization.attach(module, name)
+    try:
+        if as_matrix or size is not None:
+            parametrization.start(size)
+    except BaseException:
+        _remove(module, name, keep_raw=True)
+        raise
+    if not as_matrix:
+        module.register_forward_pre_hook(_observe_input, with_kwargs=True)
+    return parametrization
+
+
+def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:
+    if input_size is None:
+        return None
+    if not isinstance(input_size, str):
+        return per_axis("input_size", input_size, n, minimum=1)
+    if input_size != "any":
+        raise ValueError(f"input_size={input_size!r}: give a spatial size such as (32, 32), None or 'any'")
+    return nominal_size(module)
+
+
+def _depends_on_size(module: nn.Module) -> bool:
+    """Whether the norm of a convolution can differ between input sizes."""
+    return any(size is None for size in whole_window_size(module))
+
+
+def _observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: tell the parametrization the spatial size of the input."""
+    x = args[0] if args else kwargs.get("input")
+    if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
+        n = len(module.kernel_size)  # type: ignore[arg-type]
+        for parametrization in chain(module, "weight"):
+            if isinstance(parametrization, SpectralNorm):
+                parametrization.observe(tuple(x.shape[-n:]))
+
+
+def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Of the sizes at which a layer is used, the one with the largest norm."""
+    distinct = list(dict.fromkeys(sizes))
+    if len(distinct) <= 1:
+        return distinct[0] if distinct else None
+    if getattr(module, "padding_mode", "zeros") == "zeros":
+        return tuple(map(max, zip(*distinct)))  # the norm grows with the size
+    norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
+    return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
+
+
+def _betas(beta: float | Mapping[str, float], layers: Mapping[str, nn.Module]) -> dict[str, float]:
+    if not isinstance(beta, Mapping):
+        return dict.fromkeys(layers, beta)
+    patterns = [(_pattern("beta", text), value) for text, value in beta.items()]
+    for pattern, _ in patterns:
+        if not any(map(pattern.search, layers)):
+            raise ValueError(f"beta: pattern {pattern.pattern!r} matches no layer; they are {', '.join(layers)}")
+    betas = {name: next((b for pattern, b in patterns if pattern.search(name)), None) for name in layers}
+    missing = [name for name, b in betas.items() if b is None]
+    if missing:
+        raise ValueError(f"beta: no pattern matches layer {missing[0]!r}; add one, e.g. '.*' as the last")
+    return {name: b for name, b in betas.items() if b is not None}
+
+
+def _classes(include: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[type[nn.Module], ...]:
+    if include is None:
+        return _DEFAULT_LAYERS
+    classes = (include,) if isinstance(include, type) else tuple(include)
+    if not all(isinstance(c, type) for c in classes):
+        raise TypeError(f"include={include!r} must be a module class, or several")
+    return classes
+
+
+def _pattern(argument: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{argument}: {text!r} is no regular expression ({error})") from None
+
+
+def normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(path, module, parameter name) of every normalised weight below ``model``."""
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for name in module.parametrizations:
+                if any(isinstance(p, SpectralNorm) for p in chain(module, name)):
+                    yield path, module, name
+
+
+def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
+    """(layer name, parametrization) of every normalised weight; the parameter's name is added unless "weight"."""
+    for path, module, name in normalised_modules(model):
+        for p in chain(module, name):
+            if isinstance(p, SpectralNorm):
+                yield (path if name == "weight" else f"{path}.{name}".lstrip(".")), p
+
+
+def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
+    _own_class(module)
+    parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
+    hooks = module._forward_pre_hooks
+    for key in [k for k, hook in hooks.items() if hook is _observe_input]:
+        hooks.pop(key)
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give the module a class of its own: torch removes a property from the class, which deep copies share."""
+    shared = type(module)
+    namespace = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, namespace)

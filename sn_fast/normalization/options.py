@@ -1,0 +1,74 @@
+"""How a weight is normalised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+
+from ..layers.linear import as_int
+from ..ops.power_step import PRECISIONS
+
+_OF_MATMUL = {"highest": "fp32", "high": "tf32", "medium": "bf16"}  # torch.set_float32_matmul_precision
+
+
+@dataclass(frozen=True)
+class Options:
+    """See ``sn_fast.spectral_norm``. Raises ValueError or TypeError for what is out of range."""
+
+    beta: float = 1.0
+    mode: str = "cap"
+    n_power_iterations: int = 1
+    operator: str = "conv"
+    gradient: str = "detached"
+    reduce: bool = True
+    precision: str | None = None
+    bound: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("cap", "scale"):
+            raise ValueError(f"mode={self.mode!r} is unknown; choose 'cap' (at most beta) or 'scale' (exactly beta)")
+        if self.operator not in ("conv", "reshape"):
+            raise ValueError(f"operator={self.operator!r} is unknown; choose 'conv' (the true operator) or 'reshape'")
+        if self.gradient not in ("detached", "full"):
+            raise ValueError(f"gradient={self.gradient!r} is unknown; choose 'detached' or 'full'")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is unknown; choose None or one of {', '.join(PRECISIONS)}")
+        if not isinstance(self.beta, Real) or isinstance(self.beta, bool):
+            raise TypeError(f"beta={self.beta!r} must be a number > 0")
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta!r} must be > 0 (inf switches the normalisation off)")
+        if self.mode == "scale" and self.beta == math.inf:
+            raise ValueError("beta=inf must be finite with mode='scale'")
+        if self.bound and self.full:
+            raise ValueError("bound=True has no gradient='full': the certificate is not differentiated; use 'detached'")
+        object.__setattr__(self, "beta", float(self.beta))
+        n = as_int("n_power_iterations", self.n_power_iterations, minimum=1)
+        object.__setattr__(self, "n_power_iterations", n)
+
+    @property
+    def cap(self) -> bool:
+        return self.mode == "cap"
+
+    @property
+    def full(self) -> bool:
+        return self.gradient == "full"
+
+    def products(self) -> str:
+        """How kernels form products: as chosen, or as PyTorch's setting for float32 matrix products says now."""
+        return self.precision or _of_matmul()
+
+
+@torch.compiler.assume_constant_result
+def _of_matmul() -> str:
+    return _OF_MATMUL[matmul_precision()]
+
+
+def matmul_precision() -> str:
+    """``torch.get_float32_matmul_precision``, which does not answer where torch.backends' fp32_precision says tf32."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"

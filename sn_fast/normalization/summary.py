@@ -1,0 +1,72 @@
+"""spectral_norm_summary: what is normalised, and how."""
+
+from __future__ import annotations
+
+from decimal import ROUND_CEILING, Context
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.describe import aligned, times, window
+from ..layers.linear import TRANSPOSED_CONVOLUTIONS, LinearOperator, chain
+from ..layers.observe import evaluating
+from ..norms.layer_bound import layer_bound
+from ..reference.geometry import Geometry
+from .model import normalised_modules
+from .parametrization import SpectralNorm
+
+_HEAD = ("layer", "operator", "sigma", "beta", "mode", "norm in use at most")
+_RIGHT = frozenset({2, 3, 5})
+_DIGITS = 6
+
+
+def spectral_norm_summary(model: nn.Module) -> str:
+    """A table of every layer that sn_fast normalises.
+
+    Columns: the layer; the operator whose norm is sigma, with the input size; sigma of the raw weight; beta and mode;
+    and a certified upper bound of that operator's norm for the weight in use (``operator_norm_bound``, rounded up). A
+    convolution with operator="reshape" has all this of its reshaped kernel, whose norm is not that of the layer.
+
+    >>> print(spectral_norm_summary(model))
+    layer  operator             sigma  beta  mode  norm in use at most
+    conv1  conv 3x3 at 32x32  1.92214     1  cap               1.00034
+    fc     matrix 10x2048     0.94313     1  cap              0.943133
+    """
+    with evaluating(model), torch.no_grad():
+        rows = [
+            _cells(path if name == "weight" else f"{path}.{name}".lstrip("."), p, getattr(module, name))
+            for path, module, name in normalised_modules(model)
+            for p in chain(module, name)
+            if isinstance(p, SpectralNorm)
+        ]
+    if not rows:
+        return "no layer is normalised by sn_fast"
+    return "\n".join(aligned([_HEAD, *rows], _RIGHT))
+
+
+def _cells(name: str, p: SpectralNorm, weight: Tensor) -> tuple[str, ...]:
+    options = p.options
+    sigma, bound = "-", "-"
+    if p.layer_geometry is not None:
+        sigma = f"{float(p.sigma):.{_DIGITS}g}"
+        bound = _rounded_up(layer_bound(LinearOperator(p.operand(weight), p.layer_geometry), every_size=p.every_size))
+    return name or "(the layer)", _operator(p), sigma, f"{options.beta:g}", options.mode, bound
+
+
+def _operator(p: SpectralNorm) -> str:
+    if p.as_matrix:
+        kernel = "reshaped kernel " if p.raw.ndim > 2 else "matrix "
+        return kernel + times(p.operand(p.raw).shape)
+    kind = "transposed conv" if isinstance(p.module, TRANSPOSED_CONVOLUTIONS) else "conv"
+    return f"{kind} {window(p.module)}{_place(p)}"
+
+
+def _place(p: SpectralNorm) -> str:
+    geometry: Geometry | None = p.layer_geometry
+    if geometry is None:
+        return ", input size not known before the first forward"
+    return ", at every size" if p.every_size else f" at {times(geometry.input_size)}"
+
+
+def _rounded_up(value: float) -> str:
+    return f"{Context(prec=_DIGITS, rounding=ROUND_CEILING).create_decimal_from_float(value):g}"

@@ -1,0 +1,335 @@
+"""Measuring an operator's norm from below: power iteration, Lanczos, block iteration, or the dense matrix."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers.linear import LinearOperator, as_int
+from ..ops.power_step import lanczos_start
+from ..reference.linear_map import compute_dtype
+from ..reference.power import normalized
+
+_DEFAULT_MAX_ITERATIONS = {"power": 2000, "lanczos": 400, "block": 1000}
+_BLOCK = 4
+_WINDOW = 32  # Lanczos vectors kept before a restart
+_LOOKING = 12  # iterations after a warm start that look for a larger singular value
+_KEPT = 4  # Ritz vectors that a restart keeps
+DENSE_LIMIT = 1 << 26  # elements of a dense matrix, 512 MiB in float64
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration stopped at its limit before it reached the wanted tolerance."""
+
+
+class Triple(NamedTuple):
+    """An estimate per group of channels: sigma (G,), u (G, m), v (G, n) and |A^T u - sigma v| (G,)."""
+
+    sigma: Tensor
+    u: Tensor
+    v: Tensor
+    residual: Tensor
+
+
+def operator_norm(
+    op: LinearOperator,
+    *,
+    method: str = "lanczos",
+    tol: float = 1e-5,
+    max_iterations: int | None = None,
+    generator: torch.Generator | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
+    return_vectors: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The largest singular value of ``op``, estimated from below (exact for "dense").
+
+    Args:
+        op: the operator. It is first reduced exactly (see ``LinearOperator.reduced``).
+        method: "power", "lanczos" (full reorthogonalisation; the fastest to converge), "block" (subspace iteration
+            with four vectors), or "dense" (SVD of the matrix, small operators only).
+        tol: iterations stop when |A^T u - sigma v| <= tol * sigma.
+        max_iterations: applications of A and A^T; None: 2000 (power), 400 (lanczos), 1000 (block).
+        generator: of the random start; None: a fixed seed, so that equal calls give equal results.
+        start: singular vectors (u, v) to start from, those of an earlier call or of a similar weight: u (*out_shape),
+            v (*in_shape). "lanczos" and "block" also start from random vectors and spend a few iterations on them,
+            in case these belong to a smaller singular value; "power" does not.
+        return_vectors: also return the unit singular vectors.
+
+    Returns:
+        sigma, a scalar in float32 or float64; or (sigma, u, v) with u (*out_shape), v (*in_shape). A grouped
+        convolution's vectors are zero outside the group that attains the norm.
+
+    Raises:
+        ValueError: an unknown method, tol <= 0, max_iterations < 1, a weight with NaN or inf, or an operator too large
+            for "dense".
+    Warns:
+        ConvergenceWarning: the iterations ended above ``tol``; the message says how far.
+    """
+    if method not in ("power", "lanczos", "block", "dense"):
+        raise ValueError(f"method={method!r} is unknown; choose 'power', 'lanczos', 'block' or 'dense'")
+    check_operator(op)
+    check_tolerance(tol)
+    if max_iterations is not None:
+        max_iterations = as_int("max_iterations", max_iterations, minimum=1)
+    with torch.no_grad(), torch.autocast(op.weight.device.type, enabled=False):
+        problem = Grouped(op.reduced())
+        warm = None if start is None else unit(_restricted(op, start).reshape(1, problem.groups, -1))[0]
+        if method == "dense":
+            triple = _dense(problem)
+        else:
+            limit = max_iterations or _DEFAULT_MAX_ITERATIONS[method]
+            solve = {"power": _power, "lanczos": _lanczos, "block": _block}[method]
+            starts = problem.starts(1 if method != "block" else _BLOCK, warm, generator)
+            triple = solve(problem, limit, tol, starts, 0 if warm is None else _LOOKING)
+            _warn_unless_converged(triple, method, limit, tol)
+        sigma, group = triple.sigma.max(dim=0)
+        sigma = sigma * problem.scale
+        if not return_vectors:
+            return sigma
+        top = torch.arange(problem.groups, device=sigma.device)[:, None] == group
+        u, v = (torch.where(top, x, 0.0) for x in (triple.u, triple.v))
+        return sigma, *lift(op, u, v)
+
+
+def check_operator(op: LinearOperator) -> None:
+    """Raise unless ``op`` is an operator with finite elements."""
+    if not isinstance(op, LinearOperator):
+        raise TypeError(f"op is a {type(op).__name__}; give an operator: operator_of(layer) or MatrixOperator(weight)")
+    if not bool(torch.isfinite(op.weight).all()):
+        raise ValueError("the operator's weight has NaN or infinite elements; its norm is not defined")
+
+
+def check_tolerance(tol: float) -> None:
+    """Raise unless ``tol`` is a positive number."""
+    if not isinstance(tol, Real) or not tol > 0:
+        raise ValueError(f"tol={tol!r} must be a number > 0")
+
+
+def start_vectors(op: LinearOperator, n_iterations: int = 15) -> tuple[Tensor, Tensor]:
+    """Singular vectors (u, v) of ``op`` after a few Lanczos steps: a warm start for power iteration.
+
+    See ``reference.lanczos.lanczos_start``. The random vector that it starts from is always the same.
+    """
+    with torch.no_grad(), torch.autocast(op.weight.device.type, enabled=False):
+        weight = op.weight.detach()
+        shape = op.in_shape if op.geometry.axes else op.out_shape
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        start = start.to(weight.device, compute_dtype(weight))
+        (u,), (v,) = lanczos_start([weight], [start], op.geometry.encode(), n_iterations)
+        return u, v
+
+
+def lift(op: LinearOperator, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular vectors of ``op.reduced()`` as ones of ``op``: placed at one whole window, zero elsewhere."""
+    geometry, reduced = op.geometry, op.reduced()
+    u, v = u.reshape(reduced.out_shape), v.reshape(reduced.in_shape)
+    # Along the axes of the convolution; a transposed one has inputs and outputs swapped.
+    outputs, inputs = (v, u) if geometry.transposed else (u, v)
+    for i, (axis, window) in enumerate(zip(geometry.axes, geometry.whole_windows())):
+        if window is not None:
+            positions = torch.tensor(axis.window(window, geometry.mode), device=u.device)
+            inputs = _scatter(inputs, 1 + i, positions, axis.size)
+            outputs = _scatter(outputs, 1 + i, torch.tensor([window], device=u.device), axis.out)
+    return (inputs, outputs) if geometry.transposed else (outputs, inputs)
+
+
+def _restricted(op: LinearOperator, start: tuple[Tensor, Tensor]) -> Tensor:
+    """The right one of two vectors for ``op``, or for its reduction already, as one for ``op.reduced()``."""
+    geometry, reduced = op.geometry, op.reduced()
+    fits = {(op.out_shape, op.in_shape), (reduced.out_shape, reduced.in_shape)}
+    shapes = tuple(tuple(t.shape) for t in start)
+    if shapes not in fits:
+        raise ValueError(f"start has shapes {shapes}, expected u {op.out_shape} and v {op.in_shape}")
+    v = start[1]
+    if tuple(v.shape) == reduced.in_shape:
+        return v
+    for i, (axis, window) in enumerate(zip(geometry.axes, geometry.whole_windows())):
+        if window is not None:
+            places = [window] if geometry.transposed else axis.window(window, geometry.mode)
+            v = v.index_select(1 + i, torch.tensor(places, device=v.device))
+    return v
+
+
+def _scatter(x: Tensor, dim: int, positions: Tensor, size: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_zeros(shape).index_copy(dim, positions, x)
+
+
+class Grouped:
+    """An operator as ``groups`` independent ones on flat vectors: (j, G, n) -> (j, G, m) and back.
+
+    The weight is scaled to a largest element of 1, so that squares neither under- nor overflow.
+    """
+
+    def __init__(self, op: LinearOperator) -> None:
+        dtype = compute_dtype(op.weight)
+        weight = op.weight.detach().to(dtype)
+        largest = weight.abs().amax()
+        self.scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
+        self.op = LinearOperator(weight / self.scale, op.geometry)
+        self.groups = op.geometry.groups
+        self.n = math.prod(op.in_shape) // self.groups
+        self.m = math.prod(op.out_shape) // self.groups
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.op.matvec(v.reshape(-1, *self.op.in_shape)).reshape(-1, self.groups, self.m)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return self.op.rmatvec(u.reshape(-1, *self.op.out_shape)).reshape(-1, self.groups, self.n)
+
+    def random(self, k: int, generator: torch.Generator | None) -> Tensor:
+        """Random unit vectors (k, G, n)."""
+        generator = generator or torch.Generator().manual_seed(0)
+        v = torch.randn(k, self.groups, self.n, generator=generator, device=generator.device)
+        return unit(v.to(self.op.weight))[0]
+
+    def starts(self, k: int, warm: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Where an iteration begins: the warm vectors (1, G, n), if there are, and k random ones."""
+        drawn = self.random(k, generator)
+        if warm is None:
+            return drawn
+        # Groups outside the top one have no warm vector.
+        warm = torch.where(warm.abs().amax(dim=2, keepdim=True) > 0, warm.to(drawn), self.random(1, generator))
+        return torch.cat([warm, drawn])[: max(k, min(2, self.n))]
+
+    def triple(self, u: Tensor, v: Tensor, value: Tensor) -> tuple[Triple, Tensor]:
+        """From u (G, m), v (G, n) with A v = value u: the sharper triple after applying A^T, and A^T u - value v."""
+        w = self.rmatvec(u[None])[0]
+        residual = w - value[:, None] * v
+        direction, sigma = unit(w[None])
+        v = torch.where(sigma[0][:, None] > 0, direction[0], v)
+        return Triple(sigma[0], u, v, torch.linalg.vector_norm(residual, dim=1)), residual
+
+
+def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors along the last dimension, zero where ``x`` is zero, and the norms; ``x`` is (j, G, n)."""
+    flat = x.reshape(-1, x.shape[-1])
+    units, norms = normalized(flat, torch.zeros_like(flat), 1)
+    return units.reshape(x.shape), norms.reshape(x.shape[:-1])
+
+
+def _converged(triple: Triple, tol: float) -> bool:
+    return bool(triple.residual.amax() <= tol * triple.sigma.amax())
+
+
+def _warn_unless_converged(triple: Triple, method: str, limit: int, tol: float) -> None:
+    if _converged(triple, tol):
+        return
+    relative = float(triple.residual.amax() / triple.sigma.amax())
+    other = "use method='lanczos' or raise" if method != "lanczos" else "raise"
+    warnings.warn(
+        f"operator_norm(method={method!r}) stopped after {limit} iterations with |A^T u - sigma v| = "
+        f"{relative:.1e} * sigma, above tol={tol:g}; the result is a lower estimate. "
+        f"Remedy: {other} max_iterations, or allow a larger tol",
+        ConvergenceWarning,
+        stacklevel=3,
+    )
+
+
+def _power(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
+    v = starts[0]
+    for _ in range(limit):
+        u, value = unit(problem.matvec(v[None]))
+        triple, _ = problem.triple(u[0], v, value[0])
+        v = triple.v
+        if _converged(triple, tol):
+            break
+    return triple
+
+
+def _lanczos(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
+    """Golub-Kahan-Lanczos in Ritz form: expand the basis V by the residual of its best singular pair.
+
+    The residual of the Ritz pair spans the next Krylov direction, so this is Lanczos with full reorthogonalisation;
+    the images A V are kept, so an iteration costs one A and one A^T, and a restart keeps the best Ritz vectors.
+    """
+    basis = orthonormal(starts)
+    images = problem.matvec(basis)
+    for i in range(limit):
+        rotation = ritz_rotation(images)
+        # With a warm start the second pair first, which grows from the random start: the warm one may have become, or
+        # always been, that of a smaller singular value.
+        second = i < min(looking, limit - 1) and basis.shape[0] > 1
+        chosen = rotation[:, :, int(second) : int(second) + 1]
+        v, image = combine(chosen, basis), combine(chosen, images)
+        u, value = unit(image)
+        triple, residual = problem.triple(u[0], v[0], value[0])
+        if (_converged(triple, tol) and not second) or i == limit - 1:
+            break
+        if basis.shape[0] >= _WINDOW:
+            best = rotation[:, :, :_KEPT]
+            basis, images = combine(best, basis), combine(best, images)
+        direction = _orthogonal_direction(residual, basis, floor=triple.sigma)
+        if direction is None and second:
+            looking = 0
+            continue
+        if direction is None:  # the basis spans an invariant space of every group: nothing is left to gain
+            break
+        basis = torch.cat([basis, direction])
+        images = torch.cat([images, problem.matvec(direction)])
+    return triple
+
+
+def ritz_rotation(images: Tensor) -> Tensor:
+    """Coefficients (G, j, j) of the right singular vectors of A restricted to the basis, largest first."""
+    gram = torch.einsum("jgm,kgm->gjk", images, images).double()
+    return torch.linalg.eigh(gram).eigenvectors.flip(-1).to(images.dtype)
+
+
+def combine(rotation: Tensor, vectors: Tensor) -> Tensor:
+    return torch.einsum("gjk,jgn->kgn", rotation, vectors)
+
+
+def _orthogonal_direction(residual: Tensor, basis: Tensor, floor: Tensor) -> Tensor | None:
+    """The residual (G, n), orthogonalised twice against the basis; None when rounding is all that is left."""
+    norm_before = torch.linalg.vector_norm(residual, dim=1)
+    eps = torch.finfo(residual.dtype).eps
+    alive = norm_before > eps * floor
+    direction = residual[None]
+    for _ in range(2):
+        direction, _ = unit(direction)
+        direction = direction - combine(torch.einsum("jgn,kgn->gjk", basis, direction), basis)
+    direction, norm = unit(direction)
+    alive &= norm[0] > 0.1
+    return torch.where(alive[:, None], direction, 0.0) if bool(alive.any()) else None
+
+
+def _block(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
+    v = orthonormal(starts[: min(problem.n, problem.m)])
+    for i in range(limit):
+        image = problem.matvec(v)
+        rotation = ritz_rotation(image)
+        v, image = combine(rotation, v), combine(rotation, image)
+        u, value = unit(image[:1])
+        triple, _ = problem.triple(u[0], v[0], value[0])
+        if _converged(triple, tol) and i >= looking:  # as for Lanczos: the others grow first
+            break
+        v = orthonormal(problem.rmatvec(image))
+    return triple
+
+
+def orthonormal(v: Tensor) -> Tensor:
+    return torch.linalg.qr(v.permute(1, 2, 0)).Q.permute(2, 0, 1)
+
+
+def _dense(problem: Grouped) -> Triple:
+    matrices = dense_matrices(problem, "method='dense'", "method='lanczos'")
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    return Triple(s[:, 0], u[:, :, 0], vh[:, 0, :], torch.zeros_like(s[:, 0]))
+
+
+def dense_matrices(problem: Grouped, what: str, remedy: str) -> Tensor:
+    """The matrices (G, m, n) of the groups; raises where they are too large, naming ``what`` wants them."""
+    if problem.groups * problem.m * problem.n > DENSE_LIMIT:
+        raise ValueError(f"{what} would need {problem.groups} matrices of {problem.m} x {problem.n}; use {remedy}")
+    # One column of every group at a time, (n, G, n) -> (n, G, m), or one row if rows are fewer.
+    by_rows = problem.m < problem.n
+    eye = torch.eye(min(problem.m, problem.n), dtype=problem.op.weight.dtype, device=problem.op.weight.device)
+    units = eye[:, None, :].expand(-1, problem.groups, -1).contiguous()
+    return problem.rmatvec(units).permute(1, 0, 2) if by_rows else problem.matvec(units).permute(1, 2, 0)
