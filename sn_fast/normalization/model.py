@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,15 +21,18 @@ from ..layers.linear import (
     nominal_size,
     operator_of,
     per_axis,
+    raw_weight,
     whole_window_size,
 )
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
-from .group import Group, advance
+from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .options import Options
-from .parametrization import SpectralNorm, spectral_norms
+from .parametrization import SpectralNorm, refresh, spectral_norms
+from .refresh import readable, update
 
 _DEFAULT_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+_LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -78,7 +81,7 @@ def spectral_norm(
         ValueError, TypeError: an argument is out of range, or the module cannot be normalised; the message says why.
     """
     options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-    _register(module, name, Group(), input_size, options)
+    _register(module, name, input_size, options, _is_large([module], name))
     return module
 
 
@@ -126,14 +129,14 @@ def apply_spectral_norm(
     betas = _betas(beta, layers)
     convolutions = {n: m for n, m in layers.items() if isinstance(m, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)}
     sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
-    group = Group()
+    hashed = _is_large(layers.values())
     done: list[nn.Module] = []
     try:
         for name, module in layers.items():
             used_at = sizes.get(name, [])
             size = _size_of_largest_norm(module, used_at)
             options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-            _register(module, "weight", group, size, options).sizes.update(used_at)
+            _register(module, "weight", size, options, hashed, used_at)
             done.append(module)
     except BaseException as error:
         for module in done:
@@ -141,6 +144,7 @@ def apply_spectral_norm(
         if type(error) in (ValueError, TypeError):
             raise type(error)(f"layer {name!r}: {error}") from error
         raise
+    check_once_per_forward(model)
     return model
 
 
@@ -156,7 +160,7 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
     """
     if n_power_iterations is not None:
         n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
-    advance([m for m in spectral_norms(model) if m.geometry is not None], n_power_iterations)
+    update(readable(spectral_norms(model)), n_power_iterations)
 
 
 @contextmanager
@@ -194,6 +198,9 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
             )
     for _, module, name in found:
         _remove(module, name, keep_raw=False)
+    for module in module_or_model.modules():
+        if not spectral_norms(module):
+            remove_hooks(module)
     return module_or_model
 
 
@@ -203,13 +210,17 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     The layer in use has norm min(sigma, beta) under mode "cap" and beta under "scale".
     """
     found = [(n, m) for n, m in _parametrizations(model) if m.geometry is not None]
-    for _, m in found:
-        m.refresh()
+    refresh(model)
     return {name: float(m.sigma) for name, m in found}
 
 
 def _register(
-    module: nn.Module, name: str, group: Group, input_size: int | Sequence[int] | str | None, options: Options
+    module: nn.Module,
+    name: str,
+    input_size: int | Sequence[int] | str | None,
+    options: Options,
+    hashed: bool = False,
+    used_at: Iterable[tuple[int, ...]] = (),
 ) -> SpectralNorm:
     weight = checked_weight(module, name)
     convolution = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) and name == "weight"
@@ -227,12 +238,10 @@ def _register(
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
     # As torch does it, the rows of a reshaped kernel are output channels.
     rows = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
-    parametrization = SpectralNorm(group, options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size)
+    parametrization = SpectralNorm(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
     parametrization.train(module.training)
-    tied = [m for m in group.members() if m.raw is weight and not m.is_stale()]
+    parametrization.sizes.update(used_at)
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    for m in tied:  # registering writes the weight, without changing it
-        m.mark_current()
     parametrization.attach(module, name)
     try:
         if as_matrix or size is not None:
@@ -241,8 +250,15 @@ def _register(
         _remove(module, name, keep_raw=True)
         raise
     if not as_matrix:
-        module.register_forward_pre_hook(_observe_input, with_kwargs=True)
+        module.register_forward_pre_hook(observe_input, with_kwargs=True)
     return parametrization
+
+
+def _is_large(modules: Iterable[nn.Module], name: str = "weight") -> bool:
+    """Whether copies of these weights, to compare with, would take too much memory."""
+    weights = (raw_weight(module, name) for module in modules)
+    sizes = (w.nbytes for w in weights if isinstance(w, Tensor) and not nn.parameter.is_lazy(w))
+    return sum(sizes) > _LARGEST_COPIES
 
 
 def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:
@@ -258,16 +274,6 @@ def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str
 def _depends_on_size(module: nn.Module) -> bool:
     """Whether the norm of a convolution can differ between input sizes."""
     return any(size is None for size in whole_window_size(module))
-
-
-def _observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: tell the parametrization the spatial size of the input."""
-    x = args[0] if args else kwargs.get("input")
-    if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
-        n = len(module.kernel_size)  # type: ignore[arg-type]
-        for parametrization in chain(module, "weight"):
-            if isinstance(parametrization, SpectralNorm):
-                parametrization.observe(tuple(x.shape[-n:]))
 
 
 def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -332,10 +338,7 @@ def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
 def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
     _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
-    hooks = module._forward_pre_hooks
-    for key in [k for k, hook in hooks.items() if hook is _observe_input]:
-        hooks.pop(key)
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_hooks(module)
 
 
 def _own_class(module: nn.Module) -> None:

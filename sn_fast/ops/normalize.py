@@ -15,7 +15,7 @@ from ..reference.geometry import Geometry, decode
 from .layout import Layout
 from .library import define, dtype_code, stream_of
 from .plan import GradientPlan
-from .power_step import PRECISIONS
+from .precision import PRECISIONS, resolved
 
 _LEAST_BUDGET = 1 << 20  # elements of partial sums that are always allowed: 4 MB
 
@@ -86,8 +86,7 @@ def _normalize_backward_kernel(
     cap: bool,
     precision: str = "fp32",
 ) -> Tensor:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    precision = resolved(precision)
     device = weight.device
     for name, t in (("grad", grad), ("sigma", sigma), ("u", u), ("v", v), ("group", group)):
         if t is not None and t.device != device:
