@@ -123,12 +123,9 @@ class SpectralNorm(State):
 
     def _freeze_weight(self) -> None:
         # What a hook computes before each forward (a pruned weight) cannot be kept from here.
-        for _, weight in readable([self]) if self._home and not self._is_computed() else []:
+        for _, weight in [] if self.is_computed else readable([self]):
             (state,) = snapshots([(self, weight)])
             self._frozen = self.normalize(weight, state).detach()
-
-    def _is_computed(self) -> bool:
-        return self.siblings._parameters.get("original") is None
 
     def thaw(self) -> None:
         self.freezes -= 1
@@ -235,7 +232,7 @@ class SpectralNorm(State):
         # The raw weight is loaded before its parametrization.
         with torch.no_grad():
             weight = self.incoming()
-        if not self._is_computed():
+        if not self.is_computed:
             self._own = (self.raw,)
         if not self.is_here(weight):
             self.record = None
@@ -298,9 +295,11 @@ def _untraced() -> Iterator[None]:
 
 
 def _popped(ready: list[Tensor]) -> Tensor | None:
+    if torch.compiler.is_compiling() or not ready:
+        return None
     try:
-        return ready.pop()  # before other threads can take it
-    except IndexError:
+        return ready.pop()
+    except IndexError:  # another thread was first
         return None
 
 

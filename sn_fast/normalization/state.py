@@ -121,7 +121,15 @@ class State(nn.Module):
     def is_plain(self) -> bool:
         """Whether the weight that is normalised is a registered parameter, which can be read at any time."""
         found = self.siblings
+        if not torch.compiler.is_compiling() and "original" in found.__dict__:
+            return False
         return found._parameters.get("original") is not None and found._modules["0"] is self
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the raw weight is an attribute that something else computes before each forward."""
+        found = self.siblings
+        return found._parameters.get("original") is None or "original" in found.__dict__
 
     def incoming(self) -> Tensor:
         """The weight that this parametrization is given, as it would be now."""
@@ -142,10 +150,11 @@ class State(nn.Module):
         raw = found._parameters.get("original")
         exporting = is_exporting()
         compiling = torch.compiler.is_compiling() and not exporting
+        if not compiling and "original" in found.__dict__:
+            # A plain attribute, made from parameters of another name: a pruned weight, a view of FSDP1's.
+            return not _is_wrapped(found.__dict__["original"]) and not _within_functional_call()
         if raw is None:
-            # A plain attribute, made from parameters of another name: a pruned weight, a view of FSDP1.
-            raw = None if compiling else found.__dict__.get("original")
-            return raw is not None and not _is_wrapped(raw) and not _within_functional_call()
+            return False
         if weight is not raw and found._modules["0"] is self:
             return False
         if self._own and raw is self._own[0]:
