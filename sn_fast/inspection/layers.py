@@ -20,7 +20,7 @@ from ..layers.describe import times, window
 from ..layers.linear import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
-    LinearOperator,
+    LayerOperator,
     operator_of,
     raw_weight,
 )
@@ -235,7 +235,7 @@ def _check_weight(name: str, module: nn.Module) -> None:
         raise UserError(f"layer {name}: its weight has NaN or infinite elements, and so no norm")
 
 
-def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LinearOperator:
+def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LayerOperator:
     try:
         return operator_of(module, size or None)
     except (ValueError, TypeError) as error:

@@ -1,5 +1,6 @@
 """The linear maps of layers."""
 
-from .linear import ConvOperator, LinearOperator, MatrixOperator, operator_of
+from .linear import ConvOperator, LayerOperator, MatrixOperator, operator_of
+from .operators import LinearOperator
 
-__all__ = ["ConvOperator", "LinearOperator", "MatrixOperator", "operator_of"]
+__all__ = ["ConvOperator", "LayerOperator", "LinearOperator", "MatrixOperator", "operator_of"]

@@ -1,10 +1,11 @@
-"""Linear operators of layers: what a layer does to its input, bias aside, with its adjoint."""
+"""Operators of layers, given by a weight and a geometry: what a layer does to its input, bias aside."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from ..reference import linear_map
 from ..reference.geometry import PADDING_MODES, Axis, Geometry
+from .operators import LinearOperator, OwnOperator, as_batch, parts_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -22,18 +24,20 @@ _NOMINAL_OUTPUTS = 12
 Padding = int | str | Sequence[int | tuple[int, int]]
 
 
-class LinearOperator:
-    """A linear map between tensor spaces: ``matvec`` and its adjoint ``rmatvec``.
+class LayerOperator(OwnOperator):
+    """The linear map of a weight and a geometry: ``matvec`` and its adjoint ``rmatvec``.
+
+    A subclass that overrides the products is measured by them, not by its weight.
 
     Attributes:
         weight: the layer's weight (not copied; gradients flow to it).
         in_shape, out_shape: shapes of one input and one output, without batch dimensions.
     """
 
+    _OWN = ("matvec", "rmatvec", "_apply", "to_dense", "reduced")
+
     weight: Tensor
     geometry: Geometry
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
 
     def __init__(self, weight: Tensor, geometry: Geometry) -> None:
         self.weight = weight
@@ -41,26 +45,49 @@ class LinearOperator:
         self.in_shape = geometry.in_shape(weight.shape)
         self.out_shape = geometry.out_shape(weight.shape)
 
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.weight.device
+
     def matvec(self, x: Tensor) -> Tensor:
         """A x for ``x`` of shape (..., *in_shape); returns (..., *out_shape).
 
         Half precision is computed in float32; the result has the promoted dtype of ``x`` and the weight.
         """
-        return self._apply(linear_map.matvec, "x", x, self.in_shape, self.out_shape)
+        return self._apply(linear_map.matvec, "x", x, *self._shapes())
 
     def rmatvec(self, y: Tensor) -> Tensor:
         """A^T y for ``y`` of shape (..., *out_shape); returns (..., *in_shape)."""
-        return self._apply(linear_map.rmatvec, "y", y, self.out_shape, self.in_shape)
+        return self._apply(linear_map.rmatvec, "y", y, *self._shapes()[::-1])
 
     def to_dense(self) -> Tensor:
         """The matrix of the operator, (prod(out_shape), prod(in_shape)), in the weight's dtype."""
+        if not self.has_own_products():
+            return super().to_dense()
         columns = math.prod(self.in_shape)
         eye = torch.eye(columns, dtype=self.weight.dtype, device=self.weight.device)
         return self.matvec(eye.reshape(columns, *self.in_shape)).reshape(columns, -1).T
 
-    def reduced(self) -> LinearOperator:
+    def reduced(self) -> LayerOperator:
         """An operator of the same norm in the smallest space: axes whose windows share no input are collapsed."""
-        return LinearOperator(self.weight, self.geometry.reduced())
+        return LayerOperator(self.weight, self.geometry.reduced())
+
+    @property
+    def T(self) -> LinearOperator:
+        """The adjoint: of a convolution the transposed one with the same weight, and the other way round."""
+        if not self.has_own_products():
+            return super().T
+        if not self.geometry.axes:
+            return LayerOperator(self.weight.T, self.geometry)
+        return LayerOperator(self.weight, replace(self.geometry, transposed=not self.geometry.transposed))
+
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of this weight's map: a subclass that maps further has other shapes of its own."""
+        return self.geometry.in_shape(self.weight.shape), self.geometry.out_shape(self.weight.shape)
 
     def _apply(
         self,
@@ -70,21 +97,13 @@ class LinearOperator:
         domain: tuple[int, ...],
         codomain: tuple[int, ...],
     ) -> Tensor:
-        lead = x.shape[: x.ndim - len(domain)]
-        if tuple(x.shape[len(lead) :]) != domain:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, domain))})")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}; give a floating-point tensor")
+        batch, lead = as_batch(x, name, domain)
         dtype = linear_map.compute_dtype(x, self.weight)
-        batch = x.reshape(-1, *domain).to(dtype)
-        result = function(batch, self.weight.to(dtype), self.geometry)
+        result = function(batch.to(dtype), self.weight.to(dtype), self.geometry)
         return result.reshape(*lead, *codomain).to(torch.promote_types(x.dtype, self.weight.dtype))
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.in_shape} -> {self.out_shape}, {self.weight.dtype})"
 
-
-class ConvOperator(LinearOperator):
+class ConvOperator(LayerOperator):
     """The linear map of a 1d, 2d or 3d convolution (or transposed convolution) for one input size, without bias.
 
     Args:
@@ -137,12 +156,26 @@ class ConvOperator(LinearOperator):
         super().__init__(weight, Geometry(axes, groups, transposed, padding_mode))
 
 
-class MatrixOperator(LinearOperator):
+class MatrixOperator(LayerOperator):
     """The linear map x -> W x of a matrix ``weight`` of shape (out, in)."""
 
     def __init__(self, weight: Tensor) -> None:
         check_weight(weight, dims=(2,))
         super().__init__(weight, Geometry())
+
+
+def layer_operator(op: LinearOperator) -> LayerOperator | None:
+    """``op`` if it is the map of its weight and geometry; None for an operator that is known by its products alone."""
+    return op if isinstance(op, LayerOperator) and op.has_own_products() else None
+
+
+def in_precision(op: LinearOperator, dtype: torch.dtype) -> LinearOperator:
+    """The same operator with weights of this dtype, as far as it is made of weights."""
+    layer = layer_operator(op)
+    if layer is not None:
+        return LayerOperator(layer.weight.detach().to(dtype), layer.geometry)
+    parts = parts_of(op)
+    return op.rebuilt(tuple(in_precision(part, dtype) for part in parts)) if parts else op  # type: ignore[attr-defined]
 
 
 def operator_of(
@@ -172,7 +205,7 @@ def operator_of(
                 f"input_size of this {type(module).__name__} is not known: give the spatial size of its input, "
                 "e.g. input_size=(32, 32)"
             )
-        return LinearOperator(weight, known)
+        return LayerOperator(weight, known)
     return conv_operator(module, weight, input_size)
 
 

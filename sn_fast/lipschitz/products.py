@@ -12,7 +12,7 @@ from ..layers.linear import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
     ConvOperator,
-    LinearOperator,
+    LayerOperator,
     MatrixOperator,
     operator_of,
 )
@@ -67,18 +67,18 @@ def _certificate(call: Call, scale: Tensor | None, norm: nn.Module | None) -> Co
     return constant
 
 
-def _bounded(call: Call, operator: LinearOperator) -> Constant:
+def _bounded(call: Call, operator: LayerOperator) -> Constant:
     if not bool(torch.isfinite(operator.weight).all()):
         raise ValueError(f"layer {call.name!r} ({call.kind}): its weight has NaN or infinite elements")
     bound, info = operator_norm_bound(operator, return_info=True)
     return Constant(float(bound), info.method)
 
 
-def _operator(call: Call) -> LinearOperator:
+def _operator(call: Call) -> LayerOperator:
     if call.module is not None:
         axes = getattr(call.module, "kernel_size", ())
         operator = operator_of(call.module, tuple(call.x.shape[call.x.ndim - len(axes) :]) if axes else None)
-        return LinearOperator(operator.weight.detach(), operator.geometry)
+        return LayerOperator(operator.weight.detach(), operator.geometry)
     weight = call.get("weight", 1).detach()
     if call.kind == "linear":
         return MatrixOperator(weight if weight.ndim == 2 else weight[None])
@@ -91,14 +91,14 @@ def _operator(call: Call) -> LinearOperator:
     return ConvOperator(weight, tuple(call.x.shape[2 - weight.ndim :]), transposed=transposed, **settings)
 
 
-def _scaled(operator: LinearOperator, scale: Tensor) -> LinearOperator:
+def _scaled(operator: LayerOperator, scale: Tensor) -> LayerOperator:
     """The operator followed by one factor per output channel."""
     weight, geometry = operator.weight.double(), operator.geometry
     if geometry.transposed:  # (groups * inputs, outputs, ...): outputs are numbered within their group
         grouped = weight.reshape(geometry.groups, -1, *weight.shape[1:])
         factors = scale.reshape(geometry.groups, 1, -1, *(1,) * len(geometry.axes))
-        return LinearOperator((grouped * factors).reshape(weight.shape), geometry)
-    return LinearOperator(weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), geometry)
+        return LayerOperator((grouped * factors).reshape(weight.shape), geometry)
+    return LayerOperator(weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), geometry)
 
 
 def _scale(call: Call) -> Tensor | None:

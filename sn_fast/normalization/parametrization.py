@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.linear import LinearOperator, chain, conv_operator, whole_window_size
+from ..layers.linear import LayerOperator, chain, conv_operator, whole_window_size
 from ..norms.estimate import start_vectors
 from ..norms.layer_bound import certified_sigma
 from ..ops.normalize import normalize
@@ -130,8 +130,8 @@ class SpectralNorm(nn.Module):
         if geometry.groups > 1 and self.buffer("top_group") is None:
             self.register_buffer("top_group", torch.zeros((), dtype=torch.int64, device=self.raw.device))
 
-    def _operator(self) -> LinearOperator:
-        return LinearOperator(self.operand(self.raw.detach()), self.known_geometry)
+    def _operator(self) -> LayerOperator:
+        return LayerOperator(self.operand(self.raw.detach()), self.known_geometry)
 
     @property
     def known_geometry(self) -> Geometry:

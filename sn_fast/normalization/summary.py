@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.describe import aligned, times, window
-from ..layers.linear import TRANSPOSED_CONVOLUTIONS, LinearOperator, chain
+from ..layers.linear import TRANSPOSED_CONVOLUTIONS, LayerOperator, chain
 from ..layers.observe import evaluating
 from ..norms.layer_bound import layer_bound
 from ..reference.geometry import Geometry
@@ -49,7 +49,7 @@ def _cells(name: str, p: SpectralNorm, weight: Tensor) -> tuple[str, ...]:
     sigma, bound = "-", "-"
     if p.layer_geometry is not None:
         sigma = f"{float(p.sigma):.{_DIGITS}g}"
-        bound = _rounded_up(layer_bound(LinearOperator(p.operand(weight), p.layer_geometry), every_size=p.every_size))
+        bound = _rounded_up(layer_bound(LayerOperator(p.operand(weight), p.layer_geometry), every_size=p.every_size))
     return name or "(the layer)", _operator(p), sigma, f"{options.beta:g}", options.mode, bound
 
 

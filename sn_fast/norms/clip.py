@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..layers.linear import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
-    LinearOperator,
+    LayerOperator,
     MatrixOperator,
     as_int,
     checked_weight,
@@ -115,7 +115,7 @@ def _positive(name: str, value: float) -> float:
     return float(value)
 
 
-def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ...] | None) -> LinearOperator:
+def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ...] | None) -> LayerOperator:
     if weight.ndim == 2:
         return MatrixOperator(weight.detach())  # also of an Embedding: its transpose has the same singular values
     mode = getattr(module, "padding_mode", "zeros")
@@ -132,21 +132,21 @@ def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ..
     if input_size is None and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
         input_size = nominal_size(module)  # with zero padding the bound is the same for all
     op = operator_of(module, input_size)
-    return LinearOperator(op.weight.detach(), op.geometry)
+    return LayerOperator(op.weight.detach(), op.geometry)
 
 
-def _bound(op: LinearOperator) -> float:
+def _bound(op: LayerOperator) -> float:
     mode = op.geometry.mode
     method = "dense" if not op.geometry.axes else "fft" if mode == "zeros" else "auto"
     return float(operator_norm_bound(op, method=method))  # type: ignore[arg-type]
 
 
-def _scaled_below(beta: float, kernel: Tensor, op: LinearOperator, problem: Problem) -> tuple[Tensor, float]:
+def _scaled_below(beta: float, kernel: Tensor, op: LayerOperator, problem: Problem) -> tuple[Tensor, float]:
     """The kernel as a weight of the operator's shape and dtype, scaled down as far as beta demands, and its bound."""
     factor, margin = 1.0, _ROUNDING
     while True:
         weight = times_power_of_two(kernel * factor, problem.exponent).reshape(op.weight.shape).to(op.weight.dtype)
-        bound = _bound(LinearOperator(weight, op.geometry))
+        bound = _bound(LayerOperator(weight, op.geometry))
         if bound <= beta:
             return weight, bound
         factor *= beta / bound * (1 - margin)
