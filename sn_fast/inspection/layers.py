@@ -17,18 +17,13 @@ from torch.nn.utils import parametrize
 
 from ..errors import UserError, first_line
 from ..layers.describe import times, window
-from ..layers.linear import (
-    CONVOLUTIONS,
-    TRANSPOSED_CONVOLUTIONS,
-    LayerOperator,
-    operator_of,
-    raw_weight,
-)
+from ..layers.kinds import classes_of, kind_of, spatial_axes
+from ..layers.linear import operator_of, raw_weight
 from ..layers.observe import evaluating, observed_input_sizes
+from ..layers.operators import LinearOperator
+from ..layers.weighted import layer_operator
 from ..norms import BoundInfo, operator_norm_interval
 from ..running import progress_bar
-
-LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,7 @@ def inspect_model(
 
 def _chosen(model: nn.Module, include: str | None, exclude: str | None) -> dict[str, nn.Module]:
     wanted, unwanted = _pattern("include", include), _pattern("exclude", exclude)
-    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, classes_of())}
     if not layers:
         raise UserError("argument MODEL: the model has no Linear, Embedding or convolution layer")
     chosen = {
@@ -202,22 +197,26 @@ def _taken(layers: Mapping[str, nn.Module]) -> str:
         return f", e.g. --input-size 16 for 16 indices: layer {name} is an embedding"
     if isinstance(first, nn.Linear):
         return f", e.g. --input-size {first.in_features}: layer {name} takes {first.in_features} features"
-    channels, n = first.in_channels, len(first.kernel_size)  # type: ignore[arg-type]
-    return f", e.g. --input-size {times((channels, *(32,) * n))}: layer {name} takes {channels} channels"  # type: ignore[arg-type]
+    n = spatial_axes(first)
+    channels = getattr(first, "in_channels", None)
+    if not n or not isinstance(channels, int):
+        return ""
+    return f", e.g. --input-size {times((channels, *(32,) * n))}: layer {name} takes {channels} channels"
 
 
 def _uses(layers: Mapping[str, nn.Module], sizes: Mapping[str, list[tuple[int, ...]]]) -> list[_Use]:
     """What to measure: every layer at each of its sizes, tied weights once."""
     uses: dict[Any, _Use] = {}
     for name, module in layers.items():
-        if name not in sizes and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        if name not in sizes and spatial_axes(module):
             uses[name] = _Use(name, module, None, "not used")
             continue
         for size in dict.fromkeys(sizes.get(name, [()])):
             key: Any = (name, size)
             # The weight in use of a parametrized layer is its own, even if the raw one is tied.
             if not parametrize.is_parametrized(module, "weight"):
-                key = (id(module.weight), _operator(name, module, size).geometry)
+                layer = layer_operator(_operator(name, module, size))
+                key = key if layer is None else (id(module.weight), layer.geometry)
             note = "" if name in sizes else "its forward is not called"
             use = uses.setdefault(key, _Use(name, module, size or None, note))
             if use.name != name:
@@ -235,7 +234,7 @@ def _check_weight(name: str, module: nn.Module) -> None:
         raise UserError(f"layer {name}: its weight has NaN or infinite elements, and so no norm")
 
 
-def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LayerOperator:
+def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LinearOperator:
     try:
         return operator_of(module, size or None)
     except (ValueError, TypeError) as error:
@@ -244,15 +243,16 @@ def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LayerOpera
 
 def _measured(use: _Use, tol: float) -> LayerNorm:
     began = time.perf_counter()
-    convolution = isinstance(use.module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
-    kind = parametrize.type_before_parametrizations(use.module).__name__
+    kind = kind_of(use.module)
+    assert kind is not None
+    cls = parametrize.type_before_parametrizations(use.module).__name__
     weight = use.module.weight
     assert isinstance(weight, Tensor)
-    shape = window(use.module) if convolution else times(weight.shape)
-    row = LayerNorm(use.name, kind, shape, use.input_size, note=use.note, tied=tuple(use.tied))
-    if convolution:
-        row = replace(row, reshaped=_matrix_norm(_reshaped(use.module, weight)))
-    if use.input_size is not None or not convolution:
+    shape = window(use.module) or times(weight.shape)
+    row = LayerNorm(use.name, cls, shape, use.input_size, note=use.note, tied=tuple(use.tied))
+    if weight.ndim > 2:
+        row = replace(row, reshaped=_matrix_norm(kind.reshaped(weight)))
+    if use.input_size is not None or not kind.axes:
         op = _operator(use.name, use.module, use.input_size or ())
         try:
             lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)  # type: ignore[misc]
@@ -260,11 +260,6 @@ def _measured(use: _Use, tol: float) -> LayerNorm:
             raise UserError(f"layer {use.name}: {error}") from None
         row = replace(row, lower=float(lower), upper=float(upper), certificate=info)
     return replace(row, seconds=time.perf_counter() - began)
-
-
-def _reshaped(module: nn.Module, weight: Tensor) -> Tensor:
-    """The kernel as torch.nn.utils.parametrizations.spectral_norm takes it: output channels first."""
-    return weight.movedim(1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0, 0).flatten(1)
 
 
 def _matrix_norm(matrix: Tensor) -> float:
@@ -279,8 +274,8 @@ def _matrix_norm(matrix: Tensor) -> float:
 
 def _unmeasured(model: nn.Module) -> tuple[str, ...]:
     """Weights of two dimensions or more, not counting those of size 1, that belong to no layer of a known class."""
-    known = {id(raw_weight(m)) for m in model.modules() if isinstance(m, LAYERS)}
-    known |= {id(p) for m in model.modules() if isinstance(m, LAYERS) for p in m.parameters()}
+    known = {id(raw_weight(m)) for m in model.modules() if isinstance(m, classes_of())}
+    known |= {id(p) for m in model.modules() if isinstance(m, classes_of()) for p in m.parameters()}
     return tuple(
         name for name, p in model.named_parameters() if sum(n > 1 for n in p.shape) >= 2 and id(p) not in known
     )

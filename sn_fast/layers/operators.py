@@ -52,7 +52,7 @@ class LinearOperator(ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> LinearOperator:
         # LinearOperator(weight, geometry) was a layer's operator before this class became abstract.
         if cls is LinearOperator and any(isinstance(a, Geometry) for a in (*args, *kwargs.values())):
-            from .linear import LayerOperator
+            from .weighted import LayerOperator
 
             return object.__new__(LayerOperator)
         return super().__new__(cls)

@@ -12,24 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..layers.linear import (
-    CONVOLUTIONS,
-    TRANSPOSED_CONVOLUTIONS,
-    as_int,
-    chain,
-    checked_weight,
-    nominal_size,
-    operator_of,
-    per_axis,
-    whole_window_size,
-)
+from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size, why_not_divisible
+from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from .group import Group, advance
 from .options import Options
 from .parametrization import SpectralNorm, spectral_norms
 
-_DEFAULT_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+_TRIAL_SIZES = (8, 16, 32, 64, 128, 256)  # at which the operator of a layer is looked at before its size is known
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -119,12 +110,12 @@ def apply_spectral_norm(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, classes) and not (excluded and excluded.search(name))
+        if _is_chosen(module, classes) and not (excluded and excluded.search(name))
     }
     if not layers:
         raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
     betas = _betas(beta, layers)
-    convolutions = {n: m for n, m in layers.items() if isinstance(m, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)}
+    convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
     group = Group()
     done: list[nn.Module] = []
@@ -212,8 +203,8 @@ def _register(
     module: nn.Module, name: str, group: Group, input_size: int | Sequence[int] | str | None, options: Options
 ) -> SpectralNorm:
     weight = checked_weight(module, name)
-    convolution = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) and name == "weight"
-    as_matrix = options.operator == "reshape" or not convolution
+    kind = kind_of(module) if name == "weight" else None
+    as_matrix = options.operator == "reshape" or kind is None or not kind.axes
     if as_matrix and options.operator == "conv" and weight.ndim != 2:
         raise ValueError(
             f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}; its operator is not known: "
@@ -223,10 +214,12 @@ def _register(
     every_size = not as_matrix and input_size == "any" and _depends_on_size(module)
     if every_size:
         options = replace(options, bound=True)
+    if options.operator == "conv" and kind is not None:
+        _check_divisible(module, weight, size)
     if size is not None:
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
-    # As torch does it, the rows of a reshaped kernel are output channels.
-    rows = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
+    known = kind_of(module)
+    rows = known.matrix_dim if known is not None else 0
     parametrization = SpectralNorm(group, options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size)
     parametrization.train(module.training)
     tied = [m for m in group.members() if m.raw is weight and not m.is_stale()]
@@ -243,6 +236,22 @@ def _register(
     if not as_matrix:
         module.register_forward_pre_hook(_observe_input, with_kwargs=True)
     return parametrization
+
+
+def _check_divisible(module: nn.Module, weight: Tensor, size: tuple[int, ...] | None) -> None:
+    """Raise where dividing the parameter does not divide the layer's map."""
+    reason = None
+    axes = spatial_axes(module)
+    sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
+    for trial in sizes:
+        try:
+            reason = why_not_divisible(module, weight, trial)
+            break
+        except (ValueError, RuntimeError):
+            if trial == sizes[-1]:
+                raise
+    if reason is not None:
+        raise ValueError(f"{type(module).__name__} cannot be normalised by its weight: {reason}; it can be measured")
 
 
 def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:
@@ -264,7 +273,7 @@ def _observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """Forward pre-hook: tell the parametrization the spatial size of the input."""
     x = args[0] if args else kwargs.get("input")
     if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
-        n = len(module.kernel_size)  # type: ignore[arg-type]
+        n = spatial_axes(module)
         for parametrization in chain(module, "weight"):
             if isinstance(parametrization, SpectralNorm):
                 parametrization.observe(tuple(x.shape[-n:]))
@@ -275,7 +284,8 @@ def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tu
     distinct = list(dict.fromkeys(sizes))
     if len(distinct) <= 1:
         return distinct[0] if distinct else None
-    if getattr(module, "padding_mode", "zeros") == "zeros":
+    kind = kind_of(module)
+    if getattr(module, "padding_mode", "zeros") == "zeros" and not (kind is not None and kind.of_user):
         return tuple(map(max, zip(*distinct)))  # the norm grows with the size
     norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
     return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
@@ -295,13 +305,21 @@ def _betas(beta: float | Mapping[str, float], layers: Mapping[str, nn.Module]) -
     return {name: b for name, b in betas.items() if b is not None}
 
 
-def _classes(include: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[type[nn.Module], ...]:
+def _classes(include: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[type[nn.Module], ...] | None:
     if include is None:
-        return _DEFAULT_LAYERS
+        return None
     classes = (include,) if isinstance(include, type) else tuple(include)
     if not all(isinstance(c, type) for c in classes):
         raise TypeError(f"include={include!r} must be a module class, or several")
     return classes
+
+
+def _is_chosen(module: nn.Module, classes: tuple[type[nn.Module], ...] | None) -> bool:
+    """Whether a module is of these classes, or, where there are none, of a kind that is normalised by default."""
+    if classes is not None:
+        return isinstance(module, classes)
+    kind = kind_of(module)
+    return kind is not None and kind.default
 
 
 def _pattern(argument: str, text: str) -> re.Pattern[str]:

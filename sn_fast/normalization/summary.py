@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.describe import aligned, times, window
-from ..layers.linear import TRANSPOSED_CONVOLUTIONS, LayerOperator, chain
+from ..layers.kinds import kind_of
+from ..layers.linear import LayerOperator, chain
 from ..layers.observe import evaluating
 from ..norms.layer_bound import layer_bound
 from ..reference.geometry import Geometry
@@ -57,8 +58,9 @@ def _operator(p: SpectralNorm) -> str:
     if p.as_matrix:
         kernel = "reshaped kernel " if p.raw.ndim > 2 else "matrix "
         return kernel + times(p.operand(p.raw).shape)
-    kind = "transposed conv" if isinstance(p.module, TRANSPOSED_CONVOLUTIONS) else "conv"
-    return f"{kind} {window(p.module)}{_place(p)}"
+    kind = kind_of(p.module)
+    assert kind is not None
+    return f"{kind.name} {window(p.module)}{_place(p)}"
 
 
 def _place(p: SpectralNorm) -> str:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..layers.describe import times
-from ..layers.linear import LayerOperator, layer_operator, per_axis
 from ..layers.operators import LinearOperator, unscaled
+from ..layers.weighted import LayerOperator, layer_operator, per_axis
 from ..reference.linear_map import compute_dtype
 from .definite import eigenvalue_bound
 from .dense import gram_matrix, gram_size

@@ -10,16 +10,9 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from ..layers.linear import (
-    CONVOLUTIONS,
-    TRANSPOSED_CONVOLUTIONS,
-    LayerOperator,
-    MatrixOperator,
-    as_int,
-    checked_weight,
-    nominal_size,
-    operator_of,
-)
+from ..layers.kinds import kind_of
+from ..layers.linear import checked_weight
+from ..layers.weighted import LayerOperator, MatrixOperator, as_int, layer_operator
 from ..reference.geometry import Axis
 from .bound import operator_norm_bound
 from .definite import below
@@ -129,10 +122,15 @@ def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ..
             "input_size is needed for padding_mode='circular', where the norm depends on it: give the spatial size of "
             "the layer's input, e.g. input_size=(32, 32)"
         )
-    if input_size is None and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
-        input_size = nominal_size(module)  # with zero padding the bound is the same for all
-    op = operator_of(module, input_size)
-    return LayerOperator(op.weight.detach(), op.geometry)
+    kind = kind_of(module)
+    if kind is None:
+        raise TypeError(f"{type(module).__name__} is no layer whose map is known; see sn_fast.register_layer")
+    if input_size is None and kind.nominal_size is not None:
+        input_size = kind.nominal_size(module)  # with zero padding the bound is the same for all
+    op = layer_operator(kind.operator(module, weight.detach(), input_size))
+    if op is None or op.weight.shape != weight.shape:
+        raise ValueError(f"clip_spectrum: the operator of {type(module).__name__} is not that of its weight")
+    return op
 
 
 def _bound(op: LayerOperator) -> float:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.linear import LayerOperator, as_int, in_precision, layer_operator
 from ..layers.operators import LinearOperator, apply, apply_adjoint, check_products, leaves_of, unscaled
+from ..layers.weighted import LayerOperator, as_int, in_precision, layer_operator
 from ..ops.power_step import lanczos_start
 from ..reference.linear_map import compute_dtype
 from ..reference.power import normalized

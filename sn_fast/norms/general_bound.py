@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layers.function import FunctionOperator
-from ..layers.linear import in_precision, layer_operator
 from ..layers.operators import LinearOperator, Product, Scaled, Transposed, dense, leaves_of, parts_of
+from ..layers.weighted import in_precision, layer_operator
 from .definite import eigenvalue_bound
 from .lanczos_bound import lanczos_bound
 from .problem import times_power_of_two

@@ -8,8 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..layers.linear import LayerOperator, in_precision, layer_operator
 from ..layers.operators import LinearOperator, apply, unscaled
+from ..layers.weighted import LayerOperator, in_precision, layer_operator
 from .bound import tightest_bound
 from .estimate import ConvergenceWarning, check_operator, check_tolerance, operator_norm, without_autocast
 from .general_bound import BoundInfo

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..layers.linear import LayerOperator
+from ..layers.weighted import LayerOperator
 from ..reference.geometry import Geometry
 from .bound import Search
 

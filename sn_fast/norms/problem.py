@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..layers.linear import LayerOperator
+from ..layers.weighted import LayerOperator
 from ..reference.geometry import Axis, Geometry
 from .symbol import Polyphase
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..layers.linear import LayerOperator, layer_operator
 from ..layers.operators import LinearOperator, Product, Scaled, Sum, parts_of
+from ..layers.weighted import LayerOperator, layer_operator
 from .grid import padding_norm
 from .problem import Problem
 from .symbol import UNIT_ROUNDOFF, split_cells

@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..layers.linear import as_int
 from ..layers.operators import LinearOperator
+from ..layers.weighted import as_int
 from .estimate import (
     DENSE_LIMIT,
     ConvergenceWarning,
