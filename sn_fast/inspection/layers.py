@@ -97,6 +97,10 @@ class Inspection:
         return sum(math.log10(bound) if bound else -math.inf for bound in bounds.values())
 
 
+class _NotMeasured(Exception):
+    """A layer has a map of its own that is not linear, or cannot be followed; the message says why."""
+
+
 @dataclass
 class _Use:
     name: str
@@ -213,8 +217,8 @@ def _uses(layers: Mapping[str, nn.Module], sizes: Mapping[str, list[tuple[int, .
             continue
         for size in dict.fromkeys(sizes.get(name, [()])):
             key: Any = (name, size)
-            # The weight in use of a parametrized layer is its own, even if the raw one is tied.
-            if not parametrize.is_parametrized(module, "weight"):
+            # The weight in use of a parametrized layer, or of one with a map of its own, is its own.
+            if not parametrize.is_parametrized(module, "weight") and _own_map(module) is None:
                 layer = layer_operator(_operator(name, module, size))
                 key = key if layer is None else (id(module.weight), layer.geometry)
             note = "" if name in sizes else "its forward is not called"
@@ -238,6 +242,8 @@ def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LinearOper
     try:
         return operator_of(module, size or None)
     except (ValueError, TypeError) as error:
+        if _own_map(module) is not None:
+            raise _NotMeasured(str(error.__cause__ or error)) from None
         raise UserError(f"layer {name}: {error}") from None
 
 
@@ -250,16 +256,32 @@ def _measured(use: _Use, tol: float) -> LayerNorm:
     assert isinstance(weight, Tensor)
     shape = window(use.module) or times(weight.shape)
     row = LayerNorm(use.name, cls, shape, use.input_size, note=use.note, tied=tuple(use.tied))
-    if weight.ndim > 2:
+    if use.input_size is None and kind.axes:
         row = replace(row, reshaped=_matrix_norm(kind.reshaped(weight)))
-    if use.input_size is not None or not kind.axes:
+        return replace(row, seconds=time.perf_counter() - began)
+    try:
         op = _operator(use.name, use.module, use.input_size or ())
-        try:
-            lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)  # type: ignore[misc]
-        except ValueError as error:  # a raw weight that is finite can still give one in use that is not
-            raise UserError(f"layer {use.name}: {error}") from None
-        row = replace(row, lower=float(lower), upper=float(upper), certificate=info)
+    except _NotMeasured as error:
+        note = "; ".join(filter(None, (use.note, f"not measured: {error}")))
+        return replace(row, note=note, seconds=time.perf_counter() - began)
+    try:
+        lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)  # type: ignore[misc]
+    except ValueError as error:  # a raw weight that is finite can still give one in use that is not
+        raise UserError(f"layer {use.name}: {error}") from None
+    row = replace(row, lower=float(lower), upper=float(upper), certificate=info)
+    layer = layer_operator(op)
+    if layer is not None and layer.weight.ndim > 2:
+        row = replace(row, reshaped=_matrix_norm(kind.reshaped(layer.weight)))
+    if not info.certified:
+        note = "a map of its own, known by its products alone: not certified"
+        row = replace(row, note="; ".join(filter(None, (use.note, note))))
     return replace(row, seconds=time.perf_counter() - began)
+
+
+def _own_map(module: nn.Module) -> str | None:
+    """Why a layer is not the map of its class; None if it is."""
+    kind = kind_of(module)
+    return None if kind is None else kind.why_not_exact(module)
 
 
 def _matrix_norm(matrix: Tensor) -> float:

@@ -32,14 +32,17 @@ _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 BATCH_STATISTICS = "without running statistics it divides by the deviation of its own input"
 
 
-def why_not_its_class(module: nn.Module, *, hooks: bool = True, statistics: bool = True) -> str | None:
+def why_not_its_class(
+    module: nn.Module, *, hooks: bool = True, statistics: bool = True, known: type[nn.Module] | None = None
+) -> str | None:
     """Why a module is not exactly the map of its class in torch.nn, with its weights in use; None if it is.
 
     Args:
         module: also parametrized, and of a subclass that overrides nothing but its construction and its repr.
         hooks: count forward hooks, own and global ones. statistics: count a normalisation by its input's statistics.
+        known: the class whose map it should be; None: the nearest one of torch.nn.
     """
-    reason = _own_code(module)
+    reason = _own_code(module, known)
     if reason is None and hooks:
         reason = _hook(module)
     if reason is None and statistics and _uses_input_statistics(module):
@@ -47,14 +50,26 @@ def why_not_its_class(module: nn.Module, *, hooks: bool = True, statistics: bool
     return reason
 
 
+def leaves_values_alone(hook: Any) -> bool:
+    """Whether a forward hook is known to change neither input nor output, and of the weights only those in use."""
+    own = (getattr(hook, "__module__", None) or "").partition(".")[0] == "sn_fast"
+    return own or isinstance(hook, _WEIGHT_HOOKS)
+
+
+def computes_weight(hook: Any) -> bool:
+    """Whether a forward pre-hook is one of torch.nn.utils that sets the weight: weight_norm, spectral_norm, pruning."""
+    return isinstance(hook, _WEIGHT_HOOKS)
+
+
 def is_parametrized_class(cls: type) -> bool:
     """Whether torch.nn.utils.parametrize made this class: it only adds properties for the weights in use."""
     return cls.__module__ == "torch.nn.utils.parametrize" and cls.__name__.startswith("Parametrized")
 
 
-def _own_code(module: nn.Module) -> str | None:
+def _own_code(module: nn.Module, known: type[nn.Module] | None) -> str | None:
     cls = type(module)
-    known = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules.")), nn.Module)
+    if known is None:
+        known = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules.")), nn.Module)
     if known is nn.Module:
         return f"{cls.__name__} is no class of torch.nn"
     for name, owner in _methods(known):
@@ -63,7 +78,7 @@ def _own_code(module: nn.Module) -> str | None:
             return f"its attribute {name!r} replaces the method of {known.__name__}"
         if inspect.getattr_static(cls, name) is not standard:
             return f"{cls.__name__} overrides {name!r} of {known.__name__}"
-        if _is_patched(standard, owner):
+        if owner.__module__.startswith("torch.") and _is_patched(standard, owner):
             return f"{owner.__name__}.{name} was replaced by other code"
     if inspect.getattr_static(cls, "__getattribute__") is not object.__getattribute__:
         return f"{cls.__name__} overrides '__getattribute__'"
@@ -98,8 +113,7 @@ def _hook(module: nn.Module) -> str | None:
     ]
     for kind, pool in pools:
         for hook in pool.values():
-            own = (getattr(hook, "__module__", None) or "").partition(".")[0] == "sn_fast"
-            if not (own or isinstance(hook, _WEIGHT_HOOKS)):
+            if not leaves_values_alone(hook):
                 return f"{kind} may change its input or output"
     return None
 

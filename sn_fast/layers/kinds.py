@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .operators import LinearOperator, apply, probe, visible
-from .weighted import ConvOperator, MatrixOperator, conv_pads, layer_operator, per_axis
+from .exact import why_not_its_class
+from .operators import LinearOperator
+from .weighted import ConvOperator, MatrixOperator, conv_pads, per_axis
 
 _NOMINAL_OUTPUTS = 12
 
@@ -35,7 +36,8 @@ class LayerKind:
         input_shape: (module, input_size) -> shape of one input of floating point; None for indices.
         whole_window_size, nominal_size: see the functions of these names; None where the map at one input size says
             nothing about others.
-        weight: name of the parameter.
+        table_size: (module) -> number of indices, for a kind whose input is indices.
+        why_not: (module) -> why its settings do not make the map of ``make``; None if they do.
         of_user: registered by ``register_layer``.
     """
 
@@ -48,7 +50,8 @@ class LayerKind:
     input_shape: Callable[[nn.Module, Size], Size] | None = None
     whole_window_size: Callable[[nn.Module], tuple[int | None, ...]] | None = None
     nominal_size: Callable[[nn.Module], Size] | None = None
-    weight: str = "weight"
+    table_size: Callable[[nn.Module], int] | None = None
+    why_not: Callable[[nn.Module], str | None] | None = None
     of_user: bool = False
 
     def operator(self, module: nn.Module, weight: Tensor, input_size: int | Sequence[int] | None) -> LinearOperator:
@@ -63,6 +66,15 @@ class LayerKind:
                 "it must return a LinearOperator"
             )
         return op
+
+    def why_not_exact(self, module: nn.Module) -> str | None:
+        """Why a module is not exactly the map of its kind, with its weight in use; None if it is.
+
+        Its class, attributes, or hooks may change what it computes.
+        """
+        known = next(c for c in type(module).__mro__ if c in self.classes)
+        reason = why_not_its_class(module, known=known)
+        return self.why_not(module) if reason is None and self.why_not is not None else reason
 
     def reshaped(self, weight: Tensor) -> Tensor:
         """The weight as a matrix, rows first, as torch.nn.utils.parametrizations.spectral_norm takes it."""
@@ -186,37 +198,10 @@ def register_layer(
         bool(default),
         rows,
         input_shape,
-        None,
-        nominal_size,
+        nominal_size=nominal_size,
         of_user=True,
     )
     return cls
-
-
-def why_not_divisible(module: nn.Module, weight: Tensor, input_size: Size | None) -> str | None:
-    """Why dividing this parameter does not divide the layer's map in proportion; None if it does.
-
-    Of a kind that was registered by a user the operator of W, of 2 W and of a random weight is looked at.
-    """
-    kind = kind_of(module)
-    if kind is None or not kind.of_user:
-        return None
-    name = type(module).__name__
-    w = weight.detach()
-    other = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
-    one, two, third = (kind.operator(module, t, input_size) for t in (w, 2 * w, other))
-    x = probe(2, one.in_shape, torch.promote_types(one.dtype, torch.float32), torch.device(one.device), seed=4)
-    image, double = apply(one, x), apply(two, x)
-    if bool((double - 2 * image).abs().max() > visible(one.dtype, x.device) * double.abs().max()):
-        return f"the operator registered for {name} is not proportional to the weight: of 2 W it is not twice that of W"
-    for op, t in ((one, w), (two, 2 * w), (third, other)):
-        layer = layer_operator(op)
-        if layer is None or len(layer.geometry.axes) != kind.axes:
-            return f"the operator registered for {name} is not a ConvOperator or MatrixOperator of the weight"
-        same = [u for u in (layer.weight, layer.weight.T if not kind.axes else layer.weight) if u.shape == t.shape]
-        if not any(torch.equal(u, t) for u in same):
-            return f"the operator registered for {name} has another weight than the parameter itself"
-    return None
 
 
 def unregister_layer(cls: type[nn.Module]) -> None:
@@ -265,7 +250,12 @@ def _table(module: Any, weight: Tensor, _: Size | None) -> LinearOperator:
     return MatrixOperator(weight.T)
 
 
-_add(LayerKind("matrix", (nn.Embedding,), _table))
+def _rows(module: Any) -> int:
+    rows: int = module.num_embeddings
+    return rows
+
+
+_add(LayerKind("matrix", (nn.Embedding,), _table, table_size=_rows))
 # Of a bag: the map from the counts of indices (mode "sum"), or from their shares ("mean").
 _add(LayerKind("matrix", (nn.EmbeddingBag,), _table))
 
@@ -321,6 +311,16 @@ def _conv_nominal_size(module: Any) -> Size:
     return tuple(sizes)
 
 
+def _why_not_padded(module: Any) -> str | None:
+    """A padding other than zeros is read from an attribute that the constructor derives from ``padding``."""
+    if module.padding_mode == "zeros":
+        return None
+    pads = conv_pads(module.padding, module.kernel_size, module.stride, module.dilation, module.transposed)
+    if list(module._reversed_padding_repeated_twice) == [p for pair in reversed(pads) for p in pair]:
+        return None
+    return "its padding was changed after it was made"
+
+
 _CONVOLUTION = LayerKind(
     "conv",
     (),
@@ -329,6 +329,7 @@ _CONVOLUTION = LayerKind(
     input_shape=_conv_input_shape,
     whole_window_size=_conv_whole_window_size,
     nominal_size=_conv_nominal_size,
+    why_not=_why_not_padded,
 )
 # As torch does it, the rows of a reshaped kernel are output channels.
 _TRANSPOSED = replace(_CONVOLUTION, name="transposed conv", matrix_dim=1)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..reference.geometry import Geometry
-from .kinds import conv_operator, kind_of, nominal_size, whole_window_size
-from .operators import LinearOperator
+from .exact import computes_weight
+from .kinds import LayerKind, conv_operator, kind_of, nominal_size, whole_window_size
+from .operators import LinearOperator, apply, probe, visible
+from .traced import NotLinear, table_operator, traced_operator
+from .undisturbed import undisturbed
 from .weighted import (
     ConvOperator,
     LayerOperator,
@@ -45,27 +49,155 @@ __all__ = [
 def operator_of(
     module: nn.Module, input_size: int | Sequence[int] | None = None, *, raw: bool = False
 ) -> LinearOperator:
-    """The operator of a layer: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, or anything with a 2-D weight.
+    """The operator of a layer: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding(Bag), and registered classes.
+
+    It is that of the map that runs. A layer whose own forward, attributes or hooks change its class's map (weight
+    standardisation, low-rank adapters, masks, a scaled output) is run, and its input followed: where one convolution or
+    matrix is all that it goes through, the operator has the weight in use there; otherwise it is known by its products
+    (docs/layers.md). A module of another class with a 2-D weight is measured in the same way.
 
     Args:
-        module: the layer. An Embedding maps a one-hot vector to its row.
+        module: the layer. An Embedding maps a one-hot vector to its row, an EmbeddingBag the counts of indices (their
+            shares, with mode "mean") to the sum.
         input_size: spatial size of a convolution's input. May be left out where spectral normalisation knows it.
-        raw: of the raw weight below the parametrizations; else of the weight in use.
+        raw: of the raw weight below the parametrizations; else of the weight in use, which is that of the next forward.
 
     Raises:
-        ValueError: the input size of a convolution is not known. TypeError: the module has no such weight.
+        ValueError: the input size of a convolution is not known, or the layer's map is not linear, or not known to be.
+        TypeError: the module has no such weight.
     """
-    weight = raw_weight(module) if raw else getattr(module, "weight", None)
+    weight = raw_weight(module) if raw else weight_in_use(module)
+    name = type(module).__name__
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{type(module).__name__} has no weight tensor; give a Linear, convolution or Embedding layer")
+        raise TypeError(f"{name} has no weight tensor; give a Linear, convolution or Embedding layer")
+    kind = kind_of(module)
+    geometry = _known_geometry(module) if input_size is None else None
+    reason = f"{name} is no class that sn_fast knows" if kind is None else kind.why_not_exact(module)
+    if reason is None and kind is not None:
+        return LayerOperator(weight, geometry) if geometry is not None else kind.operator(module, weight, input_size)
+    if kind is None and (weight.ndim != 2 or type(module).forward is nn.Module.forward):
+        return MatrixOperator(weight)
+    size = input_size if geometry is None else geometry.input_size
+    try:
+        op = _measured(module, kind, weight, size)
+    except NotLinear as error:
+        raise ValueError(
+            f"this {name} has a map of its own ({reason}) that cannot be measured: {error}; "
+            "register_layer tells its operator, MatrixOperator(module.weight) is that of a matrix alone"
+        ) from error
+    if raw and kind is not None:
+        if not is_of_weight(op, kind.operator(module, weight_in_use(module), size)):
+            raise ValueError(f"raw=True: this {name} has a map of its own ({reason}), which is not that of its weight")
+        return kind.operator(module, weight, size)
+    return op
+
+
+def _measured(
+    module: nn.Module, kind: LayerKind | None, weight: Tensor, size: int | Sequence[int] | None
+) -> LinearOperator:
+    """The operator of a layer with a forward of its own."""
+    if weight.is_meta:
+        raise NotLinear("its weight is on the meta device")
+    if kind is None:
+        return traced_operator(module, (weight.shape[1],), weight.dtype, weight.device)
+    if kind.table_size is not None:
+        return table_operator(module, kind.table_size(module), weight.device)
+    if kind.axes and size is None:
+        kind.operator(module, weight, None)  # raises
+    if kind.input_shape is None:
+        shape = tuple(kind.operator(module, weight, size).in_shape)
+    else:
+        shape = kind.input_shape(module, per_axis("input_size", size, kind.axes, 1) if size is not None else ())
+    return traced_operator(module, shape, weight.dtype, weight.device)
+
+
+def why_not_divisible(module: nn.Module, weight: Tensor, input_size: Sequence[int] | None) -> str | None:
+    """Why dividing this parameter does not divide the layer's map in proportion; None if it does.
+
+    Where the map is not simply that of the layer's kind, it is looked at with W, with 2 W and with a random weight.
+    """
     kind = kind_of(module)
     if kind is None:
-        return MatrixOperator(weight)
-    if kind.axes and input_size is None:
-        known = _known_geometry(module)
-        if known is not None:
-            return LayerOperator(weight, known)
-    return kind.operator(module, weight, input_size)
+        return None
+    own = kind.why_not_exact(module)
+    if own is None and not kind.of_user:
+        return None
+    w = weight.detach()
+    random = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
+    try:
+        maps = [(t, _with_weight(module, kind, t, input_size, own is not None)) for t in (w, 2 * w, random)]
+    except ValueError as error:
+        return f"{own}: {error}" if own else str(error)
+    own = own or f"the operator registered for {type(module).__name__}"
+    (_, one), (_, two), _ = maps
+    if _is_twice(one, two) is False:
+        return f"{own}: its map is not proportional to the weight, that of 2 W is not twice that of W"
+    for t, op in maps:
+        layer = layer_operator(op)
+        if layer is None or len(layer.geometry.axes) != kind.axes:
+            return f"{own}: its map is not one convolution or matrix of the weight"
+        same = [u for u in (layer.weight, layer.weight.T if not kind.axes else layer.weight) if u.shape == t.shape]
+        if not any(torch.equal(u, t) for u in same):
+            return f"{own}: its map has another weight than the parameter itself"
+        if not kind.of_user and not kind.table_size and layer.geometry != _declared(module, kind, t, input_size):
+            return f"{own}: its map is another convolution than that of its class"
+    return None
+
+
+def _declared(module: nn.Module, kind: LayerKind, weight: Tensor, size: Sequence[int] | None) -> Geometry | None:
+    layer = layer_operator(kind.operator(module, weight, size))
+    return None if layer is None else layer.geometry
+
+
+def _with_weight(
+    module: nn.Module, kind: LayerKind, weight: Tensor, size: Sequence[int] | None, by_running: bool
+) -> LinearOperator:
+    """The layer's operator with another weight."""
+    if not by_running:
+        return kind.operator(module, weight, size)
+    with undisturbed(module):
+        own = module._parameters["weight"]
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=own is not None and own.requires_grad)
+        return _measured(module, kind, weight, size)
+
+
+def _is_twice(one: LinearOperator, two: LinearOperator) -> bool:
+    if tuple(one.in_shape) != tuple(two.in_shape) or tuple(one.out_shape) != tuple(two.out_shape):
+        return False
+    device = torch.device(one.device)
+    x = probe(2, tuple(one.in_shape), torch.promote_types(one.dtype, torch.float32), device, seed=4)
+    with torch.no_grad():
+        image, double = apply(one, x), apply(two, x)
+    return bool((double - 2 * image).abs().max() <= visible(one.dtype, device) * double.abs().max())
+
+
+def is_of_weight(op: LinearOperator, declared: LinearOperator) -> bool:
+    """Whether a map that was measured is the one that was declared: same geometry, same weight."""
+    found, wanted = layer_operator(op), layer_operator(declared)
+    if found is None or wanted is None or found.geometry != wanted.geometry:
+        return False
+    return found.weight.shape == wanted.weight.shape and torch.equal(found.weight, wanted.weight)
+
+
+def weight_in_use(module: nn.Module, name: str = "weight") -> Any:
+    """The weight of the next forward: forward pre-hooks of torch.nn.utils that compute one are run first."""
+    hooks = [h for h in module._forward_pre_hooks.values() if computes_weight(h)]
+    if not hooks:
+        return getattr(module, name, None)
+    before = dict(vars(module))
+    buffers = {key: b.clone() for key, b in module._buffers.items() if b is not None}
+    try:
+        for hook in hooks:
+            hook(module, ())
+        return getattr(module, name, None)
+    finally:
+        vars(module).clear()
+        vars(module).update(before)
+        with torch.no_grad():
+            for key, value in buffers.items():
+                held = module._buffers[key]
+                if held is not None and not torch.equal(held, value):
+                    held.copy_(value)
 
 
 def raw_weight(module: nn.Module, name: str = "weight") -> Tensor | None:

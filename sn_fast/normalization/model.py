@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size, why_not_divisible
-from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis
+from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size
+from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from .group import Group, advance
@@ -67,6 +68,8 @@ def spectral_norm(
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the module cannot be normalised; the message says why.
+            A layer whose own forward or hooks make another map of the weight (weight standardisation, an adapter beside
+            it, a scaled output) cannot.
     """
     options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
     _register(module, name, Group(), input_size, options)
@@ -101,7 +104,8 @@ def apply_spectral_norm(
         mode, n_power_iterations, operator, gradient, reduce, precision, bound: see ``spectral_norm``.
 
     Raises:
-        ValueError: no layer is left to normalise, or a pattern matches none, or none matches a layer.
+        ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
+            is not proportional to their weight (``spectral_norm``), by name.
     """
     if not isinstance(example_input, (Tensor, tuple)):
         raise TypeError(f"example_input is a {type(example_input).__name__}; give a tensor, or a tuple of arguments")
@@ -117,6 +121,8 @@ def apply_spectral_norm(
     betas = _betas(beta, layers)
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
+    if operator == "conv":
+        _check_layers({n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()})
     group = Group()
     done: list[nn.Module] = []
     try:
@@ -215,7 +221,11 @@ def _register(
     if every_size:
         options = replace(options, bound=True)
     if options.operator == "conv" and kind is not None:
-        _check_divisible(module, weight, size)
+        reason = _why_not_divisible(module, size)
+        if reason is not None:
+            raise ValueError(
+                f"{type(module).__name__} cannot be normalised by its weight: {reason}; it can be measured"
+            )
     if size is not None:
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
     known = kind_of(module)
@@ -238,20 +248,33 @@ def _register(
     return parametrization
 
 
-def _check_divisible(module: nn.Module, weight: Tensor, size: tuple[int, ...] | None) -> None:
-    """Raise where dividing the parameter does not divide the layer's map."""
-    reason = None
+def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]) -> None:
+    """Raise where dividing the weights does not divide the layers' maps, naming all such layers."""
+    reasons = {name: _why_not_divisible(module, size) for name, (module, size) in layers.items()}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    if refused:
+        names = ", ".join(map(repr, refused))
+        pattern = "^({})$".format("|".join(map(re.escape, refused)))
+        many = len(refused) > 1
+        raise ValueError(
+            f"layer{'s' * many} {names} cannot be normalised by {'their weights' if many else 'its weight'}: "
+            f"{next(iter(refused.values()))}{' (the first; the others are alike)' * many}. "
+            f"They can be measured. Leave them alone with exclude={pattern!r}"
+        )
+
+
+def _why_not_divisible(module: nn.Module, size: Sequence[int] | None) -> str | None:
+    weight = raw_weight(module)
+    if kind_of(module) is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
+        return None
     axes = spatial_axes(module)
     sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
+    reason = None
     for trial in sizes:
-        try:
-            reason = why_not_divisible(module, weight, trial)
+        reason = why_not_divisible(module, weight, trial)
+        if reason is None:
             break
-        except (ValueError, RuntimeError):
-            if trial == sizes[-1]:
-                raise
-    if reason is not None:
-        raise ValueError(f"{type(module).__name__} cannot be normalised by its weight: {reason}; it can be measured")
+    return reason
 
 
 def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.kinds import kind_of
-from ..layers.linear import checked_weight
-from ..layers.weighted import LayerOperator, MatrixOperator, as_int, layer_operator
+from ..layers.linear import checked_weight, why_not_divisible
+from ..layers.weighted import LayerOperator, MatrixOperator, as_int, layer_operator, per_axis
 from ..reference.geometry import Axis
 from .bound import operator_norm_bound
 from .definite import below
@@ -109,6 +109,9 @@ def _positive(name: str, value: float) -> float:
 
 
 def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ...] | None) -> LayerOperator:
+    reason = _why_not(module, weight, input_size)
+    if reason is not None:
+        raise ValueError(f"clip_spectrum changes the weight of a layer whose map is that of its weight: {reason}")
     if weight.ndim == 2:
         return MatrixOperator(weight.detach())  # also of an Embedding: its transpose has the same singular values
     mode = getattr(module, "padding_mode", "zeros")
@@ -131,6 +134,16 @@ def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ..
     if op is None or op.weight.shape != weight.shape:
         raise ValueError(f"clip_spectrum: the operator of {type(module).__name__} is not that of its weight")
     return op
+
+
+def _why_not(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ...] | None) -> str | None:
+    kind = kind_of(module)
+    if kind is None:
+        return None
+    if input_size is None and kind.axes and kind.nominal_size is not None:
+        input_size = kind.nominal_size(module)
+    size = None if input_size is None or not kind.axes else per_axis("input_size", input_size, kind.axes, minimum=1)
+    return why_not_divisible(module, weight, size)
 
 
 def _bound(op: LayerOperator) -> float:

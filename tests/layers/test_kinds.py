@@ -163,8 +163,8 @@ def test_without_an_input_size() -> None:
     [
         ("standardised", "not proportional to the weight"),
         ("quantised", "not proportional to the weight|another weight"),
-        ("gain", "another weight than the parameter itself|not a ConvOperator"),
-        ("product", "not a ConvOperator or MatrixOperator"),
+        ("gain", "not one convolution or matrix of the weight"),
+        ("product", "not one convolution or matrix of the weight"),
     ],
 )
 @pytest.mark.parametrize("sized", [True, False])
@@ -175,7 +175,7 @@ def test_others_are_refused_with_the_reason(name: str, reason: str, sized: bool)
     before = layer.weight.clone()
     with pytest.raises(ValueError, match=f"cannot be normalised by its weight: .*({reason}).*can be measured"):
         spectral_norm(layer, input_size=shape[1:] if sized and shape[1:] else None)
-    with pytest.raises(ValueError, match=f"layer '0': .*({reason})"):
+    with pytest.raises(ValueError, match=f"layer '0' cannot be normalised.*({reason}).*exclude="):
         apply_spectral_norm(nn.Sequential(layer), torch.randn(1, *shape), include=type(layer))
     assert torch.equal(layer.weight, before)
     assert not hasattr(layer, "parametrizations")
