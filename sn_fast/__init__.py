@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .info import info
-from .layers import ConvOperator, LinearOperator, MatrixOperator, operator_of
+from .layers import ConvOperator, LinearOperator, MatrixOperator, operator_of, register_layer
 from .lipschitz import LipschitzReport, lipschitz_bound
 from .normalization import (
     apply_spectral_norm,
@@ -42,6 +42,7 @@ __all__ = [
     "operator_norm_bound",
     "operator_norm_interval",
     "operator_of",
+    "register_layer",
     "remove_spectral_norm",
     "sigmas",
     "singular_values",

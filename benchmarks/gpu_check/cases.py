@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sn_fast
+from sn_fast.layers import LayerOperator
 from sn_fast.norms.estimate import start_vectors
 from sn_fast.ops import normalize as _normalize_ops  # noqa: F401 - registers the operators
 from sn_fast.ops import updates as updates_ops
@@ -65,7 +66,7 @@ def kernel_names() -> set[str]:
 # -- spectral ---------------------------------------------------------------------------------------------------------
 
 
-def _operators(device: str, dtype: torch.dtype, small: bool) -> dict[str, sn_fast.LinearOperator]:
+def _operators(device: str, dtype: torch.dtype, small: bool) -> dict[str, LayerOperator]:
     """Of every kind of tile (dot, axpy, direct, both GEMMs), sums whole and split, groups, every sort of geometry."""
 
     def weight(*shape: int) -> Tensor:
@@ -127,7 +128,7 @@ def _normalizations(device: str, small: bool) -> Iterator[Case]:
         yield Case(f"normalize, {_short(dtype)}", forward, args, TOLERANCE[dtype], opcheck=dtype == torch.float32)
         backward = torch.ops.sn_fast.normalize_backward.default
         for name, o in operators.items():
-            u, v = start_vectors(sn_fast.LinearOperator(o.weight.float(), o.geometry), 2)
+            u, v = start_vectors(LayerOperator(o.weight.float(), o.geometry), 2)
             group = torch.ones((), dtype=torch.int64, device=device) if o.geometry.groups > 1 else None
             sigma, code = torch.rand((), device=device) + 1.5, o.geometry.encode()
             args = (torch.randn_like(o.weight), o.weight, sigma, u, v, group, code, 0.7, True)

@@ -17,18 +17,13 @@ from torch.nn.utils import parametrize
 
 from ..errors import UserError, first_line
 from ..layers.describe import times, window
-from ..layers.linear import (
-    CONVOLUTIONS,
-    TRANSPOSED_CONVOLUTIONS,
-    LinearOperator,
-    operator_of,
-    raw_weight,
-)
+from ..layers.kinds import classes_of, kind_of, spatial_axes
+from ..layers.linear import operator_of, raw_weight
 from ..layers.observe import evaluating, observed_input_sizes
+from ..layers.operators import LinearOperator
+from ..layers.weighted import layer_operator
 from ..norms import BoundInfo, operator_norm_interval
 from ..running import progress_bar
-
-LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 
 
 @dataclass(frozen=True)
@@ -102,6 +97,10 @@ class Inspection:
         return sum(math.log10(bound) if bound else -math.inf for bound in bounds.values())
 
 
+class _NotMeasured(Exception):
+    """A layer has a map of its own that is not linear, or cannot be followed; the message says why."""
+
+
 @dataclass
 class _Use:
     name: str
@@ -151,7 +150,7 @@ def inspect_model(
 
 def _chosen(model: nn.Module, include: str | None, exclude: str | None) -> dict[str, nn.Module]:
     wanted, unwanted = _pattern("include", include), _pattern("exclude", exclude)
-    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, classes_of())}
     if not layers:
         raise UserError("argument MODEL: the model has no Linear, Embedding or convolution layer")
     chosen = {
@@ -202,22 +201,26 @@ def _taken(layers: Mapping[str, nn.Module]) -> str:
         return f", e.g. --input-size 16 for 16 indices: layer {name} is an embedding"
     if isinstance(first, nn.Linear):
         return f", e.g. --input-size {first.in_features}: layer {name} takes {first.in_features} features"
-    channels, n = first.in_channels, len(first.kernel_size)  # type: ignore[arg-type]
-    return f", e.g. --input-size {times((channels, *(32,) * n))}: layer {name} takes {channels} channels"  # type: ignore[arg-type]
+    n = spatial_axes(first)
+    channels = getattr(first, "in_channels", None)
+    if not n or not isinstance(channels, int):
+        return ""
+    return f", e.g. --input-size {times((channels, *(32,) * n))}: layer {name} takes {channels} channels"
 
 
 def _uses(layers: Mapping[str, nn.Module], sizes: Mapping[str, list[tuple[int, ...]]]) -> list[_Use]:
     """What to measure: every layer at each of its sizes, tied weights once."""
     uses: dict[Any, _Use] = {}
     for name, module in layers.items():
-        if name not in sizes and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        if name not in sizes and spatial_axes(module):
             uses[name] = _Use(name, module, None, "not used")
             continue
         for size in dict.fromkeys(sizes.get(name, [()])):
             key: Any = (name, size)
-            # The weight in use of a parametrized layer is its own, even if the raw one is tied.
-            if not parametrize.is_parametrized(module, "weight"):
-                key = (id(module.weight), _operator(name, module, size).geometry)
+            # The weight in use of a parametrized layer, or of one with a map of its own, is its own.
+            if not parametrize.is_parametrized(module, "weight") and _own_map(module) is None:
+                layer = layer_operator(_operator(name, module, size))
+                key = key if layer is None else (id(module.weight), layer.geometry)
             note = "" if name in sizes else "its forward is not called"
             use = uses.setdefault(key, _Use(name, module, size or None, note))
             if use.name != name:
@@ -239,32 +242,46 @@ def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LinearOper
     try:
         return operator_of(module, size or None)
     except (ValueError, TypeError) as error:
+        if _own_map(module) is not None:
+            raise _NotMeasured(str(error.__cause__ or error)) from None
         raise UserError(f"layer {name}: {error}") from None
 
 
 def _measured(use: _Use, tol: float) -> LayerNorm:
     began = time.perf_counter()
-    convolution = isinstance(use.module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
-    kind = parametrize.type_before_parametrizations(use.module).__name__
+    kind = kind_of(use.module)
+    assert kind is not None
+    cls = parametrize.type_before_parametrizations(use.module).__name__
     weight = use.module.weight
     assert isinstance(weight, Tensor)
-    shape = window(use.module) if convolution else times(weight.shape)
-    row = LayerNorm(use.name, kind, shape, use.input_size, note=use.note, tied=tuple(use.tied))
-    if convolution:
-        row = replace(row, reshaped=_matrix_norm(_reshaped(use.module, weight)))
-    if use.input_size is not None or not convolution:
+    shape = window(use.module) or times(weight.shape)
+    row = LayerNorm(use.name, cls, shape, use.input_size, note=use.note, tied=tuple(use.tied))
+    if use.input_size is None and kind.axes:
+        row = replace(row, reshaped=_matrix_norm(kind.reshaped(weight)))
+        return replace(row, seconds=time.perf_counter() - began)
+    try:
         op = _operator(use.name, use.module, use.input_size or ())
-        try:
-            lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)  # type: ignore[misc]
-        except ValueError as error:  # a raw weight that is finite can still give one in use that is not
-            raise UserError(f"layer {use.name}: {error}") from None
-        row = replace(row, lower=float(lower), upper=float(upper), certificate=info)
+    except _NotMeasured as error:
+        note = "; ".join(filter(None, (use.note, f"not measured: {error}")))
+        return replace(row, note=note, seconds=time.perf_counter() - began)
+    try:
+        lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)  # type: ignore[misc]
+    except ValueError as error:  # a raw weight that is finite can still give one in use that is not
+        raise UserError(f"layer {use.name}: {error}") from None
+    row = replace(row, lower=float(lower), upper=float(upper), certificate=info)
+    layer = layer_operator(op)
+    if layer is not None and layer.weight.ndim > 2:
+        row = replace(row, reshaped=_matrix_norm(kind.reshaped(layer.weight)))
+    if not info.certified:
+        note = "a map of its own, known by its products alone: not certified"
+        row = replace(row, note="; ".join(filter(None, (use.note, note))))
     return replace(row, seconds=time.perf_counter() - began)
 
 
-def _reshaped(module: nn.Module, weight: Tensor) -> Tensor:
-    """The kernel as torch.nn.utils.parametrizations.spectral_norm takes it: output channels first."""
-    return weight.movedim(1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0, 0).flatten(1)
+def _own_map(module: nn.Module) -> str | None:
+    """Why a layer is not the map of its class; None if it is."""
+    kind = kind_of(module)
+    return None if kind is None else kind.why_not_exact(module)
 
 
 def _matrix_norm(matrix: Tensor) -> float:
@@ -279,8 +296,8 @@ def _matrix_norm(matrix: Tensor) -> float:
 
 def _unmeasured(model: nn.Module) -> tuple[str, ...]:
     """Weights of two dimensions or more, not counting those of size 1, that belong to no layer of a known class."""
-    known = {id(raw_weight(m)) for m in model.modules() if isinstance(m, LAYERS)}
-    known |= {id(p) for m in model.modules() if isinstance(m, LAYERS) for p in m.parameters()}
+    known = {id(raw_weight(m)) for m in model.modules() if isinstance(m, classes_of())}
+    known |= {id(p) for m in model.modules() if isinstance(m, classes_of()) for p in m.parameters()}
     return tuple(
         name for name, p in model.named_parameters() if sum(n > 1 for n in p.shape) >= 2 and id(p) not in known
     )

@@ -1,5 +1,8 @@
 """The linear maps of layers."""
 
-from .linear import ConvOperator, LinearOperator, MatrixOperator, operator_of
+from .kinds import register_layer
+from .linear import operator_of
+from .operators import LinearOperator
+from .weighted import ConvOperator, LayerOperator, MatrixOperator
 
-__all__ = ["ConvOperator", "LinearOperator", "MatrixOperator", "operator_of"]
+__all__ = ["ConvOperator", "LayerOperator", "LinearOperator", "MatrixOperator", "operator_of", "register_layer"]

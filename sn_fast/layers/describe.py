@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import nn
-
-from .linear import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from typing import Any
 
 
 def times(sizes: Sequence[int]) -> str:
@@ -14,9 +11,13 @@ def times(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
 
 
-def window(module: nn.Module) -> str:
-    """Kernel of a convolution, and what is not 1 of stride, dilation and groups: e.g. ``"3x3 s2 g32"``."""
-    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+def window(module: Any) -> str:
+    """Kernel of a convolution, and what is not 1 of stride, dilation and groups: e.g. ``"3x3 s2 g32"``.
+
+    Empty for a layer that is described otherwise.
+    """
+    if not all(hasattr(module, name) for name in ("kernel_size", "stride", "dilation", "groups")):
+        return ""
     parts = [times(module.kernel_size)]
     for letter, values in (("s", module.stride), ("d", module.dilation), ("g", (module.groups,))):
         if any(value != 1 for value in values):

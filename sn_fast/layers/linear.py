@@ -1,195 +1,203 @@
-"""Linear operators of layers: what a layer does to its input, bias aside, with its adjoint."""
+"""The operator of a module, and the weights that modules hold."""
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..reference import linear_map
-from ..reference.geometry import PADDING_MODES, Axis, Geometry
+from ..reference.geometry import Geometry
+from .exact import computes_weight
+from .kinds import LayerKind, conv_operator, kind_of, nominal_size, whole_window_size
+from .operators import LinearOperator, apply, probe, visible
+from .traced import NotLinear, table_operator, traced_operator
+from .undisturbed import undisturbed
+from .weighted import (
+    ConvOperator,
+    LayerOperator,
+    MatrixOperator,
+    as_int,
+    check_weight,
+    in_precision,
+    layer_operator,
+    per_axis,
+)
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-_NOMINAL_OUTPUTS = 12
-
-Padding = int | str | Sequence[int | tuple[int, int]]
-
-
-class LinearOperator:
-    """A linear map between tensor spaces: ``matvec`` and its adjoint ``rmatvec``.
-
-    Attributes:
-        weight: the layer's weight (not copied; gradients flow to it).
-        in_shape, out_shape: shapes of one input and one output, without batch dimensions.
-    """
-
-    weight: Tensor
-    geometry: Geometry
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-
-    def __init__(self, weight: Tensor, geometry: Geometry) -> None:
-        self.weight = weight
-        self.geometry = geometry
-        self.in_shape = geometry.in_shape(weight.shape)
-        self.out_shape = geometry.out_shape(weight.shape)
-
-    def matvec(self, x: Tensor) -> Tensor:
-        """A x for ``x`` of shape (..., *in_shape); returns (..., *out_shape).
-
-        Half precision is computed in float32; the result has the promoted dtype of ``x`` and the weight.
-        """
-        return self._apply(linear_map.matvec, "x", x, self.in_shape, self.out_shape)
-
-    def rmatvec(self, y: Tensor) -> Tensor:
-        """A^T y for ``y`` of shape (..., *out_shape); returns (..., *in_shape)."""
-        return self._apply(linear_map.rmatvec, "y", y, self.out_shape, self.in_shape)
-
-    def to_dense(self) -> Tensor:
-        """The matrix of the operator, (prod(out_shape), prod(in_shape)), in the weight's dtype."""
-        columns = math.prod(self.in_shape)
-        eye = torch.eye(columns, dtype=self.weight.dtype, device=self.weight.device)
-        return self.matvec(eye.reshape(columns, *self.in_shape)).reshape(columns, -1).T
-
-    def reduced(self) -> LinearOperator:
-        """An operator of the same norm in the smallest space: axes whose windows share no input are collapsed."""
-        return LinearOperator(self.weight, self.geometry.reduced())
-
-    def _apply(
-        self,
-        function: Callable[[Tensor, Tensor, Geometry], Tensor],
-        name: str,
-        x: Tensor,
-        domain: tuple[int, ...],
-        codomain: tuple[int, ...],
-    ) -> Tensor:
-        lead = x.shape[: x.ndim - len(domain)]
-        if tuple(x.shape[len(lead) :]) != domain:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, domain))})")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}; give a floating-point tensor")
-        dtype = linear_map.compute_dtype(x, self.weight)
-        batch = x.reshape(-1, *domain).to(dtype)
-        result = function(batch, self.weight.to(dtype), self.geometry)
-        return result.reshape(*lead, *codomain).to(torch.promote_types(x.dtype, self.weight.dtype))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.in_shape} -> {self.out_shape}, {self.weight.dtype})"
-
-
-class ConvOperator(LinearOperator):
-    """The linear map of a 1d, 2d or 3d convolution (or transposed convolution) for one input size, without bias.
-
-    Args:
-        weight: (Cout, Cin / groups, *kernel); transposed (Cin, Cout / groups, *kernel).
-        input_size: spatial size of the layer's input, e.g. ``(32, 32)``.
-        stride, dilation, output_padding: int, or one per axis.
-        padding: int, one int or (before, after) pair per axis, "same" (stride 1) or "valid".
-        groups, padding_mode, transposed: as in PyTorch's layers.
-
-    Raises:
-        ValueError, TypeError: an argument does not describe a convolution; the message names it.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        input_size: int | Sequence[int],
-        *,
-        stride: int | Sequence[int] = 1,
-        padding: Padding = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        padding_mode: str = "zeros",
-        transposed: bool = False,
-        output_padding: int | Sequence[int] = 0,
-    ) -> None:
-        check_weight(weight, dims=(3, 4, 5))
-        n = weight.ndim - 2
-        sizes = per_axis("input_size", input_size, n, minimum=1)
-        strides = per_axis("stride", stride, n, minimum=1)
-        dilations = per_axis("dilation", dilation, n, minimum=1)
-        extra = per_axis("output_padding", output_padding, n, minimum=0)
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode={padding_mode!r} is unknown; choose one of {', '.join(PADDING_MODES)}")
-        groups = as_int("groups", groups, minimum=1)
-        if weight.shape[0] % groups:
-            raise ValueError(f"groups={groups} does not divide the weight's first dimension {weight.shape[0]}")
-        if transposed and padding_mode != "zeros":
-            raise ValueError(f"padding_mode={padding_mode!r} does not exist for a transposed convolution; use 'zeros'")
-        if any(extra) and not transposed:
-            raise ValueError(f"output_padding={output_padding!r} needs transposed=True")
-        kernel = tuple(weight.shape[2:])
-        pads = _pads(padding, kernel, strides, dilations, transposed)
-        axes = tuple(
-            _transposed_axis(i, sizes[i], kernel[i], strides[i], dilations[i], pads[i], extra[i])
-            if transposed
-            else _axis(i, sizes[i], kernel[i], strides[i], dilations[i], pads[i], padding_mode)
-            for i in range(n)
-        )
-        super().__init__(weight, Geometry(axes, groups, transposed, padding_mode))
-
-
-class MatrixOperator(LinearOperator):
-    """The linear map x -> W x of a matrix ``weight`` of shape (out, in)."""
-
-    def __init__(self, weight: Tensor) -> None:
-        check_weight(weight, dims=(2,))
-        super().__init__(weight, Geometry())
+__all__ = [
+    "ConvOperator",
+    "LayerOperator",
+    "LinearOperator",
+    "MatrixOperator",
+    "as_int",
+    "chain",
+    "check_weight",
+    "checked_weight",
+    "conv_operator",
+    "in_precision",
+    "layer_operator",
+    "nominal_size",
+    "operator_of",
+    "per_axis",
+    "raw_weight",
+    "whole_window_size",
+]
 
 
 def operator_of(
     module: nn.Module, input_size: int | Sequence[int] | None = None, *, raw: bool = False
 ) -> LinearOperator:
-    """The operator of a layer: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, or anything with a 2-D weight.
+    """The operator of a layer: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding(Bag), and registered classes.
+
+    It is that of the map that runs. A layer whose own forward, attributes or hooks change its class's map (weight
+    standardisation, low-rank adapters, masks, a scaled output) is run, and its input followed: where one convolution or
+    matrix is all that it goes through, the operator has the weight in use there; otherwise it is known by its products
+    (docs/layers.md). A module of another class with a 2-D weight is measured in the same way.
 
     Args:
-        module: the layer. An Embedding maps a one-hot vector to its row.
+        module: the layer. An Embedding maps a one-hot vector to its row, an EmbeddingBag the counts of indices (their
+            shares, with mode "mean") to the sum.
         input_size: spatial size of a convolution's input. May be left out where spectral normalisation knows it.
-        raw: of the raw weight below the parametrizations; else of the weight in use.
+        raw: of the raw weight below the parametrizations; else of the weight in use, which is that of the next forward.
 
     Raises:
-        ValueError: the input size of a convolution is not known. TypeError: the module has no such weight.
+        ValueError: the input size of a convolution is not known, or the layer's map is not linear, or not known to be.
+        TypeError: the module has no such weight.
     """
-    weight = raw_weight(module) if raw else getattr(module, "weight", None)
+    weight = raw_weight(module) if raw else weight_in_use(module)
+    name = type(module).__name__
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{type(module).__name__} has no weight tensor; give a Linear, convolution or Embedding layer")
-    if isinstance(module, nn.Embedding):
-        return MatrixOperator(weight.T)
-    if not isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        raise TypeError(f"{name} has no weight tensor; give a Linear, convolution or Embedding layer")
+    kind = kind_of(module)
+    geometry = _known_geometry(module) if input_size is None else None
+    reason = f"{name} is no class that sn_fast knows" if kind is None else kind.why_not_exact(module)
+    if reason is None and kind is not None:
+        return LayerOperator(weight, geometry) if geometry is not None else kind.operator(module, weight, input_size)
+    if kind is None and (weight.ndim != 2 or type(module).forward is nn.Module.forward):
         return MatrixOperator(weight)
-    if input_size is None:
-        known = _known_geometry(module)
-        if known is None:
-            raise ValueError(
-                f"input_size of this {type(module).__name__} is not known: give the spatial size of its input, "
-                "e.g. input_size=(32, 32)"
-            )
-        return LinearOperator(weight, known)
-    return conv_operator(module, weight, input_size)
+    size = input_size if geometry is None else geometry.input_size
+    try:
+        op = _measured(module, kind, weight, size)
+    except NotLinear as error:
+        raise ValueError(
+            f"this {name} has a map of its own ({reason}) that cannot be measured: {error}; "
+            "register_layer tells its operator, MatrixOperator(module.weight) is that of a matrix alone"
+        ) from error
+    if raw and kind is not None:
+        if not is_of_weight(op, kind.operator(module, weight_in_use(module), size)):
+            raise ValueError(f"raw=True: this {name} has a map of its own ({reason}), which is not that of its weight")
+        return kind.operator(module, weight, size)
+    return op
 
 
-def conv_operator(module: nn.Module, weight: Tensor, input_size: int | Sequence[int]) -> ConvOperator:
-    """The operator of a convolution layer with this weight in place of its own."""
-    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
-    return ConvOperator(
-        weight,
-        input_size,
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-        groups=module.groups,
-        padding_mode=module.padding_mode,
-        transposed=module.transposed,
-        output_padding=module.output_padding,
-    )
+def _measured(
+    module: nn.Module, kind: LayerKind | None, weight: Tensor, size: int | Sequence[int] | None
+) -> LinearOperator:
+    """The operator of a layer with a forward of its own."""
+    if weight.is_meta:
+        raise NotLinear("its weight is on the meta device")
+    if kind is None:
+        return traced_operator(module, (weight.shape[1],), weight.dtype, weight.device)
+    if kind.table_size is not None:
+        return table_operator(module, kind.table_size(module), weight.device)
+    if kind.axes and size is None:
+        kind.operator(module, weight, None)  # raises
+    if kind.input_shape is None:
+        shape = tuple(kind.operator(module, weight, size).in_shape)
+    else:
+        shape = kind.input_shape(module, per_axis("input_size", size, kind.axes, 1) if size is not None else ())
+    return traced_operator(module, shape, weight.dtype, weight.device)
+
+
+def why_not_divisible(module: nn.Module, weight: Tensor, input_size: Sequence[int] | None) -> str | None:
+    """Why dividing this parameter does not divide the layer's map in proportion; None if it does.
+
+    Where the map is not simply that of the layer's kind, it is looked at with W, with 2 W and with a random weight.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        return None
+    own = kind.why_not_exact(module)
+    if own is None and not kind.of_user:
+        return None
+    w = weight.detach()
+    random = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
+    try:
+        maps = [(t, _with_weight(module, kind, t, input_size, own is not None)) for t in (w, 2 * w, random)]
+    except ValueError as error:
+        return f"{own}: {error}" if own else str(error)
+    own = own or f"the operator registered for {type(module).__name__}"
+    (_, one), (_, two), _ = maps
+    if _is_twice(one, two) is False:
+        return f"{own}: its map is not proportional to the weight, that of 2 W is not twice that of W"
+    for t, op in maps:
+        layer = layer_operator(op)
+        if layer is None or len(layer.geometry.axes) != kind.axes:
+            return f"{own}: its map is not one convolution or matrix of the weight"
+        same = [u for u in (layer.weight, layer.weight.T if not kind.axes else layer.weight) if u.shape == t.shape]
+        if not any(torch.equal(u, t) for u in same):
+            return f"{own}: its map has another weight than the parameter itself"
+        if not kind.of_user and not kind.table_size and layer.geometry != _declared(module, kind, t, input_size):
+            return f"{own}: its map is another convolution than that of its class"
+    return None
+
+
+def _declared(module: nn.Module, kind: LayerKind, weight: Tensor, size: Sequence[int] | None) -> Geometry | None:
+    layer = layer_operator(kind.operator(module, weight, size))
+    return None if layer is None else layer.geometry
+
+
+def _with_weight(
+    module: nn.Module, kind: LayerKind, weight: Tensor, size: Sequence[int] | None, by_running: bool
+) -> LinearOperator:
+    """The layer's operator with another weight."""
+    if not by_running:
+        return kind.operator(module, weight, size)
+    with undisturbed(module):
+        own = module._parameters["weight"]
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=own is not None and own.requires_grad)
+        return _measured(module, kind, weight, size)
+
+
+def _is_twice(one: LinearOperator, two: LinearOperator) -> bool:
+    if tuple(one.in_shape) != tuple(two.in_shape) or tuple(one.out_shape) != tuple(two.out_shape):
+        return False
+    device = torch.device(one.device)
+    x = probe(2, tuple(one.in_shape), torch.promote_types(one.dtype, torch.float32), device, seed=4)
+    with torch.no_grad():
+        image, double = apply(one, x), apply(two, x)
+    return bool((double - 2 * image).abs().max() <= visible(one.dtype, device) * double.abs().max())
+
+
+def is_of_weight(op: LinearOperator, declared: LinearOperator) -> bool:
+    """Whether a map that was measured is the one that was declared: same geometry, same weight."""
+    found, wanted = layer_operator(op), layer_operator(declared)
+    if found is None or wanted is None or found.geometry != wanted.geometry:
+        return False
+    return found.weight.shape == wanted.weight.shape and torch.equal(found.weight, wanted.weight)
+
+
+def weight_in_use(module: nn.Module, name: str = "weight") -> Any:
+    """The weight of the next forward: forward pre-hooks of torch.nn.utils that compute one are run first."""
+    hooks = [h for h in module._forward_pre_hooks.values() if computes_weight(h)]
+    if not hooks:
+        return getattr(module, name, None)
+    before = dict(vars(module))
+    buffers = {key: b.clone() for key, b in module._buffers.items() if b is not None}
+    try:
+        for hook in hooks:
+            hook(module, ())
+        return getattr(module, name, None)
+    finally:
+        vars(module).clear()
+        vars(module).update(before)
+        with torch.no_grad():
+            for key, value in buffers.items():
+                held = module._buffers[key]
+                if held is not None and not torch.equal(held, value):
+                    held.copy_(value)
 
 
 def raw_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
@@ -219,53 +227,6 @@ def _known_geometry(module: nn.Module) -> Geometry | None:
     return None
 
 
-def whole_window_size(module: nn.Module) -> tuple[int | None, ...]:
-    """Per axis, an input size at which some output sees every tap, if windows never overlap there; else None.
-
-    Along such an axis the norm does not depend on the input size.
-    """
-    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
-    sizes: list[int | None] = []
-    for i, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation)):
-        extent = dilation * (kernel - 1) + 1
-        padding = 0 if isinstance(module.padding, str) else module.padding[i]
-        separate = extent <= stride and (padding == 0 or module.padding_mode == "zeros")
-        sizes.append(extent + stride + 2 * padding + 3 if separate else None)
-    return tuple(sizes)
-
-
-def nominal_size(module: nn.Module) -> tuple[int, ...]:
-    """An input size at which some output sees every tap, the last window ends with the padding, and which is small.
-
-    Stands for every size where the size does not matter.
-    """
-    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
-    pads = _pads(module.padding, module.kernel_size, module.stride, module.dilation, module.transposed)
-    sizes = []
-    for whole, kernel, stride, dilation, pad in zip(
-        whole_window_size(module), module.kernel_size, module.stride, module.dilation, pads
-    ):
-        if whole is not None or module.transposed:
-            sizes.append(whole or _NOMINAL_OUTPUTS)
-            continue
-        extent = dilation * (kernel - 1) + 1
-        least = extent + sum(pad) + 1
-        sizes.append(least + (extent - sum(pad) - least) % stride + _NOMINAL_OUTPUTS * stride)
-    return tuple(sizes)
-
-
-def check_weight(weight: Tensor, dims: Sequence[int]) -> None:
-    """Raise unless ``weight`` is a floating-point tensor of one of these numbers of dimensions, and not empty."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight is a {type(weight).__name__}; give a tensor")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight has dtype {weight.dtype}; real floating-point weights are supported")
-    if weight.ndim not in dims:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {' or '.join(map(str, dims))} dimensions")
-    if weight.numel() == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: it is empty")
-
-
 def checked_weight(module: nn.Module, name: str) -> Tensor:
     """The parameter of this name, not parametrized yet; raises where there is none that has a norm."""
     if not isinstance(module, nn.Module):
@@ -285,80 +246,3 @@ def checked_weight(module: nn.Module, name: str) -> Tensor:
         raise ValueError(f"{type(module).__name__} has no parameter {name!r}; give a layer with a weight, or name=")
     check_weight(weight, dims=range(2, 6))
     return weight
-
-
-def per_axis(name: str, value: int | Sequence[int], n: int, minimum: int) -> tuple[int, ...]:
-    """``value`` as ``n`` integers, each at least ``minimum``."""
-    try:
-        values = tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),) * n
-    except TypeError:
-        values = ()
-    if len(values) != n or not all(v >= minimum for v in values):
-        raise ValueError(f"{name}={value!r}: give an int >= {minimum}, or {n} of them (one per spatial axis)")
-    return values
-
-
-def as_int(name: str, value: int, minimum: int) -> int:
-    """``value`` as an integer, also a NumPy one, that is at least ``minimum``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = minimum - 1
-    if number < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")
-    return number
-
-
-def _pads(
-    padding: Padding, kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], transposed: bool
-) -> tuple[tuple[int, int], ...]:
-    n = len(kernel)
-    if isinstance(padding, str):
-        if padding == "valid":
-            return ((0, 0),) * n
-        if padding != "same":
-            raise ValueError(f"padding={padding!r} is unknown; give 'same', 'valid' or numbers")
-        if transposed or any(s != 1 for s in strides):
-            raise ValueError(
-                f"padding='same' needs an ordinary convolution of stride 1, got stride={strides}; "
-                "give (before, after) pairs instead"
-            )
-        # As PyTorch does it: the odd one goes behind.
-        totals = [d * (k - 1) for d, k in zip(dilations, kernel)]
-        return tuple((t // 2, t - t // 2) for t in totals)
-    try:
-        entries: Sequence[Any] = padding if isinstance(padding, Sequence) else (padding,) * n
-        pairs = tuple(tuple(operator.index(q) for q in (e if isinstance(e, Sequence) else (e, e))) for e in entries)
-    except TypeError:
-        pairs = ()
-    if len(pairs) != n or not all(len(p) == 2 and min(p) >= 0 for p in pairs):
-        raise ValueError(f"padding={padding!r}: give an int >= 0, or {n} ints or (before, after) pairs, one per axis")
-    return pairs  # type: ignore[return-value]
-
-
-def _axis(i: int, size: int, kernel: int, stride: int, dilation: int, pads: tuple[int, int], mode: str) -> Axis:
-    before, after = pads
-    extent = dilation * (kernel - 1) + 1
-    room = size + before + after - extent
-    if room < 0:
-        raise ValueError(
-            f"input_size is too small on axis {i}: a kernel of extent {extent} does not fit {size} + padding {pads}"
-        )
-    limit = {"reflect": size - 1, "circular": size}.get(mode, before + after)
-    if max(pads) > limit:
-        raise ValueError(f"padding={pads} on axis {i} is too large for padding_mode={mode!r} and input size {size}")
-    return Axis(size, room // stride + 1, kernel, stride, dilation, before)
-
-
-def _transposed_axis(
-    i: int, size: int, kernel: int, stride: int, dilation: int, pads: tuple[int, int], extra: int
-) -> Axis:
-    before, after = pads
-    if extra >= max(stride, dilation):
-        raise ValueError(
-            f"output_padding={extra} on axis {i} must be smaller than stride {stride} or dilation {dilation}"
-        )
-    out = (size - 1) * stride + dilation * (kernel - 1) + 1 - before - after + extra
-    if out < 1:
-        raise ValueError(f"padding={pads} on axis {i} leaves no output of a transposed convolution of input {size}")
-    return Axis(out, size, kernel, stride, dilation, before)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from .kinds import spatial_axes
 
 
 def observed_input_sizes(
@@ -31,7 +31,7 @@ def observed_input_sizes(
         return hook
 
     handles = [
-        module.register_forward_pre_hook(watch(name, _spatial_axes(module)), with_kwargs=True)
+        module.register_forward_pre_hook(watch(name, spatial_axes(module)), with_kwargs=True)
         for name, module in layers.items()
     ]
     try:
@@ -53,7 +53,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m, flag in training.items():
             m.training = flag
-
-
-def _spatial_axes(module: nn.Module) -> int:
-    return len(module.kernel_size) if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) else 0

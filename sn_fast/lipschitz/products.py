@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.linear import (
-    CONVOLUTIONS,
-    TRANSPOSED_CONVOLUTIONS,
-    ConvOperator,
-    LinearOperator,
-    MatrixOperator,
-    operator_of,
-)
+from ..layers.kinds import classes_of, spatial_axes
+from ..layers.linear import operator_of
+from ..layers.operators import LinearOperator
+from ..layers.weighted import ConvOperator, LayerOperator, MatrixOperator, layer_operator
 from ..norms import operator_norm_bound
 from .rounding import loosened, next_up, root, times
 from .rules import Call, Constant, Depends, no_bound, rule
@@ -24,8 +20,8 @@ _BATCH_STATISTICS = "without running statistics it divides by the deviation of i
 
 
 @rule("linear", nn.Linear)
-@rule("conv1d", "conv2d", "conv3d", *CONVOLUTIONS)
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", *TRANSPOSED_CONVOLUTIONS)
+@rule("conv1d", "conv2d", "conv3d", *classes_of("conv"))
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", *classes_of("transposed conv"))
 def linear_layer(call: Call) -> Constant:
     # the norm of the layer's linear map for this input size, certified
     return _certificate(call, None, None)
@@ -56,6 +52,10 @@ def folded(layer: Call, norm: Call) -> Constant | None:
 def _certificate(call: Call, scale: Tensor | None, norm: nn.Module | None) -> Constant:
     """The bound of a linear layer whose outputs are scaled; one layer at one size is bounded once."""
     operator = _operator(call)
+    if not isinstance(operator, LayerOperator):
+        constant = _bounded(call, operator)
+        factor = 1.0 if scale is None else loosened(float(scale.abs().max()))
+        return Constant(times(constant.value, factor), constant.how, constant.reason)
     holder = call.module if call.module is not None else call.get("weight", 1)
     key = (id(holder), operator.geometry, id(norm))
     reusable = scale is None or norm is not None
@@ -63,22 +63,25 @@ def _certificate(call: Call, scale: Tensor | None, norm: nn.Module | None) -> Co
         operator = operator if scale is None else _scaled(operator, scale)
         # What the ids stand for is kept, so that they stay theirs.
         call.cache[key] = (_bounded(call, operator), holder, norm)
-    constant: Constant = call.cache[key][0]
-    return constant
+    found: Constant = call.cache[key][0]
+    return found
 
 
 def _bounded(call: Call, operator: LinearOperator) -> Constant:
-    if not bool(torch.isfinite(operator.weight).all()):
+    if isinstance(operator, LayerOperator) and not bool(torch.isfinite(operator.weight).all()):
         raise ValueError(f"layer {call.name!r} ({call.kind}): its weight has NaN or infinite elements")
     bound, info = operator_norm_bound(operator, return_info=True)
+    if not info.certified or info.confidence < 1:
+        return no_bound("its linear map is known by its products alone, which certify nothing")
     return Constant(float(bound), info.method)
 
 
 def _operator(call: Call) -> LinearOperator:
     if call.module is not None:
-        axes = getattr(call.module, "kernel_size", ())
-        operator = operator_of(call.module, tuple(call.x.shape[call.x.ndim - len(axes) :]) if axes else None)
-        return LinearOperator(operator.weight.detach(), operator.geometry)
+        axes = spatial_axes(call.module)
+        operator = operator_of(call.module, tuple(call.x.shape[call.x.ndim - axes :]) if axes else None)
+        layer = layer_operator(operator)
+        return operator if layer is None else LayerOperator(layer.weight.detach(), layer.geometry)
     weight = call.get("weight", 1).detach()
     if call.kind == "linear":
         return MatrixOperator(weight if weight.ndim == 2 else weight[None])
@@ -91,14 +94,14 @@ def _operator(call: Call) -> LinearOperator:
     return ConvOperator(weight, tuple(call.x.shape[2 - weight.ndim :]), transposed=transposed, **settings)
 
 
-def _scaled(operator: LinearOperator, scale: Tensor) -> LinearOperator:
+def _scaled(operator: LayerOperator, scale: Tensor) -> LayerOperator:
     """The operator followed by one factor per output channel."""
     weight, geometry = operator.weight.double(), operator.geometry
     if geometry.transposed:  # (groups * inputs, outputs, ...): outputs are numbered within their group
         grouped = weight.reshape(geometry.groups, -1, *weight.shape[1:])
         factors = scale.reshape(geometry.groups, 1, -1, *(1,) * len(geometry.axes))
-        return LinearOperator((grouped * factors).reshape(weight.shape), geometry)
-    return LinearOperator(weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), geometry)
+        return LayerOperator((grouped * factors).reshape(weight.shape), geometry)
+    return LayerOperator(weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), geometry)
 
 
 def _scale(call: Call) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..layers.kinds import spatial_axes
 from ..layers.linear import chain
 from .parametrization import SpectralNorm, spectral_norms
 from .refresh import readable, snapshots, with_ready_weights
@@ -46,7 +47,7 @@ def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Forward pre-hook of a convolution: give its parametrization the spatial size of the input."""
     x = args[0] if args else kwargs.get("input")
     if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
-        n = len(module.kernel_size)  # type: ignore[arg-type]
+        n = spatial_axes(module)
         for parametrization in chain(module, "weight"):
             if isinstance(parametrization, SpectralNorm):
                 parametrization.observe(tuple(x.shape[-n:]))

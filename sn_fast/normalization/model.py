@@ -10,20 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..layers.linear import (
-    CONVOLUTIONS,
-    TRANSPOSED_CONVOLUTIONS,
-    as_int,
-    chain,
-    checked_weight,
-    nominal_size,
-    operator_of,
-    per_axis,
-    raw_weight,
-    whole_window_size,
-)
+from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size
+from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from .hooks import check_once_per_forward, observe_input, remove_hooks
@@ -31,8 +22,8 @@ from .options import Options
 from .parametrization import SpectralNorm, refresh, spectral_norms
 from .refresh import readable, update
 
-_DEFAULT_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 _LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
+_TRIAL_SIZES = (8, 16, 32, 64, 128, 256)  # at which the operator of a layer is looked at before its size is known
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -79,6 +70,8 @@ def spectral_norm(
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the module cannot be normalised; the message says why.
+            A layer whose own forward or hooks make another map of the weight (weight standardisation, an adapter beside
+            it, a scaled output) cannot.
     """
     options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
     _register(module, name, input_size, options, _is_large([module], name))
@@ -113,7 +106,8 @@ def apply_spectral_norm(
         mode, n_power_iterations, operator, gradient, reduce, precision, bound: see ``spectral_norm``.
 
     Raises:
-        ValueError: no layer is left to normalise, or a pattern matches none, or none matches a layer.
+        ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
+            is not proportional to their weight (``spectral_norm``), by name.
     """
     if not isinstance(example_input, (Tensor, tuple)):
         raise TypeError(f"example_input is a {type(example_input).__name__}; give a tensor, or a tuple of arguments")
@@ -122,13 +116,15 @@ def apply_spectral_norm(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, classes) and not (excluded and excluded.search(name))
+        if _is_chosen(module, classes) and not (excluded and excluded.search(name))
     }
     if not layers:
         raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
     betas = _betas(beta, layers)
-    convolutions = {n: m for n, m in layers.items() if isinstance(m, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)}
+    convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
+    if operator == "conv":
+        _check_layers({n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()})
     hashed = _is_large(layers.values())
     done: list[nn.Module] = []
     try:
@@ -223,8 +219,8 @@ def _register(
     used_at: Iterable[tuple[int, ...]] = (),
 ) -> SpectralNorm:
     weight = checked_weight(module, name)
-    convolution = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS) and name == "weight"
-    as_matrix = options.operator == "reshape" or not convolution
+    kind = kind_of(module) if name == "weight" else None
+    as_matrix = options.operator == "reshape" or kind is None or not kind.axes
     if as_matrix and options.operator == "conv" and weight.ndim != 2:
         raise ValueError(
             f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}; its operator is not known: "
@@ -234,10 +230,16 @@ def _register(
     every_size = not as_matrix and input_size == "any" and _depends_on_size(module)
     if every_size:
         options = replace(options, bound=True)
+    if options.operator == "conv" and kind is not None:
+        reason = _why_not_divisible(module, size)
+        if reason is not None:
+            raise ValueError(
+                f"{type(module).__name__} cannot be normalised by its weight: {reason}; it can be measured"
+            )
     if size is not None:
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
-    # As torch does it, the rows of a reshaped kernel are output channels.
-    rows = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
+    known = kind_of(module)
+    rows = known.matrix_dim if known is not None else 0
     parametrization = SpectralNorm(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
     parametrization.train(module.training)
     parametrization.sizes.update(used_at)
@@ -261,6 +263,35 @@ def _is_large(modules: Iterable[nn.Module], name: str = "weight") -> bool:
     return sum(sizes) > _LARGEST_COPIES
 
 
+def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]) -> None:
+    """Raise where dividing the weights does not divide the layers' maps, naming all such layers."""
+    reasons = {name: _why_not_divisible(module, size) for name, (module, size) in layers.items()}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    if refused:
+        names = ", ".join(map(repr, refused))
+        pattern = "^({})$".format("|".join(map(re.escape, refused)))
+        many = len(refused) > 1
+        raise ValueError(
+            f"layer{'s' * many} {names} cannot be normalised by {'their weights' if many else 'its weight'}: "
+            f"{next(iter(refused.values()))}{' (the first; the others are alike)' * many}. "
+            f"They can be measured. Leave them alone with exclude={pattern!r}"
+        )
+
+
+def _why_not_divisible(module: nn.Module, size: Sequence[int] | None) -> str | None:
+    weight = raw_weight(module)
+    if kind_of(module) is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
+        return None
+    axes = spatial_axes(module)
+    sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
+    reason = None
+    for trial in sizes:
+        reason = why_not_divisible(module, weight, trial)
+        if reason is None:
+            break
+    return reason
+
+
 def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:
     if input_size is None:
         return None
@@ -281,7 +312,8 @@ def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tu
     distinct = list(dict.fromkeys(sizes))
     if len(distinct) <= 1:
         return distinct[0] if distinct else None
-    if getattr(module, "padding_mode", "zeros") == "zeros":
+    kind = kind_of(module)
+    if getattr(module, "padding_mode", "zeros") == "zeros" and not (kind is not None and kind.of_user):
         return tuple(map(max, zip(*distinct)))  # the norm grows with the size
     norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
     return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
@@ -301,13 +333,21 @@ def _betas(beta: float | Mapping[str, float], layers: Mapping[str, nn.Module]) -
     return {name: b for name, b in betas.items() if b is not None}
 
 
-def _classes(include: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[type[nn.Module], ...]:
+def _classes(include: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[type[nn.Module], ...] | None:
     if include is None:
-        return _DEFAULT_LAYERS
+        return None
     classes = (include,) if isinstance(include, type) else tuple(include)
     if not all(isinstance(c, type) for c in classes):
         raise TypeError(f"include={include!r} must be a module class, or several")
     return classes
+
+
+def _is_chosen(module: nn.Module, classes: tuple[type[nn.Module], ...] | None) -> bool:
+    """Whether a module is of these classes, or, where there are none, of a kind that is normalised by default."""
+    if classes is not None:
+        return isinstance(module, classes)
+    kind = kind_of(module)
+    return kind is not None and kind.default
 
 
 def _pattern(argument: str, text: str) -> re.Pattern[str]:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.describe import aligned, times, window
-from ..layers.linear import TRANSPOSED_CONVOLUTIONS, LinearOperator, chain
+from ..layers.kinds import kind_of
+from ..layers.linear import LayerOperator, chain, is_of_weight, operator_of
 from ..layers.observe import evaluating
+from ..norms.bound import operator_norm_bound
 from ..norms.layer_bound import layer_bound
 from ..reference.geometry import Geometry
 from .model import normalised_modules
@@ -25,7 +27,8 @@ def spectral_norm_summary(model: nn.Module) -> str:
 
     Columns: the layer; the operator whose norm is sigma, with the input size; sigma of the raw weight; beta and mode;
     and a certified upper bound of that operator's norm for the weight in use (``operator_norm_bound``, rounded up). A
-    convolution with operator="reshape" has all this of its reshaped kernel, whose norm is not that of the layer.
+    convolution with operator="reshape" has all this of its reshaped kernel, whose norm is not that of the layer. Where
+    a layer's forward or hooks were replaced since, the bound is that of the map that runs, or said to be unknown.
 
     >>> print(spectral_norm_summary(model))
     layer  operator             sigma  beta  mode  norm in use at most
@@ -49,16 +52,44 @@ def _cells(name: str, p: SpectralNorm, weight: Tensor) -> tuple[str, ...]:
     sigma, bound = "-", "-"
     if p.layer_geometry is not None:
         sigma = f"{float(p.sigma):.{_DIGITS}g}"
-        bound = _rounded_up(layer_bound(LinearOperator(p.operand(weight), p.layer_geometry), every_size=p.every_size))
+        op = LayerOperator(p.operand(weight), p.layer_geometry)
+        own = _own_map(p, op)
+        bound = _rounded_up(layer_bound(op, every_size=p.every_size)) if own is None else own
     return name or "(the layer)", _operator(p), sigma, f"{options.beta:g}", options.mode, bound
+
+
+def _own_map(p: SpectralNorm, op: LayerOperator) -> str | None:
+    """The bound of a layer whose class, attributes or hooks have come to make another map; None where ``op`` is it."""
+    kind = kind_of(p.module)
+    if kind is None or p.options.operator != "conv" or not _is_of_module(p):
+        return None
+    if kind.why_not_exact(p.module) is None:
+        return None
+    try:
+        own = operator_of(p.module, op.geometry.input_size or None)
+        if is_of_weight(own, op) or (not op.geometry.axes and is_of_weight(own.T, op)):
+            return None
+        bound, info = operator_norm_bound(own, return_info=True)
+    except ValueError:
+        return "unknown: not its map"
+    return _rounded_up(float(bound)) if info.certified and info.confidence == 1 else "unknown: not its map"
+
+
+def _is_of_module(p: SpectralNorm) -> bool:
+    """Whether a parametrization is that of its module's ``weight``."""
+    try:
+        return any(q is p for q in chain(p.module, "weight"))
+    except KeyError:
+        return False
 
 
 def _operator(p: SpectralNorm) -> str:
     if p.as_matrix:
         kernel = "reshaped kernel " if p.raw.ndim > 2 else "matrix "
         return kernel + times(p.operand(p.raw).shape)
-    kind = "transposed conv" if isinstance(p.module, TRANSPOSED_CONVOLUTIONS) else "conv"
-    return f"{kind} {window(p.module)}{_place(p)}"
+    kind = kind_of(p.module)
+    assert kind is not None
+    return f"{kind.name} {window(p.module)}{_place(p)}"
 
 
 def _place(p: SpectralNorm) -> str:

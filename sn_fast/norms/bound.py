@@ -5,48 +5,31 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ..layers.describe import times
-from ..layers.linear import LinearOperator, per_axis
+from ..layers.operators import LinearOperator, unscaled
+from ..layers.weighted import LayerOperator, layer_operator, per_axis
 from ..reference.linear_map import compute_dtype
 from .definite import eigenvalue_bound
 from .dense import gram_matrix, gram_size
-from .estimate import ConvergenceWarning, check_operator, operator_norm
+from .estimate import ConvergenceWarning, check_operator, operator_norm, without_autocast
+from .general_bound import BoundInfo, Found, ProductSearch, scaled_up
 from .grid import Grid, every_size, own_size, padding_norm, padding_norm_at_every_size, riesz_sizes
 from .kernel_gram import gram_iteration_bound
 from .lanczos_bound import lanczos_bound
 from .problem import Problem
-from .symbol import Symbol, split_cells
+from .rounding import absolute_norm
+from .symbol import Symbol
 
 METHODS = ("auto", "dense", "circulant", "fft", "gram", "lanczos", "rowsum")
 _LARGEST_GRAM = 1 << 30  # bytes of the matrix that "dense" factorises
 _QUICK = 2e9  # multiplications of "dense" below which "auto" tries nothing else
 _AFFORDABLE = 2.5e10  # multiplications that "auto" spends on one method, about a second on two cores
-_SUMS = 1e-9  # rounding of row and column sums, generously
 _CLOSE = 5e-3  # "auto" looks no further when a bound is within this of what Lanczos reaches from below
-
-
-@dataclass(frozen=True)
-class BoundInfo:
-    """How a bound was found.
-
-    Attributes:
-        method: the certificate used, never "auto".
-        every_size: whether it holds for every input size, or only for the operator's own (and, with zero padding,
-            smaller ones).
-        confidence: the probability with which it holds; 1 unless the method is "lanczos".
-        detail: one line for people.
-    """
-
-    method: str
-    every_size: bool
-    confidence: float
-    detail: str
 
 
 def operator_norm_bound(
@@ -61,6 +44,8 @@ def operator_norm_bound(
 ) -> Tensor | tuple[Tensor, BoundInfo]:
     """A certified upper bound of the norm of ``op``: never below it, rounding included (docs/certificates.md).
 
+    For a function, and an operator of your own, see ``BoundInfo.certified``.
+
     Args:
         op: the operator.
         method:
@@ -70,9 +55,10 @@ def operator_norm_bound(
             with zero padding), without the factor; exact for circular padding where the stride divides the size.
             "dense": the Gram matrix at this input size (at most 1 GiB); the tightest, within 1e-4 as a rule.
             "gram": Gram iteration of the kernel; for every input size with zero padding; loose.
-            "lanczos": holds with probability 1 - ``delta``; any operator.
+            "lanczos": holds with probability 1 - ``delta``.
             "rowsum": sqrt(largest row sum x largest column sum); loose and nearly free.
             "auto": the tightest of the first three that takes a second or so, or else the quickest.
+            All but "dense", "lanczos" and "auto" need the operator of a single layer (or a multiple of one).
         grid: frequencies per axis of "fft", an int or one per axis; None: as few as ``tightness`` allows.
         tightness: how far above the supremum "fft" may be by its factor, and "lanczos" above its estimate.
         delta: the probability with which "lanczos" may be wrong.
@@ -83,8 +69,9 @@ def operator_norm_bound(
         The bound, a float64 scalar; or (bound, info).
 
     Raises:
-        ValueError: an unknown method, an argument out of range, a weight with NaN or infinite elements, or an operator
-            that is too large for "dense". TypeError: ``op`` is no operator.
+        ValueError: an unknown method, or one that ``op`` has no weight for; an argument out of range; a weight with NaN
+            or infinite elements; products that are visibly not linear or not each other's adjoint; or an operator that
+            is too large for "dense". TypeError: ``op`` is no operator.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(map(repr, METHODS))}")
@@ -95,14 +82,43 @@ def operator_norm_bound(
         raise ValueError(f"tightness={tightness!r} must be a number > 1, e.g. 1.01 for one per cent")
     if not isinstance(delta, Real) or not 0 < delta < 1:
         raise ValueError(f"delta={delta!r} must be a probability between 0 and 1")
-    with torch.no_grad(), torch.autocast(op.weight.device.type, enabled=False):
-        search = Search(op, tightness)
-        if method == "lanczos":
-            value, info = search.lanczos(delta, generator)
-        else:
-            value, info = search.fft(grid) if method == "fft" else getattr(search, method)()
-    bound = torch.tensor(value, dtype=torch.float64, device=op.weight.device)
+    with without_autocast(op):
+        value, info = _found(op, method, grid, tightness, delta, generator)
+    bound = torch.tensor(value, dtype=torch.float64, device=op.device)
     return (bound, info) if return_info else bound
+
+
+def tightest_bound(op: LinearOperator, tightness: float = 1.01, lower: float | None = None) -> Found:
+    """What "auto" finds; ``lower`` is a norm that some vector attains, where the caller knows one."""
+    factors, core = unscaled(op)
+    layer = layer_operator(core)
+    if layer is None or 0.0 in factors:
+        return ProductSearch(op, tightness, tightest_bound).auto()
+    known = lower if not factors else None
+    return scaled_up(Search(layer, tightness, lower=known).auto(), factors)
+
+
+def _found(
+    op: LinearOperator,
+    method: str,
+    grid: int | Sequence[int] | None,
+    tightness: float,
+    delta: float,
+    generator: torch.Generator | None,
+) -> Found:
+    if method == "auto":
+        return tightest_bound(op, tightness)
+    factors, core = unscaled(op)
+    layer = layer_operator(core)
+    if layer is not None and 0.0 not in factors:
+        search = Search(layer, tightness)
+        if method == "lanczos":
+            return scaled_up(search.lanczos(delta, generator), factors)
+        return scaled_up(search.fft(grid) if method == "fft" else getattr(search, method)(), factors)
+    by_products = ProductSearch(op, tightness, tightest_bound)
+    if method == "lanczos":
+        return by_products.lanczos(delta, generator)
+    return by_products.dense() if method == "dense" else by_products.refuse(method)
 
 
 class Search:
@@ -113,7 +129,7 @@ class Search:
     """
 
     def __init__(
-        self, op: LinearOperator, tightness: float, lower: float | None = None, *, every_size: bool = False
+        self, op: LayerOperator, tightness: float, lower: float | None = None, *, every_size: bool = False
     ) -> None:
         self.op = op
         self.tightness = tightness
@@ -123,7 +139,7 @@ class Search:
         self._padding = math.prod(of_axis(a, self.problem.geometry.mode) for a in self.problem.geometry.axes)
         self._zeros = self.problem.geometry.mode == "zeros"
 
-    def auto(self) -> tuple[float, BoundInfo]:
+    def auto(self) -> Found:
         work = self._dense_work()
         if work <= _QUICK or (self._is_matrix() and work < math.inf):
             return self.dense()
@@ -142,13 +158,13 @@ class Search:
             return best
         return min(best, self.dense(), key=_value)
 
-    def fft(self, sizes: int | Sequence[int] | None) -> tuple[float, BoundInfo]:
+    def fft(self, sizes: int | Sequence[int] | None) -> Found:
         grid = self._riesz_grid(sizes)
         value = self._on_grid(Symbol(self.problem.kernel, self.problem.polyphases()), grid) * self._padding
         detail = f"{times(grid.sizes)} frequencies, Riesz factor {grid.factor:.4f}{_padding_detail(self._padding)}"
         return self.problem.unscaled(value), BoundInfo("fft", self._zeros, 1.0, detail)
 
-    def circulant(self) -> tuple[float, BoundInfo]:
+    def circulant(self) -> Found:
         kernel, polyphases = self.problem.at_own_size()
         symbol = Symbol(kernel, polyphases)
         best = math.inf
@@ -157,7 +173,7 @@ class Search:
         detail = f"{times(grid.sizes)} frequencies{_padding_detail(grid.factor)}"
         return self.problem.unscaled(best), BoundInfo("circulant", False, 1.0, detail)
 
-    def dense(self) -> tuple[float, BoundInfo]:
+    def dense(self) -> Found:
         problem = Problem.of(self.op.reduced())
         n = gram_size(problem.kernel, problem.geometry)
         if _gram_bytes((len(problem.kernel), n)) > _LARGEST_GRAM:
@@ -173,21 +189,18 @@ class Search:
         info = BoundInfo("dense", self._is_matrix(), 1.0, f"Gram matrix of {n} x {n}")
         return problem.unscaled(_root(value)), info
 
-    def gram(self) -> tuple[float, BoundInfo]:
+    def gram(self) -> Found:
         value, iterations = gram_iteration_bound(self.problem.kernel, self.problem.polyphases())
         info = BoundInfo("gram", self._zeros, 1.0, f"{iterations} Gram iterations{_padding_detail(self._padding)}")
         return self.problem.unscaled(value * self._padding), info
 
-    def rowsum(self) -> tuple[float, BoundInfo]:
-        cells = split_cells(self.problem.kernel.abs(), self.problem.polyphases())
-        cells = cells.flatten(0, len(self.problem.geometry.axes) - 1).sum(dim=0)  # (groups, rows, phases * columns)
-        product = cells.sum(dim=2).amax(dim=1) * cells.sum(dim=1).amax(dim=1)
-        value = _root(float(product.max())) * (1 + _SUMS) * self._padding
+    def rowsum(self) -> Found:
+        value = absolute_norm(self.problem, self._padding)
         info = BoundInfo("rowsum", self._zeros, 1.0, f"row and column sums{_padding_detail(self._padding)}")
         return self.problem.unscaled(value), info
 
-    def lanczos(self, delta: float, generator: torch.Generator | None) -> tuple[float, BoundInfo]:
-        value, steps = lanczos_bound(self.op.reduced(), self.tightness, delta, generator)
+    def lanczos(self, delta: float, generator: torch.Generator | None) -> Found:
+        value, steps = lanczos_bound(self.op, self.tightness, delta, generator)
         return value, BoundInfo("lanczos", self._is_matrix(), 1 - delta, f"{steps} Lanczos steps from a random start")
 
     def lower(self) -> float:
@@ -197,7 +210,7 @@ class Search:
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 # Of the scaled kernel, so that float32 does not overflow.
                 kernel = self.problem.kernel.reshape(self.op.weight.shape).to(compute_dtype(self.op.weight))
-                norm = operator_norm(LinearOperator(kernel, self.op.geometry), tol=1e-4)
+                norm = operator_norm(LayerOperator(kernel, self.op.geometry), tol=1e-4)
                 self._lower = math.ldexp(float(norm), self.problem.exponent)  # type: ignore[arg-type]
         return self._lower
 
@@ -233,7 +246,7 @@ class Search:
         return not self.op.geometry.axes
 
 
-def _value(found: tuple[float, BoundInfo]) -> float:
+def _value(found: Found) -> float:
     return found[0]
 
 

@@ -10,16 +10,9 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from ..layers.linear import (
-    CONVOLUTIONS,
-    TRANSPOSED_CONVOLUTIONS,
-    LinearOperator,
-    MatrixOperator,
-    as_int,
-    checked_weight,
-    nominal_size,
-    operator_of,
-)
+from ..layers.kinds import kind_of
+from ..layers.linear import checked_weight, why_not_divisible
+from ..layers.weighted import LayerOperator, MatrixOperator, as_int, layer_operator, per_axis
 from ..reference.geometry import Axis
 from .bound import operator_norm_bound
 from .definite import below
@@ -115,7 +108,10 @@ def _positive(name: str, value: float) -> float:
     return float(value)
 
 
-def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ...] | None) -> LinearOperator:
+def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ...] | None) -> LayerOperator:
+    reason = _why_not(module, weight, input_size)
+    if reason is not None:
+        raise ValueError(f"clip_spectrum changes the weight of a layer whose map is that of its weight: {reason}")
     if weight.ndim == 2:
         return MatrixOperator(weight.detach())  # also of an Embedding: its transpose has the same singular values
     mode = getattr(module, "padding_mode", "zeros")
@@ -129,24 +125,39 @@ def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ..
             "input_size is needed for padding_mode='circular', where the norm depends on it: give the spatial size of "
             "the layer's input, e.g. input_size=(32, 32)"
         )
-    if input_size is None and isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
-        input_size = nominal_size(module)  # with zero padding the bound is the same for all
-    op = operator_of(module, input_size)
-    return LinearOperator(op.weight.detach(), op.geometry)
+    kind = kind_of(module)
+    if kind is None:
+        raise TypeError(f"{type(module).__name__} is no layer whose map is known; see sn_fast.register_layer")
+    if input_size is None and kind.nominal_size is not None:
+        input_size = kind.nominal_size(module)  # with zero padding the bound is the same for all
+    op = layer_operator(kind.operator(module, weight.detach(), input_size))
+    if op is None or op.weight.shape != weight.shape:
+        raise ValueError(f"clip_spectrum: the operator of {type(module).__name__} is not that of its weight")
+    return op
 
 
-def _bound(op: LinearOperator) -> float:
+def _why_not(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ...] | None) -> str | None:
+    kind = kind_of(module)
+    if kind is None:
+        return None
+    if input_size is None and kind.axes and kind.nominal_size is not None:
+        input_size = kind.nominal_size(module)
+    size = None if input_size is None or not kind.axes else per_axis("input_size", input_size, kind.axes, minimum=1)
+    return why_not_divisible(module, weight, size)
+
+
+def _bound(op: LayerOperator) -> float:
     mode = op.geometry.mode
     method = "dense" if not op.geometry.axes else "fft" if mode == "zeros" else "auto"
     return float(operator_norm_bound(op, method=method))  # type: ignore[arg-type]
 
 
-def _scaled_below(beta: float, kernel: Tensor, op: LinearOperator, problem: Problem) -> tuple[Tensor, float]:
+def _scaled_below(beta: float, kernel: Tensor, op: LayerOperator, problem: Problem) -> tuple[Tensor, float]:
     """The kernel as a weight of the operator's shape and dtype, scaled down as far as beta demands, and its bound."""
     factor, margin = 1.0, _ROUNDING
     while True:
         weight = times_power_of_two(kernel * factor, problem.exponent).reshape(op.weight.shape).to(op.weight.dtype)
-        bound = _bound(LinearOperator(weight, op.geometry))
+        bound = _bound(LayerOperator(weight, op.geometry))
         if bound <= beta:
             return weight, bound
         factor *= beta / bound * (1 - margin)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layers.linear import LinearOperator, as_int
+from ..layers.operators import LinearOperator, apply, apply_adjoint, check_products, leaves_of, unscaled
+from ..layers.weighted import LayerOperator, as_int, in_precision, layer_operator
 from ..ops.power_step import lanczos_start
 from ..reference.linear_map import compute_dtype
 from ..reference.power import normalized
@@ -49,7 +53,7 @@ def operator_norm(
     """The largest singular value of ``op``, estimated from below (exact for "dense").
 
     Args:
-        op: the operator. It is first reduced exactly (see ``LinearOperator.reduced``).
+        op: the operator. That of a layer is first reduced exactly (see ``LayerOperator.reduced``).
         method: "power", "lanczos" (full reorthogonalisation; the fastest to converge), "block" (subspace iteration
             with four vectors), or "dense" (SVD of the matrix, small operators only).
         tol: iterations stop when |A^T u - sigma v| <= tol * sigma.
@@ -65,8 +69,9 @@ def operator_norm(
         convolution's vectors are zero outside the group that attains the norm.
 
     Raises:
-        ValueError: an unknown method, tol <= 0, max_iterations < 1, a weight with NaN or inf, or an operator too large
-            for "dense".
+        ValueError: an unknown method, tol <= 0, max_iterations < 1, a weight with NaN or inf, an operator too large
+            for "dense", or one whose products are visibly not linear or not each other's adjoint.
+        TypeError: ``op`` is no operator.
     Warns:
         ConvergenceWarning: the iterations ended above ``tol``; the message says how far.
     """
@@ -76,8 +81,8 @@ def operator_norm(
     check_tolerance(tol)
     if max_iterations is not None:
         max_iterations = as_int("max_iterations", max_iterations, minimum=1)
-    with torch.no_grad(), torch.autocast(op.weight.device.type, enabled=False):
-        problem = Grouped(op.reduced())
+    with without_autocast(op):
+        problem = flattened(op, reduce=True)
         warm = None if start is None else unit(_restricted(op, start).reshape(1, problem.groups, -1))[0]
         if method == "dense":
             triple = _dense(problem)
@@ -93,15 +98,25 @@ def operator_norm(
             return sigma
         top = torch.arange(problem.groups, device=sigma.device)[:, None] == group
         u, v = (torch.where(top, x, 0.0) for x in (triple.u, triple.v))
-        return sigma, *lift(op, u, v)
+        return sigma, *_lifted(op, u, v)
 
 
 def check_operator(op: LinearOperator) -> None:
-    """Raise unless ``op`` is an operator with finite elements."""
+    """Raise unless ``op`` is an operator with finite elements, and its products fit each other."""
     if not isinstance(op, LinearOperator):
         raise TypeError(f"op is a {type(op).__name__}; give an operator: operator_of(layer) or MatrixOperator(weight)")
-    if not bool(torch.isfinite(op.weight).all()):
-        raise ValueError("the operator's weight has NaN or infinite elements; its norm is not defined")
+    for leaf in leaves_of(op):
+        layer = layer_operator(leaf)
+        if layer is not None and not bool(torch.isfinite(layer.weight).all()):
+            raise ValueError("the operator's weight has NaN or infinite elements; its norm is not defined")
+    check_products(op)
+
+
+@contextmanager
+def without_autocast(op: LinearOperator) -> Iterator[None]:
+    """Norms are computed without gradients, in the precision of the operator."""
+    with torch.no_grad(), torch.autocast(torch.device(op.device).type, enabled=False):
+        yield
 
 
 def check_tolerance(tol: float) -> None:
@@ -110,12 +125,12 @@ def check_tolerance(tol: float) -> None:
         raise ValueError(f"tol={tol!r} must be a number > 0")
 
 
-def start_vectors(op: LinearOperator, n_iterations: int = 15) -> tuple[Tensor, Tensor]:
+def start_vectors(op: LayerOperator, n_iterations: int = 15) -> tuple[Tensor, Tensor]:
     """Singular vectors (u, v) of ``op`` after a few Lanczos steps: a warm start for power iteration.
 
     See ``reference.lanczos.lanczos_start``. The random vector that it starts from is always the same.
     """
-    with torch.no_grad(), torch.autocast(op.weight.device.type, enabled=False):
+    with without_autocast(op):
         weight = op.weight.detach()
         shape = op.in_shape if op.geometry.axes else op.out_shape
         start = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -124,7 +139,7 @@ def start_vectors(op: LinearOperator, n_iterations: int = 15) -> tuple[Tensor, T
         return u, v
 
 
-def lift(op: LinearOperator, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def lift(op: LayerOperator, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Singular vectors of ``op.reduced()`` as ones of ``op``: placed at one whole window, zero elsewhere."""
     geometry, reduced = op.geometry, op.reduced()
     u, v = u.reshape(reduced.out_shape), v.reshape(reduced.in_shape)
@@ -138,13 +153,28 @@ def lift(op: LinearOperator, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (inputs, outputs) if geometry.transposed else (outputs, inputs)
 
 
-def _restricted(op: LinearOperator, start: tuple[Tensor, Tensor]) -> Tensor:
-    """The right one of two vectors for ``op``, or for its reduction already, as one for ``op.reduced()``."""
-    geometry, reduced = op.geometry, op.reduced()
-    fits = {(op.out_shape, op.in_shape), (reduced.out_shape, reduced.in_shape)}
+def _lifted(op: LinearOperator, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors of ``flattened(op, reduce=True)`` as those of ``op``."""
+    factors, core = unscaled(op)
+    layer = layer_operator(core)
+    if layer is None:
+        return u.reshape(op.out_shape), v.reshape(op.in_shape)
+    u, v = lift(layer, u, v)
+    return (-u if math.prod(math.copysign(1.0, c) for c in factors) < 0 else u), v
+
+
+def _restricted(whole: LinearOperator, start: tuple[Tensor, Tensor]) -> Tensor:
+    """The right one of two vectors for ``whole``, or for its reduction already, as one for its reduction."""
+    op = layer_operator(unscaled(whole)[1])
     shapes = tuple(tuple(t.shape) for t in start)
+    fits = {(tuple(whole.out_shape), tuple(whole.in_shape))}
+    if op is not None:
+        geometry, reduced = op.geometry, op.reduced()
+        fits.add((reduced.out_shape, reduced.in_shape))
     if shapes not in fits:
-        raise ValueError(f"start has shapes {shapes}, expected u {op.out_shape} and v {op.in_shape}")
+        raise ValueError(f"start has shapes {shapes}, expected u {whole.out_shape} and v {whole.in_shape}")
+    if op is None:
+        return start[1]
     v = start[1]
     if tuple(v.shape) == reduced.in_shape:
         return v
@@ -161,33 +191,40 @@ def _scatter(x: Tensor, dim: int, positions: Tensor, size: int) -> Tensor:
     return x.new_zeros(shape).index_copy(dim, positions, x)
 
 
-class Grouped:
+def flattened(op: LinearOperator, *, reduce: bool, exact: bool = False) -> FlatOperator:
+    """``op`` on flat vectors; with ``reduce`` in the smallest space, with ``exact`` in float64 as far as it can."""
+    factors, core = unscaled(op)
+    layer = layer_operator(core)
+    if layer is None or 0.0 in factors:
+        return _ByProducts(op, exact)
+    return _Grouped(layer.reduced() if reduce else layer, factors, exact)
+
+
+class FlatOperator(ABC):
     """An operator as ``groups`` independent ones on flat vectors: (j, G, n) -> (j, G, m) and back.
 
-    The weight is scaled to a largest element of 1, so that squares neither under- nor overflow.
+    It is scaled to about 1, so that squares neither under- nor overflow: the operator is ``scale`` times this one.
     """
 
-    def __init__(self, op: LinearOperator) -> None:
-        dtype = compute_dtype(op.weight)
-        weight = op.weight.detach().to(dtype)
-        largest = weight.abs().amax()
-        self.scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
-        self.op = LinearOperator(weight / self.scale, op.geometry)
-        self.groups = op.geometry.groups
-        self.n = math.prod(op.in_shape) // self.groups
-        self.m = math.prod(op.out_shape) // self.groups
+    scale: Tensor
+    groups: int
+    n: int
+    m: int
+    dtype: torch.dtype
 
+    @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
-        return self.op.matvec(v.reshape(-1, *self.op.in_shape)).reshape(-1, self.groups, self.m)
+        """A v, (j, G, n) -> (j, G, m)."""
 
+    @abstractmethod
     def rmatvec(self, u: Tensor) -> Tensor:
-        return self.op.rmatvec(u.reshape(-1, *self.op.out_shape)).reshape(-1, self.groups, self.n)
+        """A^T u, (j, G, m) -> (j, G, n)."""
 
     def random(self, k: int, generator: torch.Generator | None) -> Tensor:
         """Random unit vectors (k, G, n)."""
         generator = generator or torch.Generator().manual_seed(0)
         v = torch.randn(k, self.groups, self.n, generator=generator, device=generator.device)
-        return unit(v.to(self.op.weight))[0]
+        return unit(v.to(self.scale.device, self.dtype))[0]
 
     def starts(self, k: int, warm: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Where an iteration begins: the warm vectors (1, G, n), if there are, and k random ones."""
@@ -205,6 +242,47 @@ class Grouped:
         direction, sigma = unit(w[None])
         v = torch.where(sigma[0][:, None] > 0, direction[0], v)
         return Triple(sigma[0], u, v, torch.linalg.vector_norm(residual, dim=1)), residual
+
+
+class _Grouped(FlatOperator):
+    """Of a layer: its groups of channels; the weight is scaled to a largest element of 1."""
+
+    def __init__(self, op: LayerOperator, factors: list[float], exact: bool) -> None:
+        self.dtype = torch.float64 if exact else compute_dtype(op.weight)
+        weight = op.weight.detach().to(self.dtype)
+        largest = weight.abs().amax()
+        largest = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
+        self.op = LayerOperator(weight / largest, op.geometry)
+        self.scale = largest * abs(math.prod(factors))
+        self.groups = op.geometry.groups
+        self.n = math.prod(op.in_shape) // self.groups
+        self.m = math.prod(op.out_shape) // self.groups
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.op.matvec(v.reshape(-1, *self.op.in_shape)).reshape(-1, self.groups, self.m)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return self.op.rmatvec(u.reshape(-1, *self.op.out_shape)).reshape(-1, self.groups, self.n)
+
+
+class _ByProducts(FlatOperator):
+    """Of an operator that is known by its products alone: one group; scaled by what a random vector shows."""
+
+    groups = 1
+
+    def __init__(self, op: LinearOperator, exact: bool) -> None:
+        self.dtype = torch.float64 if exact else torch.promote_types(op.dtype, torch.float32)
+        self.op = in_precision(op, self.dtype)
+        self.n, self.m = math.prod(op.in_shape), math.prod(op.out_shape)
+        self.scale = torch.ones((), dtype=self.dtype, device=op.device)
+        largest = self.matvec(self.random(1, None)).abs().amax()
+        self.scale = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return apply(self.op, v.reshape(-1, *self.op.in_shape)).reshape(-1, 1, self.m) / self.scale
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return apply_adjoint(self.op, u.reshape(-1, *self.op.out_shape)).reshape(-1, 1, self.n) / self.scale
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +310,7 @@ def _warn_unless_converged(triple: Triple, method: str, limit: int, tol: float) 
     )
 
 
-def _power(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
+def _power(problem: FlatOperator, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
     v = starts[0]
     for _ in range(limit):
         u, value = unit(problem.matvec(v[None]))
@@ -243,7 +321,7 @@ def _power(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: in
     return triple
 
 
-def _lanczos(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
+def _lanczos(problem: FlatOperator, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
     """Golub-Kahan-Lanczos in Ritz form: expand the basis V by the residual of its best singular pair.
 
     The residual of the Ritz pair spans the next Krylov direction, so this is Lanczos with full reorthogonalisation;
@@ -300,7 +378,7 @@ def _orthogonal_direction(residual: Tensor, basis: Tensor, floor: Tensor) -> Ten
     return torch.where(alive[:, None], direction, 0.0) if bool(alive.any()) else None
 
 
-def _block(problem: Grouped, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
+def _block(problem: FlatOperator, limit: int, tol: float, starts: Tensor, looking: int) -> Triple:
     v = orthonormal(starts[: min(problem.n, problem.m)])
     for i in range(limit):
         image = problem.matvec(v)
@@ -318,18 +396,18 @@ def orthonormal(v: Tensor) -> Tensor:
     return torch.linalg.qr(v.permute(1, 2, 0)).Q.permute(2, 0, 1)
 
 
-def _dense(problem: Grouped) -> Triple:
+def _dense(problem: FlatOperator) -> Triple:
     matrices = dense_matrices(problem, "method='dense'", "method='lanczos'")
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
     return Triple(s[:, 0], u[:, :, 0], vh[:, 0, :], torch.zeros_like(s[:, 0]))
 
 
-def dense_matrices(problem: Grouped, what: str, remedy: str) -> Tensor:
+def dense_matrices(problem: FlatOperator, what: str, remedy: str) -> Tensor:
     """The matrices (G, m, n) of the groups; raises where they are too large, naming ``what`` wants them."""
     if problem.groups * problem.m * problem.n > DENSE_LIMIT:
         raise ValueError(f"{what} would need {problem.groups} matrices of {problem.m} x {problem.n}; use {remedy}")
     # One column of every group at a time, (n, G, n) -> (n, G, m), or one row if rows are fewer.
     by_rows = problem.m < problem.n
-    eye = torch.eye(min(problem.m, problem.n), dtype=problem.op.weight.dtype, device=problem.op.weight.device)
+    eye = torch.eye(min(problem.m, problem.n), dtype=problem.dtype, device=problem.scale.device)
     units = eye[:, None, :].expand(-1, problem.groups, -1).contiguous()
     return problem.rmatvec(units).permute(1, 0, 2) if by_rows else problem.matvec(units).permute(1, 2, 0)

@@ -8,9 +8,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..layers.linear import LinearOperator
-from .bound import BoundInfo, Search
-from .estimate import ConvergenceWarning, check_operator, check_tolerance, operator_norm
+from ..layers.operators import LinearOperator, apply, unscaled
+from ..layers.weighted import LayerOperator, in_precision, layer_operator
+from .bound import tightest_bound
+from .estimate import ConvergenceWarning, check_operator, check_tolerance, operator_norm, without_autocast
+from .general_bound import BoundInfo
+from .rounding import product_error
 from .symbol import UNIT_ROUNDOFF
 
 
@@ -31,7 +34,8 @@ def operator_norm_interval(
         tol: Lanczos stops when |A^T u - sigma v| <= tol * sigma. It moves the lower end alone;
             where it is not reached the interval is wider, without a warning.
         start: singular vectors (u, v) to start from, e.g. those of a similar weight; shapes out_shape and in_shape.
-        return_info: also return the ``BoundInfo`` of the upper end.
+        return_info: also return the ``BoundInfo`` of the upper end; it says whether the interval is proven for the map
+            itself (``certified``), as it is for layers and their compositions, or for the products as computed.
 
     Returns:
         Two float64 scalars, lower <= norm <= upper; and the info if wanted.
@@ -41,30 +45,53 @@ def operator_norm_interval(
     """
     check_operator(op)
     check_tolerance(tol)
-    with torch.no_grad(), torch.autocast(op.weight.device.type, enabled=False):
+    with without_autocast(op):
         with warnings.catch_warnings():
             # The upper end shows how far the lower one is off.
             warnings.simplefilter("ignore", ConvergenceWarning)
             _, _, v = operator_norm(op, tol=tol, start=start, return_vectors=True)
         lower = attained_norm(op, v)
-        upper, info = Search(op, tightness=1.01, lower=lower).auto()
-    ends = (torch.tensor(end, dtype=torch.float64, device=op.weight.device) for end in (lower, upper))
+        upper, info = tightest_bound(op, lower=lower)
+    ends = (torch.tensor(end, dtype=torch.float64, device=op.device) for end in (lower, upper))
     return (*ends, info) if return_info else tuple(ends)  # type: ignore[return-value]
 
 
 def attained_norm(op: LinearOperator, v: Tensor) -> float:
     """|A v| / |v| in float64, minus all that rounding can have added; 0 where v is."""
+    factors, core = unscaled(op)
+    layer = layer_operator(core)
+    if layer is None:
+        return _attained_by_products(op, v)
+    value = _attained_by_layer(layer, v)
+    for c in factors:
+        value = math.nextafter(value * abs(c), 0.0)
+    return value
+
+
+def _attained_by_layer(op: LayerOperator, v: Tensor) -> float:
     largest = op.weight.detach().abs().max().double()
     if not bool(largest > 0):
         return 0.0
     weight = op.weight.detach().double() / largest
     v = v.double()
-    image = LinearOperator(weight, op.geometry).matvec(v)
+    image = LayerOperator(weight, op.geometry).matvec(v)
     # An element of A v is a sum of at most this many products: |fl(A v) - A v| <= gamma |A| |v|, elementwise.
     terms = math.prod(weight.shape) // min(weight.shape[:2]) + 8
-    absolute = LinearOperator(weight.abs(), op.geometry).matvec(v.abs())
+    absolute = LayerOperator(weight.abs(), op.geometry).matvec(v.abs())
     lost = 4 * terms * UNIT_ROUNDOFF * float(torch.linalg.vector_norm(absolute))
     length = float(torch.linalg.vector_norm(v))
     sums = 1 - 4 * (v.numel() + image.numel() + 8) * UNIT_ROUNDOFF
     value = (float(torch.linalg.vector_norm(image)) * sums - lost) / length if length else 0.0
     return max(0.0, math.nextafter(value * sums * float(largest), 0.0))
+
+
+def _attained_by_products(op: LinearOperator, v: Tensor) -> float:
+    image = apply(in_precision(op, torch.float64), v.double()[None])
+    value, length = (float(torch.linalg.vector_norm(t.double())) for t in (image, v))
+    if not length:
+        return 0.0
+    found = product_error(op)
+    # Of products in an operator's own precision the rounding is not known: an allowance.
+    lost = found.error if found is not None else 64 * torch.finfo(op.dtype).eps * value / length
+    sums = 1 - 4 * (v.numel() + image.numel() + 8) * UNIT_ROUNDOFF
+    return max(0.0, math.nextafter((value * sums / length - lost) * sums, 0.0))

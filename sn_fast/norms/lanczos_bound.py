@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from ..layers.linear import LinearOperator
-from .estimate import Grouped
+from ..layers.operators import LinearOperator
+from .estimate import flattened
 
 _ROUNDING = 1e-9  # of float64 Lanczos with full reorthogonalisation, generously
 
@@ -24,7 +24,7 @@ def lanczos_bound(
     Returns:
         The bound, and m, which is chosen so that 1 / sqrt(1 - eps) is at most ``tightness``.
     """
-    problem = Grouped(LinearOperator(op.weight.detach().double(), op.geometry))
+    problem = flattened(op, reduce=True, exact=True)
     adjoint = problem.m < problem.n  # iterate in the smaller space
     there, back = (problem.rmatvec, problem.matvec) if adjoint else (problem.matvec, problem.rmatvec)
     n = min(problem.m, problem.n)
@@ -32,7 +32,7 @@ def lanczos_bound(
     steps = min(n, math.ceil((log / math.sqrt(1 - tightness**-2) + 1) / 2))
     generator = generator or _fresh_generator()
     start = torch.randn(1, problem.groups, n, generator=generator, device=generator.device, dtype=torch.float64)
-    basis = start.to(problem.op.weight)
+    basis = start.to(problem.scale.device)
     basis /= torch.linalg.vector_norm(basis, dim=-1, keepdim=True)
     images = there(basis)
     for _ in range(1, steps):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..layers.linear import LinearOperator
+from ..layers.weighted import LayerOperator
 from ..reference.geometry import Geometry
 from .bound import Search
 
@@ -27,17 +27,17 @@ def certified_sigma(weight: Tensor, geometries: Iterable[Geometry], *, every_siz
     if not bool(torch.isfinite(weight).all()):
         return math.nan
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        return max(_sigma(LinearOperator(weight, g), every_size) for g in geometries)
+        return max(_sigma(LayerOperator(weight, g), every_size) for g in geometries)
 
 
-def layer_bound(op: LinearOperator, *, every_size: bool) -> float:
+def layer_bound(op: LayerOperator, *, every_size: bool) -> float:
     """A bound of the operator's norm at its own input size, or at every one."""
     search = Search(op, _TIGHTNESS, every_size=every_size)
     norm, _ = search.fft(None) if every_size else search.auto()
     return norm
 
 
-def _sigma(op: LinearOperator, every_size: bool) -> float:
+def _sigma(op: LayerOperator, every_size: bool) -> float:
     # Rounding changes an element by a few units, and so the norm by a few units of the norm of |W|.
     absolute, _ = Search(op, _TIGHTNESS, every_size=every_size).rowsum()
     return layer_bound(op, every_size=every_size) + _ROUNDINGS * torch.finfo(op.weight.dtype).eps * absolute

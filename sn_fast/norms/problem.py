@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..layers.linear import LinearOperator
+from ..layers.weighted import LayerOperator
 from ..reference.geometry import Axis, Geometry
 from .symbol import Polyphase
 
@@ -32,7 +32,7 @@ class Problem:
     geometry: Geometry
 
     @classmethod
-    def of(cls, op: LinearOperator) -> Problem:
+    def of(cls, op: LayerOperator) -> Problem:
         geometry = op.geometry
         weight = op.weight.detach().double()
         if not geometry.axes:

@@ -7,18 +7,21 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..layers.linear import LinearOperator, as_int
+from ..layers.operators import LinearOperator
+from ..layers.weighted import as_int
 from .estimate import (
     DENSE_LIMIT,
     ConvergenceWarning,
-    Grouped,
+    FlatOperator,
     check_operator,
     check_tolerance,
     combine,
     dense_matrices,
+    flattened,
     orthonormal,
     ritz_rotation,
     unit,
+    without_autocast,
 )
 
 _SMALL = 1 << 20  # elements of a matrix whose SVD is sooner done than an iteration
@@ -59,8 +62,8 @@ def singular_values(
     check_tolerance(tol)
     as_int("max_iterations", max_iterations, minimum=1)
     k = as_int("k", k, minimum=1)
-    with torch.no_grad(), torch.autocast(op.weight.device.type, enabled=False):
-        problem = Grouped(op)
+    with without_autocast(op):
+        problem = flattened(op, reduce=False)
         most = min(problem.m, problem.n)
         if k > most * problem.groups:
             raise ValueError(f"k={k} exceeds the {most * problem.groups} singular values of {op}")
@@ -76,7 +79,7 @@ def singular_values(
 
 
 def _block_lanczos(
-    problem: Grouped, k: int, block: int, tol: float, limit: int, generator: torch.Generator | None
+    problem: FlatOperator, k: int, block: int, tol: float, limit: int, generator: torch.Generator | None
 ) -> Tensor:
     """The k largest of each group, (G, k)."""
     generator = generator or torch.Generator().manual_seed(0)

@@ -1,0 +1,246 @@
+"""The registry of layer kinds: embeddings of bags, and users' layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sn_fast
+from sn_fast import (
+    ConvOperator,
+    LinearOperator,
+    MatrixOperator,
+    apply_spectral_norm,
+    operator_norm,
+    operator_norm_interval,
+    operator_of,
+    register_layer,
+    spectral_norm,
+    spectral_norm_summary,
+)
+from sn_fast.inspection import inspect_model
+from sn_fast.layers import kinds
+
+
+def dense_norm(module: nn.Module, *shape: int) -> float:
+    """Of the module itself, column by column."""
+    dtype = next(module.parameters()).dtype
+    zero = torch.zeros(1, *shape, dtype=dtype)
+    n = zero.numel()
+    with torch.no_grad():
+        images = module(torch.eye(n, dtype=dtype).reshape(n, *shape)) - module(zero)
+    return float(torch.linalg.matrix_norm(images.flatten(1).double(), 2))
+
+
+class PlainConv(nn.Conv2d):
+    """A convolution under another name, with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class StdConv(nn.Conv2d):
+    def standardised(self, w: Tensor) -> Tensor:
+        return (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.standardised(self.weight), self.bias, self.stride, self.padding)
+
+
+class QuantisedLinear(nn.Linear):
+    def quantised(self, w: Tensor) -> Tensor:
+        return torch.round(w * 8) / 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.quantised(self.weight), self.bias)
+
+
+class Gain(nn.Module):
+    """No layer of PyTorch: a matrix with the input's dimension first, and a gain."""
+
+    def __init__(self, n: int, m: int, gain: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n, m))
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x @ self.weight
+
+
+class Blur(nn.Module):
+    """Two convolutions: its operator is a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2, 3, 3))
+        self.register_buffer("blur", torch.ones(3, 1, 2, 2) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, self.weight, padding=1), self.blur, groups=3)
+
+
+def conv(m: Any, weight: Tensor, size: tuple[int, ...]) -> LinearOperator:
+    return ConvOperator(weight, size, stride=m.stride, padding=m.padding)
+
+
+def blurred(m: Any, weight: Tensor, size: tuple[int, ...]) -> LinearOperator:
+    return ConvOperator(m.blur, size, groups=3) @ ConvOperator(weight, size, padding=1)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    register_layer(PlainConv, operator=conv, default=True)
+    register_layer(StdConv, operator=lambda m, w, size: conv(m, m.standardised(w), size))
+    register_layer(QuantisedLinear, operator=lambda m, w, _: MatrixOperator(m.quantised(w)))
+    register_layer(Gain, operator=lambda m, w, _: m.gain * MatrixOperator(w.T))
+    register_layer(Blur, operator=blurred, spatial_axes=2)
+    yield
+    for cls in (PlainConv, StdConv, QuantisedLinear, Gain, Blur):
+        kinds.unregister_layer(cls)
+
+
+LAYERS = {
+    "plain": (lambda: PlainConv(3, 4, 3, stride=2, padding=1), (3, 9, 8)),
+    "standardised": (lambda: StdConv(3, 4, 3, padding=1), (3, 7, 8)),
+    "quantised": (lambda: QuantisedLinear(7, 5), (7,)),
+    "gain": (lambda: Gain(6, 4, 5.0), (6,)),
+    "product": (Blur, (2, 7, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_registered_layers_are_measured_by_their_operator(name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    make, shape = LAYERS[name]
+    layer = make()
+    op = operator_of(layer, shape[1:] or None)
+    truth = dense_norm(layer, *shape)
+    assert float(operator_norm(op)) == pytest.approx(truth, rel=1e-5)
+    lower, upper, info = operator_norm_interval(op, return_info=True)
+    assert float(lower) <= truth * (1 + 1e-6)
+    assert truth <= float(upper) * (1 + 1e-6)
+    assert info.certified
+    row = inspect_model(nn.Sequential(layer), shape).layers[0]
+    assert row.lower is not None
+    assert row.lower <= truth * (1 + 1e-6)
+    assert row.upper == pytest.approx(truth, rel=2e-2)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_map_that_is_the_weights_can_be_normalised(bound: bool) -> None:
+    torch.manual_seed(0)
+    layer = PlainConv(3, 4, 3, padding=1)
+    model = nn.Sequential(layer, nn.ReLU(), StdConv(4, 4, 3, padding=1))
+    x = torch.randn(1, 3, 8, 7)
+    apply_spectral_norm(model, x, beta=0.7, bound=bound)  # PlainConv is a default, StdConv is not
+    assert dense_norm(layer, 3, 8, 7) == pytest.approx(0.7, rel=1e-2)
+    assert not hasattr(model[2], "parametrizations")
+    assert "conv 3x3 at 8x7" in spectral_norm_summary(model)
+
+
+def test_without_an_input_size() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(PlainConv(3, 4, 3, padding=1))
+    layer(torch.randn(1, 3, 8, 7))
+    assert dense_norm(layer, 3, 8, 7) == pytest.approx(1.0, rel=1e-2)
+    with pytest.raises(ValueError, match="is known at one input size at a time"):
+        spectral_norm(PlainConv(3, 4, 3), input_size="any")
+    register_layer(PlainConv, operator=conv, nominal_size=lambda m: (16, 16))
+    layer = spectral_norm(PlainConv(3, 4, 3, padding=1), input_size="any")
+    assert dense_norm(layer, 3, 8, 7) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("standardised", "not proportional to the weight"),
+        ("quantised", "not proportional to the weight|another weight"),
+        ("gain", "not one convolution or matrix of the weight"),
+        ("product", "not one convolution or matrix of the weight"),
+    ],
+)
+@pytest.mark.parametrize("sized", [True, False])
+def test_others_are_refused_with_the_reason(name: str, reason: str, sized: bool) -> None:
+    torch.manual_seed(1)
+    make, shape = LAYERS[name]
+    layer = make()
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match=f"cannot be normalised by its weight: .*({reason}).*can be measured"):
+        spectral_norm(layer, input_size=shape[1:] if sized and shape[1:] else None)
+    with pytest.raises(ValueError, match=f"layer '0' cannot be normalised.*({reason}).*exclude="):
+        apply_spectral_norm(nn.Sequential(layer), torch.randn(1, *shape), include=type(layer))
+    assert torch.equal(layer.weight, before)
+    assert not hasattr(layer, "parametrizations")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("cls", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_map_counts_to_rows(cls: type, mode: str, max_norm: float | None) -> None:
+    torch.manual_seed(0)
+    options = {"mode": mode} if cls is nn.EmbeddingBag else {}
+    layer = cls(9, 4, max_norm=max_norm, **options).double()
+    op = operator_of(layer)
+    weight = layer.weight.detach().clone()
+    indices = torch.randint(9, (5, 6))
+    counts = F.one_hot(indices, 9).double().sum(1)
+    with torch.no_grad():
+        out = layer(indices)
+    if cls is nn.Embedding:
+        out = out.sum(1)
+    elif mode == "mean":
+        counts /= 6
+    torch.testing.assert_close(op.matvec(counts).detach(), out)
+    if max_norm is None:
+        assert float(operator_norm(op)) == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=1e-6)
+        normalised = spectral_norm(layer)
+        assert float(operator_norm(operator_of(normalised))) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_bag_of_maxima_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode='max'"):
+        operator_of(nn.EmbeddingBag(9, 4, mode="max"))
+
+
+def test_arguments_of_register_layer() -> None:
+    with pytest.raises(TypeError, match="cls="):
+        register_layer(3, operator=conv)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="operator="):
+        register_layer(PlainConv, operator=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Conv2d is a layer that sn_fast knows"):
+        register_layer(nn.Conv2d, operator=conv)
+    with pytest.raises(ValueError, match="spatial_axes=-1"):
+        register_layer(PlainConv, operator=conv, spatial_axes=-1)
+    register_layer(Gain, operator=lambda m, w, _: w)
+    with pytest.raises(TypeError, match="operator of Gain returned a"):
+        operator_of(Gain(3, 4, 1.0))
+
+
+def test_subclasses_and_replacement() -> None:
+    class Sub(PlainConv):
+        pass
+
+    layer = Sub(3, 4, 3)
+    assert kinds.kind_of(layer) is kinds.kind_of(PlainConv(3, 4, 3))
+    register_layer(Sub, operator=lambda m, w, size: 2 * conv(m, w, size))
+    assert float(operator_norm(operator_of(layer, (8, 8)))) == pytest.approx(
+        2 * float(operator_norm(conv(layer, layer.weight, (8, 8)))), rel=1e-5
+    )
+    kinds.unregister_layer(Sub)
+
+
+def test_classes_of_layers_are_named_in_the_registry_alone() -> None:
+    root = Path(sn_fast.__file__).parent
+    named = re.compile(r"isinstance\([^)]*nn\.Conv|CONVOLUTIONS")
+    rooms = [root / name for name in ("layers", "norms", "normalization", "lipschitz", "inspection")]
+    files = [p for room in rooms for p in room.glob("*.py") if p.name != "kinds.py"]
+    found = [p.name for p in files if named.search(p.read_text())]
+    assert not found
