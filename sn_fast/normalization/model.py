@@ -80,7 +80,7 @@ def spectral_norm(
 
 def apply_spectral_norm(
     model: ModuleT,
-    example_input: Tensor | tuple[Any, ...],
+    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
     *,
     beta: float | Mapping[str, float] = 1.0,
     mode: str = "cap",
@@ -97,8 +97,8 @@ def apply_spectral_norm(
 
     Args:
         model: changed in place and returned.
-        example_input: a tensor or a tuple of arguments; the model is run on it once, in eval mode and without
-            gradients, to learn every layer's input size. Batch size 1 is enough. A layer used at several sizes is
+        example_input: a tensor, a tuple of arguments or a dict of keyword arguments; the model is run on it once, in
+            eval mode and without gradients, to learn every layer's input size (on shapes alone if it is on meta). Batch size 1 is enough. A layer used at several sizes is
             normalised for the size with the largest norm.
         beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
         include: module classes to normalise; None: Linear and all convolutions.
@@ -109,8 +109,11 @@ def apply_spectral_norm(
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
             is not proportional to their weight (``spectral_norm``), by name.
     """
-    if not isinstance(example_input, (Tensor, tuple)):
-        raise TypeError(f"example_input is a {type(example_input).__name__}; give a tensor, or a tuple of arguments")
+    if not isinstance(example_input, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
+            "keyword arguments"
+        )
     classes = _classes(include)
     excluded = _pattern("exclude", exclude) if exclude else None
     layers = {
@@ -207,7 +210,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     """
     found = [(n, m) for n, m in _parametrizations(model) if m.geometry is not None]
     refresh(model)
-    return {name: float(m.sigma) for name, m in found}
+    return {name: float(m.sigma) for name, m in found if not m.sigma.is_meta}
 
 
 def _register(
@@ -218,7 +221,7 @@ def _register(
     hashed: bool = False,
     used_at: Iterable[tuple[int, ...]] = (),
 ) -> SpectralNorm:
-    weight = checked_weight(module, name)
+    weight = checked_weight(module, name, parametrized=True, on_meta=True)
     kind = kind_of(module) if name == "weight" else None
     as_matrix = options.operator == "reshape" or kind is None or not kind.axes
     if as_matrix and options.operator == "conv" and weight.ndim != 2:
@@ -280,8 +283,11 @@ def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]
 
 def _why_not_divisible(module: nn.Module, size: Sequence[int] | None) -> str | None:
     weight = raw_weight(module)
-    if kind_of(module) is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
+    kind = kind_of(module)
+    if kind is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
         return None
+    if weight.is_meta:  # there is nothing to measure: only the map of the kind itself is known
+        return kind.why_not_exact(module)
     axes = spatial_axes(module)
     sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
     reason = None
@@ -313,7 +319,11 @@ def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tu
     if len(distinct) <= 1:
         return distinct[0] if distinct else None
     kind = kind_of(module)
-    if getattr(module, "padding_mode", "zeros") == "zeros" and not (kind is not None and kind.of_user):
+    weight = raw_weight(module)
+    nothing_to_measure = isinstance(weight, Tensor) and weight.is_meta
+    if nothing_to_measure or (
+        getattr(module, "padding_mode", "zeros") == "zeros" and not (kind is not None and kind.of_user)
+    ):
         return tuple(map(max, zip(*distinct)))  # the norm grows with the size
     norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
     return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
@@ -376,6 +386,10 @@ def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
 
 
 def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
+    if keep_raw and len(chain(module, name)) > 1:  # undo a registration on top of others
+        chain(module, name).pop(-1)
+        remove_hooks(module)
+        return
     _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
     remove_hooks(module)

@@ -149,7 +149,7 @@ def _tensors(batch: Sequence[Pair]) -> Tensors:
         [m.state(m.iterated_name) for m in members],
     )
     groups = [m.state("top_group") for m in members if m.known_geometry.groups > 1]
-    return weights, us, vs, sigmas, groups, [m.previous for m in members if m.options.full]
+    return weights, us, vs, sigmas, groups, [m.state(m.previous_name) for m in members if m.options.full]
 
 
 def _by_operator(pairs: Sequence[Pair], vectors: bool) -> list[Snapshot]:

@@ -276,11 +276,6 @@ class State(nn.Module):
         return "u_prev" if self.as_matrix else "v_prev"
 
     @property
-    def previous(self) -> Tensor:
-        """Where the last iteration started (``gradient="full"``)."""
-        return self.state(self.previous_name)
-
-    @property
     def iterated_name(self) -> str:
         """The buffer of the norm that u and v attain."""
         return "estimate" if self.options.bound else "sigma"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..reference import normalize as _reference
 from ..reference.geometry import Geometry, decode
@@ -209,8 +210,10 @@ def normalize(
     ``ready`` is the normalised weight where ``normalize_all`` has computed it. See ``reference.normalize`` for the
     formulas and ``reference.power.power_step`` for the shapes.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # torch.func (grad, vmap, jvp, ...) wants operations that it can follow: sigma, with the derivative of <u, A v>.
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        # torch.func and forward-mode AD follow plain operations: sigma, with the derivative of <u, A v>.
         value = _reference.rayleigh(weight, u, v, group, *decode(geometry))
         return _reference.normalize(weight, value + (sigma - value).detach(), beta, cap)
     given = [] if ready is None else [ready]
