@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while this process is the command sn-fast: one line on stderr, exit code 128 + the signal's number.
+"""Ctrl-C and SIGTERM while this process is the command sn-fast: one line on stderr, exit code 128 + the signal.
 
 The package imports this module first, so that it counts from there on, also while torch is being imported; it imports
 nothing heavy itself. In every other program that imports sn_fast it does nothing.
@@ -110,7 +110,7 @@ def _leave() -> None:
     """End the process from wherever it is: an exception could be lost in code that is not ours."""
     code, text = _State.outcome or (exit_code(), line())
     if text:
-        try:
+        try:  # noqa: SIM105 - contextlib may not be imported yet
             os.write(2, f"{text}\n".encode("ascii", "replace"))
         except OSError:
             pass

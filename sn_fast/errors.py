@@ -67,7 +67,13 @@ def failures_explained(what: str, remedy: str = "") -> Iterator[None]:
 def lacks_memory(error: BaseException) -> bool:
     """Whether an allocation failed, or was of a size beyond all memory; PyTorch has several exceptions for it."""
     text = str(error) if isinstance(error, RuntimeError | TypeError | OverflowError | ValueError) else ""
-    signs = ("allocate memory", "enough memory", "out of memory", "size calculation overflow", "overflow when unpacking")
+    signs = (
+        "allocate memory",
+        "enough memory",
+        "out of memory",
+        "size calculation overflow",
+        "overflow when unpacking",
+    )
     return isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs)
 
 

@@ -40,7 +40,7 @@ _PLAIN = {
 
 
 def prepare() -> None:
-    """Characters that a stream's encoding lacks get an ASCII alternative, so that no text fails at the end of the work."""
+    """Give characters that a stream's encoding lacks an ASCII alternative, so that no text fails after the work."""
     codecs.register_error(_ERRORS, _alternative)
     for stream, defaults in ((sys.stdout, ("strict", "surrogateescape")), (sys.stderr, ("backslashreplace",))):
         if getattr(stream, "errors", None) in defaults and hasattr(stream, "reconfigure"):
