@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -69,6 +70,8 @@ def _finish(code: int, line: str) -> int:
         _interrupts.printed()
     code = output.close(code, process_ends=_interrupts.is_command())
     _interrupts.finished(code)
+    if _interrupts.is_command() and _interrupts.received():
+        os._exit(code)  # at once: Python's own end takes seconds with torch
     return code
 
 

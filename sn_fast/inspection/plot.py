@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ def plot(inspection: Inspection, path: Path, title: str = "") -> None:
     if not layers:
         raise UserError("argument --plot: no layer has a measured norm, so there is nothing to draw")
     image = io.BytesIO()
-    with require("matplotlib").rc_context(_STYLE):
+    with require("matplotlib").rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows as boxes
         figure = _draw(layers, title.encode("utf-8", "replace").decode())
         figure.savefig(image, dpi=_DPI, format=path.suffix.lstrip(".").lower(), metadata={"Title": _MARK})
     try:
