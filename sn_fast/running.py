@@ -12,6 +12,9 @@ import torch
 
 from .errors import require
 
+MOST_THREADS = 1024
+"""More than any machine runs at once; where the system cannot start a thread, PyTorch ends the process."""
+
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:

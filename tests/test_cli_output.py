@@ -70,12 +70,13 @@ def test_every_command_in_every_encoding(monkeypatch, tmp_path, encoding):
         assert exit_code(*argv) == 0
         out, err = streams.text()
         assert "Traceback" not in err
-        assert "\\u" not in out + err
+        assert "\\u" not in err
         return out
 
     assert "versions and backend" in run("--help")
     for command in ("train", "norms", "info"):
         assert f"sn-fast {command}" in run(command, "--help")
+    assert "\\u" not in run("train", "--help")
     assert "torch" in run("info")
     trained = run(*TRAIN, "größe-层")
     if encoding in ("ascii", "latin-1", "cp1252"):
@@ -86,7 +87,7 @@ def test_every_command_in_every_encoding(monkeypatch, tmp_path, encoding):
     table = [line for line in trained.splitlines() if line.startswith("  ") and "%" not in line]
     assert len({len(line) for line in table if line.split()[0] in ("clean", "FGM", "PGM", "WRM")}) == 1
     norms = run("norms", "wide_nets:Net", "--input-size", "3", "--plot", "層.png")
-    assert {"ascii": "gro?e_beta_?", "utf-8": "größe_β_层"}.get(encoding, "größe_") in norms
+    assert {"ascii": "grosse_beta_?", "utf-8": "größe_β_层"}.get(encoding, "größe_") in norms
     assert json.loads(run("norms", "wide_nets:Net", "--input-size", "3", "--json"))["layers"][0]["name"] == "größe_β_层"
     for name in ("config.json", "metrics.json"):
         json.loads((tmp_path / "größe-层" / name).read_text(encoding="utf-8"))

@@ -18,13 +18,12 @@ from ..inspection.plot import check_plot
 from ..inspection.table import document
 from ..inspection.weights import check_values
 from ..layers.describe import times
-from ..running import memory_limited, torch_threads
+from ..running import MOST_THREADS, memory_limited, torch_threads
 from .output import others_on_stderr, write
 
 _DEFAULT_SIZE = "3x224x224"
 _DEFAULT_TOL = 3e-3
 _MOST_AXES, _MOST_DIGITS = 63, 18  # of an axis, to be below 2**63; one axis is the batch's
-_MOST_THREADS = 1024
 
 _DESCRIPTION = """\
 Print a certified interval [at least, at most] of the spectral norm of every Linear,
@@ -169,8 +168,8 @@ def _threads(number: int | None) -> int:
         return torch.get_num_threads()  # all cores, or OMP_NUM_THREADS
     if number < 1:
         raise UserError(f"argument --threads: {number} will not do: give an integer >= 1")
-    if number > _MOST_THREADS:
-        raise UserError(f"argument --threads: {number} will not do: give an integer <= {_MOST_THREADS}")
+    if number > MOST_THREADS:
+        raise UserError(f"argument --threads: {number} will not do: give an integer <= {MOST_THREADS}")
     return number
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import re
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,16 @@ _PROGRAMS = re.compile(  # modules whose classes and functions start programs or
 _SHOWN = 12
 
 
+class _Dict(OrderedDict[Any, Any]):
+    """Stands for classes derived from dict, which torch.load does not fill even if they are allowed."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+_DICTS = (dict, OrderedDict, Counter)
+
+
 @contextmanager
 def allowed(names: Collection[str]) -> Iterator[None]:
     """Within this context torch.load makes objects of these classes too.
@@ -39,7 +50,9 @@ def allowed(names: Collection[str]) -> Iterator[None]:
     entries: list[Any] = []
     for name in names:
         stored, _, here = name.partition("=")
-        entries.append((_found(stored, here or stored), stored))
+        found = _found(stored, here or stored)
+        is_dict = isinstance(found, type) and issubclass(found, dict) and found not in _DICTS
+        entries.append((_Dict if is_dict else found, stored))
     if any(entry is np.dtype for entry, _ in entries):  # whose instances are of a class per type
         types = {type(np.dtype(code)) for code in np.typecodes["All"]}
         entries += [(found, f"{found.__module__}.{found.__qualname__}") for found in types]

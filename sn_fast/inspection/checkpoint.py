@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def _read(path: Path, allow_classes: Collection[str]) -> Any:
         load_file = require("safetensors.torch", install="safetensors").load_file
     else:
         load_file = _torch_load
-    with allowed(allow_classes):
+    with allowed(allow_classes), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's on its own storages, whatever the file holds
         try:
             return load_file(path)
         except pickle.UnpicklingError as error:
