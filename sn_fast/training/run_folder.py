@@ -20,6 +20,7 @@ from .lock import NAME as LOCK
 from .lock import locked
 
 _FORMAT = 1
+_FILES = ("config.json", "metrics.json", "checkpoint.pt", "*.png")  # whose unfinished versions were .NAME.part once
 
 
 class RunFolder:
@@ -106,7 +107,8 @@ class RunFolder:
         return any(path.name != LOCK and path not in self._unfinished() for path in self.path.iterdir())
 
     def _unfinished(self) -> list[Path]:
-        return sorted(path for path in self.path.glob(UNFINISHED) if path.is_file())
+        found = {*self.path.glob(UNFINISHED), *(p for name in _FILES for p in self.path.glob(f".{name}.part"))}
+        return sorted(path for path in found if path.is_file())
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         self.write(name, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())

@@ -219,7 +219,7 @@ def epochs_done(run: Path) -> int:
     return done
 
 
-@pytest.mark.parametrize("leftovers", [[], [".lock", ".sn_fast-77-ab.part"]])
+@pytest.mark.parametrize("leftovers", [[], [".checkpoint.pt.part", ".lock", ".sn_fast-77-ab.part"]])
 def test_a_folder_left_before_its_first_file_is_reusable(tiny_run, tmp_path, leftovers, capsys):
     (tmp_path / "run").mkdir()
     for name in leftovers:
