@@ -26,10 +26,15 @@ from .arguments import (
     check_count,
     check_like,
     check_samples,
+    check_within,
+    refusal_unless,
 )
 from .ascent import Ascent, Region
-from .gradient import Loss, Model, Objective, prepared
+from .gradient import Model, Objective, prepared
+from .reading import Reading
 from .steps import random_point
+from .task import Loss, Predict
+from .wrappers import is_replicated, unwrapped
 
 # x_adv, or (x_adv, AttackInfo) with return_info. A union of the two would make every typed caller narrow it.
 Attacked = Tensor | Any
@@ -57,6 +62,7 @@ def fgm(
     norm: float | str = 2,
     eps: float | Tensor,
     loss: str | Loss = "ce",
+    predict: Predict | None = None,
     clip: Clip = None,
     targeted: bool = False,
     mean: Bound | None = None,
@@ -73,9 +79,12 @@ def fgm(
     """
     check_samples(x)
     order = canonical_norm(norm)
-    radius = amount("eps", eps, x, finite=True, check_values=True)
-    lower, upper = bounds(clip, x, check_values=True)
-    with prepared(model, x, y, loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype) as (x, objective):
+    reading = Reading(x)
+    radius = amount("eps", eps, x, finite=True, reading=reading)
+    lower, upper = _checked_bounds(clip, x, reading)
+    settings = loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype
+    options: dict[str, Any] = {"predict": predict, "reading": reading, "decides": return_info}
+    with prepared(model, x, y, *settings, **options, scale_free=True) as (x, objective):
         x_adv = x
         if not _is_trivial(x, radius):
             gradient, _ = objective.gradient(x)
@@ -109,6 +118,7 @@ def pgd(
     restarts: int = 1,
     targeted: bool = False,
     loss: str | Loss = "ce",
+    predict: Predict | None = None,
     clip: Clip = None,
     mean: Bound | None = None,
     std: Bound | None = None,
@@ -172,11 +182,12 @@ def pgd(
     check_samples(x)
     order = canonical_norm(norm)
     steps, restarts = check_count("steps", steps), check_count("restarts", restarts)
-    radius = amount("eps", eps, x, finite=alpha is None or random_start, check_values=True)
+    reading = Reading(x)
+    radius = amount("eps", eps, x, finite=alpha is None or random_start, reading=reading)
     stride = radius.scaled(2 / steps)
     if alpha is not None:
-        stride = amount("alpha", alpha, x, finite=True, check_values=True)
-    lower, upper = bounds(clip, x, check_values=True)
+        stride = amount("alpha", alpha, x, finite=True, reading=reading)
+    lower, upper = _checked_bounds(clip, x, reading)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts={restarts} would repeat the same run; set random_start=True")
     if x_init is not None:
@@ -200,7 +211,9 @@ def pgd(
     # In a graph normalised weights are part of what is captured: they must not be frozen before.
     freeze = freeze_sn and not cuda_graph
     settings = loss, targeted, mean, std, model_mode, freeze, autocast_dtype, cuda_graph
-    with prepared(model, x, y, *settings) as (x, objective):
+    decides = return_info or early_stop or restarts > 1
+    options: dict[str, Any] = {"predict": predict, "reading": reading, "decides": decides}
+    with prepared(model, x, y, *settings, **options, scale_free=True) as (x, objective):
         if _is_trivial(x, radius):
             return _result(x, objective) if return_info else x
 
@@ -214,8 +227,7 @@ def pgd(
                     yield x
 
         if cuda_graph:
-            assert isinstance(model, nn.Module)
-            return _graphed(model, ascent, objective, x, region, list(starts()), freeze_sn, return_info)
+            return _graphed(ascent, objective, x, region, list(starts()), freeze_sn, return_info)
         x_adv = ascent.run(objective, x, region, starts())
         return _result(x_adv, objective) if return_info else x_adv
 
@@ -225,10 +237,11 @@ def _check_graph(model: Model, x: Tensor) -> None:
         raise TypeError(f"cuda_graph=True needs a torch.nn.Module, got {type(model).__name__}; wrap it, or use False")
     if x.device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs x on a CUDA device, got {x.device}; use cuda_graph=False")
+    if is_replicated(unwrapped(model)):
+        raise ValueError("cuda_graph=True is for one device, and DataParallel uses several: attack model.module")
 
 
 def _graphed(
-    model: nn.Module,
     ascent: Ascent,
     objective: Objective,
     x: Tensor,
@@ -238,6 +251,8 @@ def _graphed(
     return_info: bool,
 ) -> Attacked:
     """``ascent`` by a CUDA graph. Sigma is refreshed before it; normalised weights are computed in it, once."""
+    model = objective.model
+    assert isinstance(model, nn.Module)
     refresh(model)
 
     def loop(tensors: graph.Tensors) -> graph.Tensors:
@@ -279,6 +294,7 @@ def wrm(
     eps: float | Tensor | None = None,
     steps: int = 15,
     loss: str | Loss = "ce",
+    predict: Predict | None = None,
     clip: Clip = None,
     targeted: bool = False,
     mean: Bound | None = None,
@@ -304,9 +320,12 @@ def wrm(
     """
     check_samples(x)
     check_count("steps", steps)
-    radius = _wrm_eps(gamma, eps, x)
-    lower, upper = bounds(clip, x, check_values=True)
-    with prepared(model, x, y, loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype) as (x, objective):
+    reading = Reading(x)
+    radius = _wrm_eps(gamma, eps, x, reading)
+    lower, upper = _checked_bounds(clip, x, reading)
+    settings = loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype
+    options: dict[str, Any] = {"predict": predict, "reading": reading, "decides": return_info}
+    with prepared(model, x, y, *settings, **options) as (x, objective):
         x_adv = x
         if not _is_trivial(x, radius):
             rate = radius.scaled(-1.0) if targeted else radius
@@ -354,18 +373,23 @@ class WRM(_Attack):
     method = staticmethod(wrm)
 
 
-def _wrm_eps(gamma: float | Tensor | None, eps: float | Tensor | None, x: Tensor) -> Amount:
+def _checked_bounds(clip: Clip, x: Tensor, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
+    lower, upper = bounds(clip, x, reading)
+    check_within(x, clip, lower, upper, reading)
+    return lower, upper
+
+
+def _wrm_eps(gamma: float | Tensor | None, eps: float | Tensor | None, x: Tensor, reading: Reading) -> Amount:
     if gamma is None and eps is not None:
-        return amount("eps", eps, x, finite=True, check_values=True)
+        return amount("eps", eps, x, finite=True, reading=reading)
     if gamma is None or eps is not None:
         raise ValueError(f"give exactly one of gamma and eps = 1 / (2 gamma), got gamma={gamma!r}, eps={eps!r}")
-    price = amount("gamma", gamma, x, finite=False, check_values=True)
+    price = amount("gamma", gamma, x, finite=False, reading=reading)
     if price.per_sample is None:
         if price.value == 0:
             raise ValueError("gamma=0 must be > 0")
         return Amount(0.5 / price.value)
-    if not bool(price.per_sample.all()):
-        raise ValueError("gamma has elements that are 0; all must be > 0")
+    reading.expect(refusal_unless("gamma has elements that are 0; all must be > 0"), price.per_sample.all())
     return Amount(0.0, 0.5 / price.per_sample)
 
 

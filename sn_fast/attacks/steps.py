@@ -68,9 +68,9 @@ def pgd_step(
         if active.dtype != torch.bool:
             raise TypeError(f"active must be a bool tensor, got {active.dtype}; convert it with active.bool()")
     order = canonical_norm(norm)
-    radius = amount("eps", eps, x, finite=False, check_values=False)
-    stride = amount("alpha", alpha, x, finite=True, check_values=False)
-    lower, upper = bounds(clip, x, check_values=False)
+    radius = amount("eps", eps, x, finite=False)
+    stride = amount("alpha", alpha, x, finite=True)
+    lower, upper = bounds(clip, x)
     return ops.pgd_step(
         x_adv,
         x,
@@ -105,9 +105,9 @@ def wrm_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, eps: float | Tensor, ste
         ValueError, TypeError: as in ``pgd_step``.
     """
     _check(x_adv, x, grad)
-    radius = amount("eps", eps, x, finite=True, check_values=False)
+    radius = amount("eps", eps, x, finite=True)
     step = number("step", step, finite=True)
-    lower, upper = bounds(clip, x, check_values=False)
+    lower, upper = bounds(clip, x)
     return ops.wrm_step(x_adv, x, grad, radius.value, radius.per_sample, step, lower, upper)
 
 
@@ -129,8 +129,8 @@ def project(x_adv: Tensor, x: Tensor, *, norm: float | str, eps: float | Tensor,
     """
     _check(x_adv, x)
     order = canonical_norm(norm)
-    radius = amount("eps", eps, x, finite=False, check_values=False)
-    lower, upper = bounds(clip, x, check_values=False)
+    radius = amount("eps", eps, x, finite=False)
+    lower, upper = bounds(clip, x)
     return ops.project(x_adv, x, order, radius.value, radius.per_sample, lower, upper)
 
 
@@ -158,8 +158,8 @@ def random_start(
     """
     check_samples(x)
     order = canonical_norm(norm)
-    radius = amount("eps", eps, x, finite=True, check_values=False)
-    return random_point(x, order, radius, *bounds(clip, x, check_values=False), generator)
+    radius = amount("eps", eps, x, finite=True)
+    return random_point(x, order, radius, *bounds(clip, x), generator)
 
 
 def random_point(

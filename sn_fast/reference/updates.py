@@ -214,9 +214,7 @@ def _fill_steepest(
     out.copy_(moved)
 
 
-def _filled(
-    size: Tensor, sign: Tensor, start: Tensor, bound: Tensor, budget: float | Tensor
-) -> tuple[Tensor, Tensor]:
+def _filled(size: Tensor, sign: Tensor, start: Tensor, bound: Tensor, budget: float | Tensor) -> tuple[Tensor, Tensor]:
     """Which elements reach ``bound``, and start with the elements of largest ``size`` moved, until budget is spent.
 
     Elements of equal size share what is left for them in proportion to their room.
