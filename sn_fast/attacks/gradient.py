@@ -23,6 +23,7 @@ _NO_PATH = (
     "backbone) under torch.no_grad() or torch.inference_mode()? Freeze weights with requires_grad_(False) instead: an "
     "attack needs the gradient through all layers, and leaves parameters alone"
 )
+_ERRORS_OF_BACKWARD = ("modified by an inplace operation", "derivative for")
 _ERRORS_WITHOUT_PATH = (
     "nference tensor",
     "numpy() on Tensor that requires grad",
@@ -95,6 +96,18 @@ class Evaluation(NamedTuple):
     logits: Tensor
 
 
+def _backward(climbed: Tensor, leaf: Tensor, pull: Tensor | None) -> Tensor | None:
+    try:
+        return torch.autograd.grad(climbed, leaf, pull, allow_unused=True)[0]
+    except RuntimeError as error:
+        if any(phrase in str(error) for phrase in _ERRORS_OF_BACKWARD):
+            raise ValueError(
+                f"the model's gradient in x cannot be taken ({error}); if the model was exported or traced in training "
+                "mode, do so with model.eval()"
+            ) from error
+        raise
+
+
 class Objective:
     """What an attack climbs: the loss of ``model`` at labels ``y``, as a function of x_adv in x's own space.
 
@@ -132,6 +145,8 @@ class Objective:
         self._known = known or LabelRange()
         self._scale_free = scale_free
         self._decides = decides
+        self.classes: int | None = None
+        """Columns of the logits, known after the first forward."""
         self._is_checked = False
 
     def at(self, y: Tensor | None, mean: Tensor | None, std: Tensor | None) -> Objective:
@@ -166,7 +181,7 @@ class Objective:
             climbed = losses.sum() if pull is None else logits
             gradient = None
             if climbed.requires_grad:
-                (gradient,) = torch.autograd.grad(climbed, leaf, pull, allow_unused=True)
+                gradient = _backward(climbed, leaf, pull)
             if gradient is None:
                 raise ValueError(_NO_PATH)
         self.gradients += 1
@@ -180,13 +195,18 @@ class Objective:
 
     def fooled(self, logits: Tensor) -> Tensor | None:
         """(B,): the prediction is not y (targeted: it is y). None where y are no class labels."""
-        return None if self.y is None else self.task.fooled(logits, self.y, self._known, self.targeted)
+        return None if self.y is None else self.task.fooled(logits, self.y, self.targeted)
 
     def score(self, evaluation: Evaluation) -> Tensor:
         """What orders iterates as their losses do, the better the higher, (B,)."""
         assert self.y is not None
         score = self.task.score(evaluation.logits, self.y, evaluation.losses)
         return -score if self.targeted else score
+
+    def check_classes(self, classes: int | None) -> None:
+        """Labels that are to be columns of the logits are."""
+        if classes is not None and (self.task.loss == "ce" or self._decides):
+            self.task.check_range(classes, self._known)
 
     def _forward(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the labels, which the first forward may have to find."""
@@ -209,8 +229,8 @@ class Objective:
         if self.y is None:
             self.y = self.task.labels(logits.detach())
         if not self._is_checked:
-            if self.task.loss == "ce":
-                self.task.check_range(logits, self._known)
+            self.classes = logits.shape[1] if logits.dim() == 2 else None
+            self.check_classes(self.classes)
             if self._decides:
                 self.fooled(logits.detach())
             self._is_checked = True

@@ -42,8 +42,9 @@ def pgd_step(
 
     Directions are sign(g) for inf (Madry et al. 2018), g / |g|_2 for 2, and for 1 the published g / |g|_1 with a radial
     projection (Farnia, Zhang, Tse 2019). "L1-exact" moves the elements of largest |g| and projects to the nearest point
-    of the l1 ball (Duchi et al. 2008). The gradient's scale does not matter; a sample whose gradient is zero does not
-    move, and a non-finite element of the gradient counts as 0.
+    of the l1 ball (Duchi et al. 2008); with ``clip`` it fills the elements of largest |g| that have room up to their
+    bounds, and the ball takes from the others, so the steps of a linear loss end at its maximum. The gradient's scale
+    does not matter; a sample whose gradient is zero does not move, and a non-finite element counts as 0.
 
     Args:
         x_adv, x: current and clean samples, (B, *size), of one dtype. float16 and bfloat16 are computed in float32.
@@ -51,7 +52,8 @@ def pgd_step(
         norm: inf, 2, 1 or "L1-exact", also as "Linf", "L2", "L1".
         eps: radius in the units of x, >= 0; a number or one per sample (B,); inf: no ball.
         alpha: length of the step, in the units of x; a number or one per sample (B,).
-        clip: (lower, upper), numbers or tensors that broadcast to x (C values: per channel), applied after the ball.
+        clip: (lower, upper), numbers or tensors that broadcast to x (C values: per channel), None on a side without a
+            limit; applied after the ball. Whether x lies within is not checked here.
         targeted: descend instead.
         active: bool (B,); samples with False keep their bits.
 

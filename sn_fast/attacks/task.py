@@ -102,6 +102,11 @@ class Task:
             if not isinstance(decided, Tensor) or decided.shape[:1] != logits.shape[:1]:
                 found = tuple(decided.shape) if isinstance(decided, Tensor) else type(decided).__name__
                 raise ValueError(f"predict must return a tensor of labels ({logits.shape[0]},), got {found}")
+            if not callable(self.loss) and decided.dim() != 1:
+                raise ValueError(
+                    f"predict must return labels of shape ({logits.shape[0]},) with loss={self.loss!r}, got "
+                    f"{tuple(decided.shape)}"
+                )
             return decided.detach()
         if self.loss == "bce":
             return (logits.flatten() > 0).long()
@@ -112,7 +117,7 @@ class Task:
             )
         return logits.argmax(dim=1) if logits.dim() == 2 else None
 
-    def fooled(self, logits: Tensor, y: Tensor, known: LabelRange, targeted: bool) -> Tensor | None:
+    def fooled(self, logits: Tensor, y: Tensor, targeted: bool) -> Tensor | None:
         """(B,): the decision is not y (targeted: it is y). None where y are no class labels."""
         if self.predict is None and self.loss != "bce" and (y.dtype.is_floating_point or y.dim() != 1):
             return None
@@ -124,21 +129,19 @@ class Task:
                 f"predict returned labels of shape {tuple(decided.shape)}, y has {tuple(y.shape)}; they must be equal "
                 "to be compared"
             )
-        if self.predict is None:
-            self.check_range(logits, known)
         same = decided == y
         if same.dim() > 1:  # several labels of a sample count as one
             same = same.flatten(1).all(dim=1)
         return same if targeted else ~same
 
-    def check_range(self, logits: Tensor, known: LabelRange) -> None:
-        """y are indices of the columns of logits."""
+    def check_range(self, classes: int, known: LabelRange) -> None:
+        """y are class indices, where the decision is that of classes."""
         if self.loss == "bce" or known.smallest is None or known.largest is None:
             return
-        if known.smallest < 0 or known.largest >= logits.shape[1]:
+        if known.smallest < 0 or known.largest >= classes:
             wrong = known.smallest if known.smallest < 0 else known.largest
             remedy = "" if self.loss == "ce" else "; for labels of another kind give predict=, logits -> labels (B,)"
-            raise ValueError(f"y has the label {wrong:.0f}, but the model has {logits.shape[1]} classes{remedy}")
+            raise ValueError(f"y has the label {wrong:.0f}, but the model has {classes} classes{remedy}")
 
     # -- losses -------------------------------------------------------------------------------------------------------
 

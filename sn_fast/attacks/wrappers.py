@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+_FLAGS = ("train", "training")
+
 
 def unwrapped(model: Any) -> Any:
     """``model`` without the DistributedDataParallel around it, and without the compiler around that.
@@ -51,16 +53,16 @@ def is_replicated(model: Any) -> bool:
 def set_mode(model: nn.Module, model_mode: str) -> None:
     """Training or evaluation; parts whose mode is part of their code must be in it."""
     training = model_mode == "train"
-    fixed = [m for m in model.modules() if _is_fixed(m)]
-    for module in fixed:
-        _check_fixed(module, model_mode)
+    for module in model.modules():
+        _check_code(module, model_mode)
+    fixed = [m for m in model.modules() if _is_exported(m) or _is_frozen(m)]
     if model in fixed:
         return
     try:
         with _shadowed([(m, "train", lambda mode=True: None) for m in fixed]):
             model.train(training)
     except Exception as error:
-        if all(getattr(m, "training", training) == training for m in model.modules()):
+        if all(getattr(m, "training", training) == training for m in model.modules() if m not in fixed):
             return
         raise ValueError(
             f"model_mode={model_mode!r}: the model cannot be set to it ({type(error).__name__}: {error}); bring it "
@@ -73,37 +75,55 @@ def flags(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     return [(m, m.training) for m in model.modules() if hasattr(m, "training")]
 
 
-def _is_fixed(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        return not hasattr(module, "training")  # torch.jit.freeze
-    return isinstance(module, torch.fx.GraphModule) and "train" in vars(module)  # torch.export
+def _is_exported(module: nn.Module) -> bool:
+    """By torch.export, which replaces the methods that set the mode by ones that raise."""
+    return isinstance(module, torch.fx.GraphModule) and "train" in vars(module)
 
 
-def _check_fixed(module: nn.Module, model_mode: str) -> None:
-    what, how = "frozen", "torch.jit.freeze"
-    modes = {False}
-    if isinstance(module, torch.fx.GraphModule):
-        what, how = "exported", "torch.export.export"
-        modes = {mode for m in module.modules() if isinstance(m, torch.fx.GraphModule) for mode in _modes(m)}
+def _is_frozen(module: nn.Module) -> bool:
+    """By torch.jit.freeze, in evaluation mode."""
+    return isinstance(module, torch.jit.ScriptModule) and not hasattr(module, "training")
+
+
+def _check_code(module: nn.Module, model_mode: str) -> None:
+    if _is_exported(module):
+        made, modes = "exported", {flag for m in module.modules() for flag in _flags_of_operators(m)}
+        modes = modes or {False}  # decompositions remove what does nothing in evaluation
+    elif _is_frozen(module):
+        made, modes = "frozen", {False}
+    elif isinstance(module, torch.jit.TopLevelTracedModule):
+        made, modes = "traced", set(_constant_flags(module.inlined_graph))
+    else:
+        return
     training = model_mode == "train"
-    if (not training) in modes or (training and not modes):
-        other = "evaluation" if training else "training"
+    if (not training) in modes:
         raise ValueError(
-            f"model_mode={model_mode!r}: the model has a part that was {what} in {other} mode, which is part of its "
-            f"code; pass model_mode='keep' to attack it as it is, or call {how} on a model in the other mode"
+            f"model_mode={model_mode!r}: the model has a part that was {made} in "
+            f"{'evaluation' if training else 'training'} mode, which is then part of its code; pass model_mode='keep' "
+            "to attack it as it is, or make it anew from a model in the other mode"
         )
 
 
-def _modes(exported: torch.fx.GraphModule) -> Iterator[bool]:
-    """The training flags of the operators in a graph, such as dropout and batch_norm."""
-    for node in exported.graph.nodes:
+def _flags_of_operators(module: nn.Module) -> Iterator[bool]:
+    """The training flags of the operators in an exported graph, such as dropout and batch_norm."""
+    for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         for i, argument in enumerate(node.target._schema.arguments):
-            if argument.name in ("train", "training"):
-                yield bool(
-                    node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-                )
+            if argument.name in _FLAGS:
+                given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+                yield bool(given)
+
+
+def _constant_flags(block: Any) -> Iterator[bool]:
+    """The same of a traced graph."""
+    for node in block.nodes():
+        for inner in node.blocks():
+            yield from _constant_flags(inner)
+        if node.kind().startswith("aten::") and node.schema() != "(no schema)":
+            for argument, value in zip(torch._C.parse_schema(node.schema()).arguments, node.inputs()):
+                if argument.name in _FLAGS and isinstance(value.toIValue(), bool):
+                    yield value.toIValue()
 
 
 @contextmanager
