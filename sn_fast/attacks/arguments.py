@@ -196,7 +196,10 @@ def per_channel(name: str, value: Bound, x: Tensor) -> Tensor:
     """A number, one number per channel, or a tensor that broadcasts to x, as a tensor that does."""
     dtype = compute_dtype(x)
     if isinstance(value, Real):
-        return x.new_full((), float(value), dtype=dtype)  # a fill, so that the host need not wait for a copy
+        number = float(value)
+        if abs(number) > torch.finfo(dtype).max:
+            number = math.copysign(math.inf, number)
+        return x.new_full((), number, dtype=dtype)  # a fill, so that the host need not wait for a copy
     try:
         tensor = torch.as_tensor(value, dtype=dtype, device=x.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:

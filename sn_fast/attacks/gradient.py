@@ -230,9 +230,9 @@ class Objective:
             self.y = self.task.labels(logits.detach())
         if not self._is_checked:
             self.classes = logits.shape[1] if logits.dim() == 2 else None
-            self.check_classes(self.classes)
             if self._decides:
                 self.fooled(logits.detach())
+            self.check_classes(self.classes)
             self._is_checked = True
         return logits, self.y
 
