@@ -117,7 +117,7 @@ class Objective:
     Args:
         known: the range of y, where the host knows it.
         scale_free: only the directions of the samples' gradients matter: they are then those of a loss that has not
-            saturated (``Task.pull``).
+            saturated (``Task.losses_and_pull``).
         decides: the model's decisions will be needed: what is missing for them is an error of the first forward.
     """
 
@@ -174,12 +174,12 @@ class Objective:
         with torch.enable_grad():
             leaf = x_adv.detach().requires_grad_()
             logits, y = self._forward(leaf)
-            pull = self.task.pull(logits.detach(), y) if self._scale_free else None
-            # Summed, not averaged: a sample's gradient must not depend on the batch it is in.
-            with nullcontext() if pull is None else torch.no_grad():
+            climbed, pull, gradient = logits, None, None
+            if self._scale_free and not callable(self.task.loss):
+                losses, pull = self.task.losses_and_pull(logits.detach(), y)
+            else:
                 losses = self._losses(logits, y)
-            climbed = losses.sum() if pull is None else logits
-            gradient = None
+                climbed = losses.sum()  # not the mean: a sample's gradient must not depend on the batch it is in
             if climbed.requires_grad:
                 gradient = _backward(climbed, leaf, pull)
             if gradient is None:

@@ -174,25 +174,24 @@ class Task:
             return -F.logsigmoid(-_away(logits, y))
         return F.cross_entropy(logits, y.long(), reduction="none")
 
-    def pull(self, logits: Tensor, y: Tensor) -> Tensor | None:
-        """The loss's gradient in the logits, where it has saturated up to a positive factor per sample; None: unknown.
+    def losses_and_pull(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of a named loss, and its gradient in the logits, where it has saturated up to a factor per sample.
 
         A model sure of y has p(y) = 1 in its precision, and softmax - onehot is 0. Its direction is known all the same:
         -1 for y, and for the other classes the softmax among them alone.
         """
-        if callable(self.loss):
-            return None
         if self.loss == "bce":
-            return _away(torch.ones_like(logits), y).reshape(logits.shape)
+            return self.losses(logits, y), _away(torch.ones_like(logits), y).reshape(logits.shape)
         exact = _others(logits, y).softmax(dim=1).nan_to_num_(0.0)
         exact.scatter_(1, y.long()[:, None], -exact.sum(dim=1, keepdim=True))
         if compute_dtype(logits) != logits.dtype:
-            return exact.to(logits.dtype)
-        leaf = logits.detach().requires_grad_()
+            return self.losses(logits, y), exact.to(logits.dtype)
         with torch.enable_grad():
-            (plain,) = torch.autograd.grad(self.losses(leaf, y).sum(), leaf)
+            leaf = logits.detach().requires_grad_()
+            losses = self.losses(leaf, y)
+            (plain,) = torch.autograd.grad(losses.sum(), leaf)
         left = -plain.gather(1, y.long()[:, None])
-        return torch.where(left >= _SATURATED, plain, exact)
+        return losses.detach(), torch.where(left >= _SATURATED, plain, exact)
 
     def score(self, logits: Tensor, y: Tensor, losses: Tensor) -> Tensor:
         """What rises with the loss and does not saturate, (B,): the logarithm of the odds against y."""

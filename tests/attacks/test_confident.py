@@ -117,7 +117,9 @@ def test_pull_is_the_gradient_of_the_loss_up_to_a_factor(margin: float, dtype: t
     y = torch.randint(5, (8,), generator=generator)
     others = logits.scatter(1, y[:, None], -math.inf)
     logits = logits.scatter(1, y[:, None], others.amax(dim=1, keepdim=True) + margin).to(dtype)
-    pull = Task("ce").pull(logits, y).double()
+    losses, pull = Task("ce").losses_and_pull(logits, y)
+    assert torch.equal(losses, F.cross_entropy(logits, y, reduction="none"))
+    pull = pull.double()
     exact = logits.double().scatter(1, y[:, None], -math.inf).softmax(dim=1).scatter(1, y[:, None], -1.0)
     scale = -pull.gather(1, y[:, None])
     assert (scale > 0).all()
@@ -133,7 +135,7 @@ def test_logits_that_are_not_finite_do_not_spread() -> None:
     logits = torch.tensor(
         [[1.0, -math.inf, 2.0], [3.0, -math.inf, -math.inf], [math.nan, 0.0, 0.0], [math.inf, 0.0, 1.0]]
     )
-    pull = Task("ce").pull(logits, torch.tensor([0, 0, 0, 1]))
+    _, pull = Task("ce").losses_and_pull(logits, torch.tensor([0, 0, 0, 1]))
     assert pull.isfinite().all()
     torch.testing.assert_close(pull[0] / pull[0, 2], torch.tensor([-1.0, 0.0, 1.0]))
     assert not pull[1].any()  # one class that can be: its loss is 0 everywhere
