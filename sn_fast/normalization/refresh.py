@@ -207,7 +207,7 @@ def with_ready_weights(pairs: Sequence[Pair], states: Sequence[Snapshot]) -> lis
         return list(states)
     by_device: dict[torch.device, list[int]] = {}
     for i, (member, weight) in enumerate(pairs):
-        if not member.options.full and type(weight) is nn.Parameter:
+        if not (member.options.full or member.is_cached) and type(weight) is nn.Parameter:
             by_device.setdefault(weight.device, []).append(i)
     result = list(states)
     for device, index in by_device.items():

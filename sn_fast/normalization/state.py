@@ -123,6 +123,13 @@ class State(nn.Module):
         found = self.siblings
         return found._parameters.get("original") is not None and found._modules["0"] is self
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether torch.nn.utils.parametrize.cached() holds the weight, so that no use computes it."""
+        assert self._home is not None
+        module, name = self._home
+        return bool(parametrize._cache_enabled) and (id(module), name) in parametrize._cache
+
     def incoming(self) -> Tensor:
         """The weight that this parametrization is given, as it would be now."""
         weight = self.raw
