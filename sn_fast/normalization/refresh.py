@@ -19,7 +19,7 @@ from ..ops.prepared_step import PreparedStep, prepare
 from ..ops.refresh import LOCK
 from ..ops.singular_vectors import POWER_STEPS
 from .certify import certified, certify
-from .state import Snapshot, State
+from .state import Snapshot, State, moment
 
 Pair: TypeAlias = "tuple[State, Tensor]"  # a parametrization, and the weight that it is given
 
@@ -174,14 +174,14 @@ def _batch_by_operator(batch: list[Pair], vectors: bool, n_iterations: int, prec
     n = len(batch)
     grouped = iter(fresh[3 * n : 3 * n + len(groups)])
     results = []
-    for i, (member, _) in enumerate(batch):
+    for i, (member, weight) in enumerate(batch):
         sigma, estimate = fresh[i], None
         if member.options.bound:
             sigma, estimate = certified(member, weights[i], changed, i), fresh[i]
         u, v = (fresh[n + i], fresh[2 * n + i]) if len(fresh) > n else (None, None)
         group = next(grouped) if len(fresh) > n and member.known_geometry.groups > 1 else None
         start = fresh[3 * n + len(groups) + i] if previous else None
-        results.append(Snapshot(sigma, estimate, u, v, group, start, 0, []))
+        results.append(Snapshot(sigma, estimate, u, v, group, start, moment(weight), []))
     return results
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..layers.linear import chain, conv_operator
 from ..ops.fingerprint import is_hashed, record_of, same_content, update_record
+from ..ops.library import stream_of
 from ..reference.geometry import Geometry
 from ..reference.linear_map import compute_dtype
 from .options import Options
@@ -34,7 +35,7 @@ class Snapshot(NamedTuple):
     v: Tensor | None
     group: Tensor | None
     previous: Tensor | None
-    version: int
+    moment: tuple[int, ...]  # the weight's version, and the stream on which the tensors are made
     ready: list[Tensor]
 
     def to(self, device: torch.device) -> Snapshot:
@@ -295,7 +296,7 @@ class State(nn.Module):
             if vectors
             else (None, copied(self.previous_name), None, None)
         )
-        return Snapshot(self.state("sigma").clone(), copied("estimate"), u, v, group, previous, _version(weight), [])
+        return Snapshot(self.state("sigma").clone(), copied("estimate"), u, v, group, previous, moment(weight), [])
 
 
 def is_exporting() -> bool:
@@ -305,8 +306,13 @@ def is_exporting() -> bool:
 
 
 def is_current(snapshot: Snapshot, weight: Tensor) -> bool:
-    """Whether a weight is, as far as its version tells, still the one of the snapshot."""
-    return torch.compiler.is_compiling() or snapshot.version == _version(weight)
+    """Whether a weight is, as far as its version tells, still the one of the snapshot, and in use on its stream."""
+    return torch.compiler.is_compiling() or snapshot.moment == moment(weight)
+
+
+def moment(weight: Tensor) -> tuple[int, ...]:
+    """A weight's version, and the current stream: on another one nothing waits for what is made on this."""
+    return () if torch.compiler.is_compiling() else (_version(weight), *stream_of(weight.device))
 
 
 def _version(weight: Tensor) -> int:

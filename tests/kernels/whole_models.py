@@ -53,7 +53,8 @@ class Calls:
             self.power += 1
             run(step, n_iterations)
 
-        for module, name in ((refresh, "normalize_all"), (parametrization, "normalize_all"), (normalize_ops, "_normalize")):
+        callers = (refresh, "normalize_all"), (parametrization, "normalize_all"), (normalize_ops, "_normalize")
+        for module, name in callers:
             assert getattr(module, name) is normalize
             self._patch.setattr(module, name, of_weights)
         self._patch.setattr(normalize_ops, "_normalize_backward", of_a_gradient)
