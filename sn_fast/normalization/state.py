@@ -153,7 +153,7 @@ class State(nn.Module):
         if raw is None:
             # A plain attribute, made from parameters of another name: a pruned weight, a view of FSDP1.
             raw = None if compiling else found.__dict__.get("original")
-            return raw is not None and not _is_wrapped(raw) and not _within_functional_call()
+            return raw is not None and not is_wrapped(raw) and not _within_functional_call()
         if weight is not raw and found._modules["0"] is self:
             return False
         if self._own and raw is self._own[0]:
@@ -172,7 +172,7 @@ class State(nn.Module):
             return True
         if is_traceable_wrapper_subclass(weight):
             return False
-        return not weight.numel() or weight.untyped_storage().size() > 0
+        return not weight.numel() or is_wrapped(weight) or weight.untyped_storage().size() > 0
 
     def operand(self, weight: Tensor) -> Tensor:
         """The weight as the operators take it: as it is, or as a matrix, rows first."""
@@ -323,7 +323,7 @@ def _identity(weight: Tensor) -> tuple[object, ...]:
     return id(weight), _version(weight), weight.data_ptr(), weight.stride()
 
 
-def _is_wrapped(t: Tensor) -> bool:
+def is_wrapped(t: Tensor) -> bool:
     """Whether a tensor is that of a torch.func transform."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
