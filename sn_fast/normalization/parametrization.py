@@ -298,6 +298,8 @@ def _untraced() -> Iterator[None]:
 
 
 def _popped(ready: list[Tensor]) -> Tensor | None:
+    if torch.compiler.is_compiling():  # it makes none ready, and torch 2.7 compiles no such exception
+        return None
     try:
         return ready.pop()  # before other threads can take it
     except IndexError:
