@@ -143,7 +143,7 @@ def test_a_compiled_update_refuses_a_state_that_is_unknown() -> None:
         if isinstance(m, SpectralNorm):
             m.record = None
     # torch 2.7 does not repeat the message of what is raised in compiled code.
-    with pytest.raises(Exception, match="cannot start it anew|Observed exception"):
+    with pytest.raises(Exception, match=r"cannot start it anew|Observed exception"):
         torch.compile(lambda: update_spectral_norm(model), backend="eager", fullgraph=True)()
 
 
