@@ -19,7 +19,7 @@ from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .options import Options
-from .parametrization import SpectralNorm, refresh, spectral_norms
+from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
 
 _LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
@@ -168,15 +168,13 @@ def frozen_sigma(model: nn.Module) -> Iterator[None]:
 
     For many forwards with one weight, such as the steps of an attack. A change of weight inside is not seen.
     """
-    frozen: list[SpectralNorm] = []
+    members = spectral_norms(model)
+    with torch.inference_mode(False), torch.no_grad():
+        freeze(members)
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            for m in spectral_norms(model):
-                m.freeze()
-                frozen.append(m)
         yield
     finally:
-        for m in frozen:
+        for m in members:
             m.thaw()
 
 
