@@ -67,6 +67,7 @@ def operator_of(
         ValueError: the input size of a convolution is not known, or the layer's map is not linear, or not known to be.
         TypeError: the module has no such weight.
     """
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     weight = raw_weight(module) if raw else weight_in_use(module)
     name = type(module).__name__
     if not isinstance(weight, Tensor):
@@ -75,7 +76,12 @@ def operator_of(
     geometry = _known_geometry(module) if input_size is None else None
     reason = f"{name} is no class that sn_fast knows" if kind is None else kind.why_not_exact(module)
     if reason is None and kind is not None:
-        return LayerOperator(weight, geometry) if geometry is not None else kind.operator(module, weight, input_size)
+        if geometry is not None:
+            return LayerOperator(weight, geometry)
+        op = kind.operator(module, weight, input_size)
+        if kind.of_user and not raw:
+            _check_declared(module, op)
+        return op
     if kind is None and (weight.ndim != 2 or type(module).forward is nn.Module.forward):
         return MatrixOperator(weight)
     size = input_size if geometry is None else geometry.input_size
@@ -91,6 +97,28 @@ def operator_of(
             raise ValueError(f"raw=True: this {name} has a map of its own ({reason}), which is not that of its weight")
         return kind.operator(module, weight, size)
     return op
+
+
+def _check_declared(module: nn.Module, op: LinearOperator) -> None:
+    """Raise where a registered operator is visibly not the linear map of the layer's forward, if that can be run."""
+    device = torch.device(op.device)
+    x = probe(1, tuple(op.in_shape), op.dtype, device, seed=7)
+    with undisturbed(module), torch.no_grad():
+        try:
+            image, double, offset = (module(v) for v in (x, -2 * x, 0 * x))
+            steps = [image - offset, double - offset]
+        except Exception:  # its input may be something else than one tensor
+            return
+        rounding = visible(op.dtype, device) * max(float(image.abs().max()), float(double.abs().max()))
+        if float((steps[1] + 2 * steps[0]).abs().max()) > rounding:
+            return  # not linear: the registered operator is a part of it
+        wanted = apply(op, x)
+        fits = wanted.shape == image.shape and float((wanted - steps[0]).abs().max()) <= rounding
+    if not fits:
+        raise ValueError(
+            f"the operator registered for {type(module).__name__} is not the linear map of its forward: they differ on "
+            f"a random input of shape {tuple(op.in_shape)}"
+        )
 
 
 def _measured(

@@ -218,6 +218,9 @@ def _register(
         )
     size = None if as_matrix else _input_size(module, weight.ndim - 2, input_size)
     every_size = not as_matrix and input_size == "any" and _depends_on_size(module)
+    own = kind.why_not_exact(module) if kind is not None and input_size == "any" else None
+    if own is not None:
+        raise ValueError(f"input_size='any': {own}, so its map is known at one input size at a time; give that")
     if every_size:
         options = replace(options, bound=True)
     if options.operator == "conv" and kind is not None:

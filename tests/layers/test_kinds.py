@@ -224,17 +224,39 @@ def test_arguments_of_register_layer() -> None:
         operator_of(Gain(3, 4, 1.0))
 
 
+def test_an_operator_that_is_not_the_forwards_map() -> None:
+    register_layer(PlainConv, operator=lambda m, w, size: 2 * conv(m, w, size))
+    with pytest.raises(ValueError, match="registered for PlainConv is not the linear map of its forward"):
+        operator_of(PlainConv(3, 4, 3, padding=1), (8, 7))
+    register_layer(PlainConv, operator=lambda m, w, size: ConvOperator(w, size))  # without the padding
+    with pytest.raises(ValueError, match="is not the linear map of its forward"):
+        operator_of(PlainConv(3, 4, 3, padding=1), (8, 7))
+
+    class Fused(PlainConv):  # a registered operator may be the linear part of a layer
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(super().forward(x))
+
+    register_layer(Fused, operator=conv)
+    assert operator_of(Fused(3, 4, 3, padding=1), (8, 7)).out_shape == (4, 8, 7)
+    kinds.unregister_layer(Fused)
+
+
 def test_subclasses_and_replacement() -> None:
     class Sub(PlainConv):
         pass
 
-    layer = Sub(3, 4, 3)
-    assert kinds.kind_of(layer) is kinds.kind_of(PlainConv(3, 4, 3))
-    register_layer(Sub, operator=lambda m, w, size: 2 * conv(m, w, size))
+    class Twice(PlainConv):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    assert kinds.kind_of(Sub(3, 4, 3)) is kinds.kind_of(PlainConv(3, 4, 3))
+    layer = Twice(3, 4, 3)
+    assert float(operator_norm(operator_of(layer, (8, 8)))) == pytest.approx(dense_norm(layer, 3, 8, 8), rel=1e-5)
+    register_layer(Twice, operator=lambda m, w, size: 2 * conv(m, w, size))
     assert float(operator_norm(operator_of(layer, (8, 8)))) == pytest.approx(
         2 * float(operator_norm(conv(layer, layer.weight, (8, 8)))), rel=1e-5
     )
-    kinds.unregister_layer(Sub)
+    kinds.unregister_layer(Twice)
 
 
 def test_classes_of_layers_are_named_in_the_registry_alone() -> None:
@@ -244,3 +266,19 @@ def test_classes_of_layers_are_named_in_the_registry_alone() -> None:
     files = [p for room in rooms for p in room.glob("*.py") if p.name != "kinds.py"]
     found = [p.name for p in files if named.search(p.read_text())]
     assert not found
+
+
+def test_the_page_on_layers_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    try:
+        for block in blocks:
+            exec(compile(block, "layers.md", "exec"), namespace)
+        truth = dense_norm(namespace["layer"], 3, 12, 12)
+        lower, upper = operator_norm_interval(operator_of(namespace["layer"], (12, 12)))
+        assert float(lower) <= truth * (1 + 1e-6)
+        assert truth <= float(upper) * (1 + 1e-6)
+    finally:
+        kinds.unregister_layer(namespace["WeightStandardisedConv"])

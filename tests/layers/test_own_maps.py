@@ -122,6 +122,20 @@ def test_global_hooks(kind: str, pre: bool) -> None:
     assert float(operator_norm(operator_of(module, shape[1:] or None))) == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_map_of_its_own_is_known_at_one_input_size() -> None:
+    module, _ = make(OF_ONE_WEIGHT["the same"], "conv2d")
+    with pytest.raises(ValueError, match="input_size='any': Own overrides 'forward' of Conv2d"):
+        spectral_norm(module, input_size="any")
+
+
+def test_compiled_layers() -> None:
+    layer = nn.Conv2d(2, 3, 3).double()
+    truth = norm_of(layer, 2, 6, 6)
+    assert float(operator_norm(operator_of(torch.compile(layer), (6, 6)))) == pytest.approx(truth, rel=1e-5)
+    layer.compile()
+    assert float(operator_norm(operator_of(layer, (6, 6)))) == pytest.approx(truth, rel=1e-5)
+
+
 def test_padding_by_hand_is_part_of_the_convolution() -> None:
     class Same(nn.Conv2d):  # pads at the end first, as TensorFlow does
         def forward(self, x: Tensor) -> Tensor:
