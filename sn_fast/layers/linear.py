@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..reference.geometry import Geometry
 from .applying import apply, probe, visible
+from .composed import unscaled
 from .exact import computes_weight
 from .kinds import LayerKind, conv_operator, kind_of, nominal_size, whole_window_size
 from .operators import LinearOperator
@@ -77,7 +79,9 @@ def operator_of(
     reason = f"{name} is no class that sn_fast knows" if kind is None else kind.why_not_exact(module)
     if reason is None and kind is not None:
         if geometry is not None:
-            return LayerOperator(weight, geometry)
+            if not kind.of_user:
+                return LayerOperator(weight, geometry)
+            input_size = geometry.input_size
         op = kind.operator(module, weight, input_size)
         if kind.of_user and not raw:
             _check_declared(module, op)
@@ -140,10 +144,13 @@ def _measured(
     return traced_operator(module, shape, weight.dtype, weight.device)
 
 
-def why_not_divisible(module: nn.Module, weight: Tensor, input_size: Sequence[int] | None) -> str | None:
+def why_not_divisible(
+    module: nn.Module, weight: Tensor, input_size: Sequence[int] | None, *, mapped: bool = False
+) -> str | None:
     """Why dividing this parameter does not divide the layer's map in proportion; None if it does.
 
-    Where the map is not simply that of the layer's kind, it is looked at with W, with 2 W and with a random weight.
+    Where the map is not simply that of the layer's kind, it is looked at with W, with 2 W and with a random weight: it
+    has to be the operator of each. With ``mapped`` the weight of a registered operator may be a linear function of W.
     """
     kind = kind_of(module)
     if kind is None:
@@ -154,23 +161,46 @@ def why_not_divisible(module: nn.Module, weight: Tensor, input_size: Sequence[in
     w = weight.detach()
     random = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
     try:
-        maps = [(t, _with_weight(module, kind, t, input_size, own is not None)) for t in (w, 2 * w, random)]
+        maps = [(t, _with_weight(module, kind, t, input_size, own is not None)) for t in (w, 2 * w, random, w + random)]
     except ValueError as error:
         return f"{own}: {error}" if own else str(error)
+    declared = own is None
     own = own or f"the operator registered for {type(module).__name__}"
-    (_, one), (_, two), _ = maps
-    if _is_twice(one, two) is False:
+    if not _is_twice(maps[0][1], maps[1][1]):
         return f"{own}: its map is not proportional to the weight, that of 2 W is not twice that of W"
+    layers = [(t, layer_operator(unscaled(op)[1])) for t, op in maps]
+    if any(layer is None or len(layer.geometry.axes) != kind.axes for _, layer in layers):
+        return f"{own}: its map is not one convolution or matrix of the weight"
+    if mapped and declared:
+        return None if _is_linear([op for _, op in maps]) else f"{own}: its weight is not linear in the parameter"
     for t, op in maps:
         layer = layer_operator(op)
-        if layer is None or len(layer.geometry.axes) != kind.axes:
-            return f"{own}: its map is not one convolution or matrix of the weight"
-        same = [u for u in (layer.weight, layer.weight.T if not kind.axes else layer.weight) if u.shape == t.shape]
-        if not any(torch.equal(u, t) for u in same):
+        same = [] if layer is None else [u for u in (layer.weight, layer.weight.T if not kind.axes else layer.weight)]
+        if layer is None or not any(u.shape == t.shape and torch.equal(u, t) for u in same):
             return f"{own}: its map has another weight than the parameter itself"
         if not kind.of_user and not kind.table_size and layer.geometry != _declared(module, kind, t, input_size):
             return f"{own}: its map is another convolution than that of its class"
     return None
+
+
+def weight_of(op: LinearOperator) -> Tensor | None:
+    """The weight of a layer's operator, or of a multiple of one; None of an operator without a weight."""
+    factors, core = unscaled(op)
+    layer = layer_operator(core)
+    return None if layer is None else layer.weight * math.prod(factors) if factors else layer.weight
+
+
+def _is_linear(ops: list[LinearOperator]) -> bool:
+    """Whether the weights of the operators of W, 2 W, R and W + R add up, for one geometry."""
+    weights = [weight_of(op) for op in ops]
+    geometries = {getattr(unscaled(op)[1], "geometry", None) for op in ops}
+    one, _, random, both = weights
+    if one is None or random is None or both is None or len(geometries) > 1:
+        return False
+    if not one.shape == random.shape == both.shape:
+        return False
+    rounding = visible(both.dtype, both.device) * (one.abs().max() + random.abs().max())
+    return bool((both - one - random).abs().max() <= rounding)
 
 
 def _declared(module: nn.Module, kind: LayerKind, weight: Tensor, size: Sequence[int] | None) -> Geometry | None:

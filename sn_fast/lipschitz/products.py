@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.kinds import classes_of, spatial_axes
-from ..layers.linear import operator_of
+from ..layers.kinds import classes_of, kind_of, spatial_axes
+from ..layers.linear import operator_of, weight_in_use
 from ..layers.operators import LinearOperator
 from ..layers.weighted import ConvOperator, LayerOperator, MatrixOperator, layer_operator
 from ..norms import operator_norm_bound
@@ -79,7 +79,12 @@ def _bounded(call: Call, operator: LinearOperator) -> Constant:
 def _operator(call: Call) -> LinearOperator:
     if call.module is not None:
         axes = spatial_axes(call.module)
-        operator = operator_of(call.module, tuple(call.x.shape[call.x.ndim - axes :]) if axes else None)
+        size = tuple(call.x.shape[call.x.ndim - axes :]) if axes else None
+        kind = kind_of(call.module)
+        if kind is not None and kind.why_not_exact(call.module, hooks=False) is None:
+            operator = kind.operator(call.module, weight_in_use(call.module), size)  # hooks are watched in the graph
+        else:
+            operator = operator_of(call.module, size)
         layer = layer_operator(operator)
         return operator if layer is None else LayerOperator(layer.weight.detach(), layer.geometry)
     weight = call.get("weight", 1).detach()

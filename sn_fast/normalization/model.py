@@ -18,6 +18,7 @@ from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from .group import Group, advance
+from .mapped import MappedSpectralNorm
 from .options import Options
 from .parametrization import SpectralNorm, spectral_norms
 
@@ -122,7 +123,7 @@ def apply_spectral_norm(
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
     if operator == "conv":
-        _check_layers({n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()})
+        _check_layers({n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}, mapped=not bound)
     group = Group()
     done: list[nn.Module] = []
     try:
@@ -223,8 +224,10 @@ def _register(
         raise ValueError(f"input_size='any': {own}, so its map is known at one input size at a time; give that")
     if every_size:
         options = replace(options, bound=True)
+    mapped = False
     if options.operator == "conv" and kind is not None:
-        reason = _why_not_divisible(module, size)
+        reason = _why_not_divisible(module, size, mapped=not options.bound)
+        mapped = reason is None and _why_not_divisible(module, size, mapped=False) is not None
         if reason is not None:
             raise ValueError(
                 f"{type(module).__name__} cannot be normalised by its weight: {reason}; it can be measured"
@@ -233,7 +236,8 @@ def _register(
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
     known = kind_of(module)
     rows = known.matrix_dim if known is not None else 0
-    parametrization = SpectralNorm(group, options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size)
+    cls = MappedSpectralNorm if mapped else SpectralNorm
+    parametrization = cls(group, options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size)
     parametrization.train(module.training)
     tied = [m for m in group.members() if m.raw is weight and not m.is_stale()]
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
@@ -251,9 +255,9 @@ def _register(
     return parametrization
 
 
-def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]) -> None:
+def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]], *, mapped: bool) -> None:
     """Raise where dividing the weights does not divide the layers' maps, naming all such layers."""
-    reasons = {name: _why_not_divisible(module, size) for name, (module, size) in layers.items()}
+    reasons = {name: _why_not_divisible(module, size, mapped=mapped) for name, (module, size) in layers.items()}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if refused:
         names = ", ".join(map(repr, refused))
@@ -266,7 +270,7 @@ def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]
         )
 
 
-def _why_not_divisible(module: nn.Module, size: Sequence[int] | None) -> str | None:
+def _why_not_divisible(module: nn.Module, size: Sequence[int] | None, *, mapped: bool) -> str | None:
     weight = raw_weight(module)
     if kind_of(module) is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
         return None
@@ -274,7 +278,7 @@ def _why_not_divisible(module: nn.Module, size: Sequence[int] | None) -> str | N
     sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
     reason = None
     for trial in sizes:
-        reason = why_not_divisible(module, weight, trial)
+        reason = why_not_divisible(module, weight, trial, mapped=mapped)
         if reason is None:
             break
     return reason

@@ -74,6 +74,16 @@ class Gain(nn.Module):
         return self.gain * x @ self.weight
 
 
+class Masked(nn.Conv2d):
+    """A convolution with a mask and a gain."""
+
+    def mask(self, w: Tensor) -> Tensor:
+        return w * (torch.arange(w[0].numel()).reshape(w[0].shape) % 3 > 0) * 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.mask(self.weight), self.bias)
+
+
 class Blur(nn.Module):
     """Two convolutions: its operator is a product."""
 
@@ -90,6 +100,10 @@ def conv(m: Any, weight: Tensor, size: tuple[int, ...]) -> LinearOperator:
     return ConvOperator(weight, size, stride=m.stride, padding=m.padding)
 
 
+def masked(m: Any, weight: Tensor, size: tuple[int, ...]) -> LinearOperator:
+    return ConvOperator(m.mask(weight), size, stride=m.stride, padding=m.padding, groups=m.groups)
+
+
 def blurred(m: Any, weight: Tensor, size: tuple[int, ...]) -> LinearOperator:
     return ConvOperator(m.blur, size, groups=3) @ ConvOperator(weight, size, padding=1)
 
@@ -100,9 +114,10 @@ def registered() -> Iterator[None]:
     register_layer(StdConv, operator=lambda m, w, size: conv(m, m.standardised(w), size))
     register_layer(QuantisedLinear, operator=lambda m, w, _: MatrixOperator(m.quantised(w)))
     register_layer(Gain, operator=lambda m, w, _: m.gain * MatrixOperator(w.T))
+    register_layer(Masked, operator=masked)
     register_layer(Blur, operator=blurred, spatial_axes=2)
     yield
-    for cls in (PlainConv, StdConv, QuantisedLinear, Gain, Blur):
+    for cls in (PlainConv, StdConv, QuantisedLinear, Gain, Masked, Blur):
         kinds.unregister_layer(cls)
 
 
@@ -111,6 +126,8 @@ LAYERS = {
     "standardised": (lambda: StdConv(3, 4, 3, padding=1), (3, 7, 8)),
     "quantised": (lambda: QuantisedLinear(7, 5), (7,)),
     "gain": (lambda: Gain(6, 4, 5.0), (6,)),
+    "masked": (lambda: Masked(3, 4, 3, padding=1), (3, 7, 8)),
+    "masked, groups": (lambda: Masked(4, 4, 3, groups=2), (4, 6, 5)),
     "product": (Blur, (2, 7, 6)),
 }
 
@@ -158,12 +175,49 @@ def test_without_an_input_size() -> None:
     assert dense_norm(layer, 3, 8, 7) <= 1
 
 
+@pytest.mark.parametrize("name", ["gain", "masked", "masked, groups"])
+@pytest.mark.parametrize("gradient", ["detached", "full"])
+@pytest.mark.parametrize("mode", ["cap", "scale"])
+def test_linear_functions_of_the_weight_are_normalised(name: str, gradient: str, mode: str) -> None:
+    torch.manual_seed(2)
+    make, shape = LAYERS[name]
+    layer = make().double()
+    cls, before, raw = type(layer), dense_norm(layer, *shape), layer.weight.detach().clone()
+    beta = 0.3 * before
+    x = torch.randn(2, *shape).double()
+    model = nn.Sequential(layer)
+    apply_spectral_norm(model, x, include=cls, beta=beta, gradient=gradient, mode=mode, n_power_iterations=30)
+    assert dense_norm(layer, *shape) == pytest.approx(beta, rel=1e-3)
+    assert sn_fast.sigmas(model)["0"] == pytest.approx(before, rel=1e-3)
+    assert float(spectral_norm_summary(model).splitlines()[1].split()[-1]) == pytest.approx(beta, rel=2e-2)
+    # The gradient is that of W / (sigma(W) / beta): orthogonal to W, as the layer does not change with its length.
+    model(x).square().sum().backward()
+    grad = layer.parametrizations.weight.original.grad
+    assert float((grad * raw).sum()) == pytest.approx(0, abs=1e-3 * float(grad.norm() * raw.norm()))
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(3)
+    assert dense_norm(layer, *shape) == pytest.approx(beta, rel=1e-3)
+    twin = make().double()
+    apply_spectral_norm(nn.Sequential(twin), x, include=cls, beta=beta, gradient=gradient, mode=mode)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    assert float(operator_norm(operator_of(layer))) == pytest.approx(beta, rel=1e-3)
+    sn_fast.remove_spectral_norm(layer)
+    assert dense_norm(layer, *shape) == pytest.approx(beta, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gain", "masked"])
+def test_bound_wants_the_parameter_itself(name: str) -> None:
+    make, shape = LAYERS[name]
+    with pytest.raises(ValueError, match="another weight than the parameter itself"):
+        spectral_norm(make(), input_size=shape[1:] or None, bound=True)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("standardised", "not proportional to the weight"),
         ("quantised", "not proportional to the weight|another weight"),
-        ("gain", "not one convolution or matrix of the weight"),
         ("product", "not one convolution or matrix of the weight"),
     ],
 )
