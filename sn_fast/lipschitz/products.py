@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_base
 
 from ..layers.kinds import classes_of, kind_of, spatial_axes
 from ..layers.linear import operator_of, weight_in_use
@@ -81,8 +82,9 @@ def _operator(call: Call) -> LinearOperator:
         axes = spatial_axes(call.module)
         size = tuple(call.x.shape[call.x.ndim - axes :]) if axes else None
         kind = kind_of(call.module)
-        if kind is not None and kind.why_not_exact(call.module, hooks=False) is None:
-            operator = kind.operator(call.module, weight_in_use(call.module), size)  # hooks are watched in the graph
+        everywhere = module_base._global_forward_hooks or module_base._global_forward_pre_hooks
+        if kind is not None and not everywhere and kind.why_not_exact(call.module, hooks=False) is None:
+            operator = kind.operator(call.module, weight_in_use(call.module), size)  # its hooks are watched in the graph
         else:
             operator = operator_of(call.module, size)
         layer = layer_operator(operator)
