@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..reference.geometry import Geometry
@@ -70,10 +71,13 @@ def operator_of(
         TypeError: the module has no such weight.
     """
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
-    weight = raw_weight(module) if raw else weight_in_use(module)
+    below = raw and parametrize.is_parametrized(module, "weight")
+    weight = raw_weight(module) if below else weight_in_use(module)
     name = type(module).__name__
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} has no weight tensor; give a Linear, convolution or Embedding layer")
+    if is_lazy(weight):
+        raise ValueError(f"{name}.weight is a lazy parameter without a shape; run one forward first")
     kind = kind_of(module)
     geometry = _known_geometry(module) if input_size is None else None
     reason = f"{name} is no class that sn_fast knows" if kind is None else kind.why_not_exact(module)

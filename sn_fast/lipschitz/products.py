@@ -84,7 +84,9 @@ def _operator(call: Call) -> LinearOperator:
         kind = kind_of(call.module)
         everywhere = module_base._global_forward_hooks or module_base._global_forward_pre_hooks
         if kind is not None and not everywhere and kind.why_not_exact(call.module, hooks=False) is None:
-            operator = kind.operator(call.module, weight_in_use(call.module), size)  # its hooks are watched in the graph
+            operator = kind.operator(
+                call.module, weight_in_use(call.module), size
+            )  # its hooks are watched in the graph
         else:
             operator = operator_of(call.module, size)
         layer = layer_operator(operator)

@@ -362,3 +362,12 @@ def test_a_class_that_was_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(operator_norm(operator_of(module))) == pytest.approx(3 * plain, rel=1e-5)
     with pytest.raises(ValueError, match=r"Linear\.forward was replaced"):
         spectral_norm(module)
+
+
+def test_a_lazy_layer_has_no_operator_yet() -> None:
+    for lazy in (nn.LazyLinear(3), nn.LazyConv2d(3, 3)):
+        with pytest.raises(ValueError, match="lazy parameter without a shape"):
+            operator_of(lazy, (8, 8) if isinstance(lazy, nn.LazyConv2d) else None)
+    lazy = nn.LazyLinear(3)
+    lazy(torch.randn(2, 4))
+    assert operator_of(lazy).in_shape == (4,)
