@@ -144,8 +144,8 @@ def register_layer(
     input_shape: Callable[[nn.Module, Size], Size] | None = None,
     nominal_size: Callable[[nn.Module], Size] | None = None,
 ) -> ModuleClass:
-    """Register a layer class: from now on ``operator_of``, ``sn-fast norms``, ``spectral_norm`` and
-    ``apply_spectral_norm`` know its linear map.
+    """Register how the linear map of a layer class is made, for ``operator_of``, ``sn-fast norms``, ``spectral_norm``
+    and ``apply_spectral_norm``.
 
     >>> class ScaledConv(nn.Conv2d):  # a convolution with a fixed gain, which torch's own class does not have
     ...     def forward(self, x):

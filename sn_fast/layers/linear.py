@@ -98,7 +98,7 @@ def operator_of(
     except NotLinear as error:
         raise ValueError(
             f"this {name} has a map of its own ({reason}) that cannot be measured: {error}; "
-            "register_layer tells its operator, MatrixOperator(module.weight) is that of a matrix alone"
+            "define its operator with register_layer, or measure the matrix alone, MatrixOperator(module.weight)"
         ) from error
     if raw and kind is not None:
         if not is_of_weight(op, kind.operator(module, weight_in_use(module), size)):
