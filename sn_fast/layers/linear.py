@@ -290,20 +290,28 @@ def _known_geometry(module: nn.Module) -> Geometry | None:
     return None
 
 
-def checked_weight(module: nn.Module, name: str) -> Tensor:
-    """The parameter of this name, not parametrized yet; raises where there is none that has a norm."""
+def checked_weight(module: nn.Module, name: str, *, parametrized: bool = False, on_meta: bool = False) -> Tensor:
+    """The weight of this name; raises where there is none that has a norm.
+
+    ``parametrized``: allow parametrizations other than spectral norms; the weight is what they make.
+    ``on_meta``: allow a weight without memory, which is loaded or initialised later.
+    """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; give a torch.nn.Module")
-    if parametrize.is_parametrized(module, name):
-        theirs = [type(p).__name__ for p in chain(module, name)]
+    theirs = [type(p).__name__ for p in chain(module, name)] if parametrize.is_parametrized(module, name) else []
+    if theirs and (not parametrized or any("SpectralNorm" in t for t in theirs)):
         raise ValueError(
             f"{type(module).__name__}.{name} is already parametrized by {', '.join(theirs)}; remove that first, with "
             + ("remove_spectral_norm" if theirs == ["SpectralNorm"] else "torch.nn.utils.parametrize")
         )
+    if theirs:
+        weight = getattr(module, name)
+        check_weight(weight, dims=range(2, 6))
+        return weight
     weight = raw_weight(module, name)
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{type(module).__name__}.{name} is a lazy parameter without a shape; run one forward first")
-    if isinstance(weight, Tensor) and weight.is_meta:
+    if isinstance(weight, Tensor) and weight.is_meta and not on_meta:
         raise ValueError(f"{type(module).__name__}.{name} is on the meta device; load or initialise the weights first")
     if not isinstance(weight, nn.Parameter):
         raise ValueError(f"{type(module).__name__} has no parameter {name!r}; give a layer with a weight, or name=")

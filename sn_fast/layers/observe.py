@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from .kinds import spatial_axes
 
 
 def observed_input_sizes(
-    model: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | tuple[Any, ...]
+    model: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | tuple[Any, ...] | Mapping[str, Any]
 ) -> dict[str, list[tuple[int, ...]]]:
     """Run ``model`` once, in eval mode and without gradients, and watch what ``layers`` are given.
+
+    ``example_input`` is a tensor, a tuple of arguments, or a mapping of keyword arguments.
 
     Returns:
         {name: spatial size of the input, call by call}: ``()`` for layers other than convolutions. Layers that are not
@@ -36,11 +40,25 @@ def observed_input_sizes(
     ]
     try:
         with evaluating(model), torch.no_grad():
-            model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+            _run(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
     return sizes
+
+
+def _run(model: nn.Module, example_input: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> None:
+    args = example_input if isinstance(example_input, tuple) else ()
+    kwargs = dict(example_input) if isinstance(example_input, Mapping) else {}
+    if isinstance(example_input, Tensor):
+        args = (example_input,)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if not any(t.is_meta for t in state.values()):
+        model(*args, **kwargs)
+        return
+    # Without memory: shapes alone are computed, and all tensors have to be on meta for that.
+    state, args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (state, args, kwargs))
+    functional_call(model, state, args, kwargs)
 
 
 @contextmanager

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..layers.kinds import kind_of
 from ..layers.linear import weight_of
-from ..reference.normalize import normalize as normalize_reference
-from ..reference.normalize import rayleigh
-from ..reference.power import sigma_through_last_iteration
+from ..reference.linear_map import compute_dtype
 from .parametrization import SpectralNorm
 
 
 class MappedSpectralNorm(SpectralNorm):
     """Parametrization W -> W / max(1, sigma / beta), where sigma is the norm of the operator with weight f(W).
 
-    f is linear, such as a fixed gain or mask: so the layer's map is divided as its parameter is. In plain PyTorch.
+    f is linear, such as a fixed gain or mask: so the layer's map is divided as its parameter is.
     """
 
     def operand(self, weight: Tensor) -> Tensor:
@@ -26,15 +25,13 @@ class MappedSpectralNorm(SpectralNorm):
         assert found is not None
         return found
 
-    def normalize(self, weight: Tensor) -> Tensor:
-        operand, geometry, options = self.operand(weight), self.known_geometry, self.options
-        if options.full:
-            sigma = sigma_through_last_iteration(operand, self.previous, geometry)
-        else:
-            sigma, u, v = (self.state(name) for name in ("sigma", "u", "v"))
-            slope = rayleigh(operand, u, v, self.buffer("top_group"), geometry)
-            sigma = sigma + (slope - slope.detach())  # the value of the buffer, the gradient at u and v
-        return normalize_reference(weight, sigma, options.beta, options.cap)
-
-    def can_be_ready(self, weight: Tensor) -> bool:
-        return False  # what the group computes for many layers at once divides the operator's weight
+    def _shaped(self, result: Tensor, weight: Tensor) -> Tensor:
+        # result = f(W) / divisor: a linear functional of both tells the divisor, and its gradient.
+        operand = self.operand(weight)
+        dtype = compute_dtype(operand)
+        probe = operand.detach().to(dtype)
+        largest = probe.abs().amax()
+        probe = probe / torch.where(largest > 0, largest, 1.0)
+        share, whole = ((t.to(dtype) * probe).sum() for t in (result, operand))
+        factor = torch.where(largest > 0, share / torch.where(largest > 0, whole, 1.0), 1.0)
+        return (weight.to(compute_dtype(weight)) * factor).to(weight.dtype)

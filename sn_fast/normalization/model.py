@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,11 +17,13 @@ from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_siz
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
-from .group import Group, advance
+from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Options
-from .parametrization import SpectralNorm, spectral_norms
+from .parametrization import SpectralNorm, refresh, spectral_norms
+from .refresh import readable, update
 
+_LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
 _TRIAL_SIZES = (8, 16, 32, 64, 128, 256)  # at which the operator of a layer is looked at before its size is known
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -73,13 +75,13 @@ def spectral_norm(
             it, a scaled output) cannot.
     """
     options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-    _register(module, name, Group(), input_size, options)
+    _register(module, name, input_size, options, _is_large([module], name))
     return module
 
 
 def apply_spectral_norm(
     model: ModuleT,
-    example_input: Tensor | tuple[Any, ...],
+    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
     *,
     beta: float | Mapping[str, float] = 1.0,
     mode: str = "cap",
@@ -96,9 +98,9 @@ def apply_spectral_norm(
 
     Args:
         model: changed in place and returned.
-        example_input: a tensor or a tuple of arguments; the model is run on it once, in eval mode and without
-            gradients, to learn every layer's input size. Batch size 1 is enough. A layer used at several sizes is
-            normalised for the size with the largest norm.
+        example_input: a tensor, a tuple of arguments or a dict of keyword arguments; the model is run on it once, in
+            eval mode and without gradients, to learn every layer's input size (on shapes alone if it is on meta).
+            Batch size 1 is enough. A layer used at several sizes is normalised for the size with the largest norm.
         beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
         include: module classes to normalise; None: Linear and all convolutions.
         exclude: regular expression; layers whose name matches (re.search) are left alone.
@@ -108,8 +110,11 @@ def apply_spectral_norm(
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
             is not proportional to their weight (``spectral_norm``), by name.
     """
-    if not isinstance(example_input, (Tensor, tuple)):
-        raise TypeError(f"example_input is a {type(example_input).__name__}; give a tensor, or a tuple of arguments")
+    if not isinstance(example_input, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
+            "keyword arguments"
+        )
     classes = _classes(include)
     excluded = _pattern("exclude", exclude) if exclude else None
     layers = {
@@ -124,14 +129,14 @@ def apply_spectral_norm(
     sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
     if operator == "conv":
         _check_layers({n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}, mapped=not bound)
-    group = Group()
+    hashed = _is_large(layers.values())
     done: list[nn.Module] = []
     try:
         for name, module in layers.items():
             used_at = sizes.get(name, [])
             size = _size_of_largest_norm(module, used_at)
             options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-            _register(module, "weight", group, size, options).sizes.update(used_at)
+            _register(module, "weight", size, options, hashed, used_at)
             done.append(module)
     except BaseException as error:
         for module in done:
@@ -139,6 +144,7 @@ def apply_spectral_norm(
         if type(error) in (ValueError, TypeError):
             raise type(error)(f"layer {name!r}: {error}") from error
         raise
+    check_once_per_forward(model)
     return model
 
 
@@ -154,7 +160,7 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
     """
     if n_power_iterations is not None:
         n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
-    advance([m for m in spectral_norms(model) if m.geometry is not None], n_power_iterations)
+    update(readable(spectral_norms(model)), n_power_iterations)
 
 
 @contextmanager
@@ -192,6 +198,9 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
             )
     for _, module, name in found:
         _remove(module, name, keep_raw=False)
+    for module in module_or_model.modules():
+        if not spectral_norms(module):
+            remove_hooks(module)
     return module_or_model
 
 
@@ -201,15 +210,19 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     The layer in use has norm min(sigma, beta) under mode "cap" and beta under "scale".
     """
     found = [(n, m) for n, m in _parametrizations(model) if m.geometry is not None]
-    for _, m in found:
-        m.refresh()
-    return {name: float(m.sigma) for name, m in found}
+    refresh(model)
+    return {name: float(m.sigma) for name, m in found if not m.sigma.is_meta}
 
 
 def _register(
-    module: nn.Module, name: str, group: Group, input_size: int | Sequence[int] | str | None, options: Options
+    module: nn.Module,
+    name: str,
+    input_size: int | Sequence[int] | str | None,
+    options: Options,
+    hashed: bool = False,
+    used_at: Iterable[tuple[int, ...]] = (),
 ) -> SpectralNorm:
-    weight = checked_weight(module, name)
+    weight = checked_weight(module, name, parametrized=True, on_meta=True)
     kind = kind_of(module) if name == "weight" else None
     as_matrix = options.operator == "reshape" or kind is None or not kind.axes
     if as_matrix and options.operator == "conv" and weight.ndim != 2:
@@ -237,12 +250,10 @@ def _register(
     known = kind_of(module)
     rows = known.matrix_dim if known is not None else 0
     cls = MappedSpectralNorm if mapped else SpectralNorm
-    parametrization = cls(group, options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size)
+    parametrization = cls(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
     parametrization.train(module.training)
-    tied = [m for m in group.members() if m.raw is weight and not m.is_stale()]
+    parametrization.sizes.update(used_at)
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    for m in tied:  # registering writes the weight, without changing it
-        m.mark_current()
     parametrization.attach(module, name)
     try:
         if as_matrix or size is not None:
@@ -251,8 +262,15 @@ def _register(
         _remove(module, name, keep_raw=True)
         raise
     if not as_matrix:
-        module.register_forward_pre_hook(_observe_input, with_kwargs=True)
+        module.register_forward_pre_hook(observe_input, with_kwargs=True)
     return parametrization
+
+
+def _is_large(modules: Iterable[nn.Module], name: str = "weight") -> bool:
+    """Whether copies of these weights, to compare with, would take too much memory."""
+    weights = (raw_weight(module, name) for module in modules)
+    sizes = (w.nbytes for w in weights if isinstance(w, Tensor) and not nn.parameter.is_lazy(w))
+    return sum(sizes) > _LARGEST_COPIES
 
 
 def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]], *, mapped: bool) -> None:
@@ -272,8 +290,11 @@ def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]
 
 def _why_not_divisible(module: nn.Module, size: Sequence[int] | None, *, mapped: bool) -> str | None:
     weight = raw_weight(module)
-    if kind_of(module) is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
+    kind = kind_of(module)
+    if kind is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
         return None
+    if weight.is_meta:  # there is nothing to measure: only the map of the kind itself is known
+        return kind.why_not_exact(module)
     axes = spatial_axes(module)
     sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
     reason = None
@@ -299,23 +320,17 @@ def _depends_on_size(module: nn.Module) -> bool:
     return any(size is None for size in whole_window_size(module))
 
 
-def _observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: tell the parametrization the spatial size of the input."""
-    x = args[0] if args else kwargs.get("input")
-    if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
-        n = spatial_axes(module)
-        for parametrization in chain(module, "weight"):
-            if isinstance(parametrization, SpectralNorm):
-                parametrization.observe(tuple(x.shape[-n:]))
-
-
 def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     """Of the sizes at which a layer is used, the one with the largest norm."""
     distinct = list(dict.fromkeys(sizes))
     if len(distinct) <= 1:
         return distinct[0] if distinct else None
     kind = kind_of(module)
-    if getattr(module, "padding_mode", "zeros") == "zeros" and not (kind is not None and kind.of_user):
+    weight = raw_weight(module)
+    nothing_to_measure = isinstance(weight, Tensor) and weight.is_meta
+    if nothing_to_measure or (
+        getattr(module, "padding_mode", "zeros") == "zeros" and not (kind is not None and kind.of_user)
+    ):
         return tuple(map(max, zip(*distinct)))  # the norm grows with the size
     norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
     return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
@@ -378,12 +393,13 @@ def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
 
 
 def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
+    if keep_raw and len(chain(module, name)) > 1:  # undo a registration on top of others
+        chain(module, name).pop(-1)
+        remove_hooks(module)
+        return
     _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
-    hooks = module._forward_pre_hooks
-    for key in [k for k, hook in hooks.items() if hook is _observe_input]:
-        hooks.pop(key)
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_hooks(module)
 
 
 def _own_class(module: nn.Module) -> None:

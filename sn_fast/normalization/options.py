@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass
 from numbers import Real
 
-import torch
-
 from ..layers.linear import as_int
-from ..ops.power_step import PRECISIONS
-
-_OF_MATMUL = {"highest": "fp32", "high": "tf32", "medium": "bf16"}  # torch.set_float32_matmul_precision
+from ..ops.precision import PRECISIONS
+from ..ops.precision import matmul_precision as matmul_precision
 
 
 @dataclass(frozen=True)
@@ -56,19 +53,7 @@ class Options:
     def full(self) -> bool:
         return self.gradient == "full"
 
-    def products(self) -> str:
-        """How kernels form products: as chosen, or as PyTorch's setting for float32 matrix products says now."""
-        return self.precision or _of_matmul()
-
-
-@torch.compiler.assume_constant_result
-def _of_matmul() -> str:
-    return _OF_MATMUL[matmul_precision()]
-
-
-def matmul_precision() -> str:
-    """``torch.get_float32_matmul_precision``, which does not answer where torch.backends' fp32_precision says tf32."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    @property
+    def product_precision(self) -> str:
+        """How kernels form products, as the operators take it."""
+        return self.precision or "auto"

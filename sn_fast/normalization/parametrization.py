@@ -1,264 +1,138 @@
 """The parametrization of one weight, and the rule of its state: sigma belongs to the weight in use.
 
-The buffers u, v and sigma move once after the raw weight has moved, before the weight is used again, and never
-otherwise: all forwards, recomputations and backwards of one weight see one sigma, in train and in eval.
+The buffers u, v and sigma move once after the content of the raw weight has changed, before the weight is used again,
+and never otherwise: all forwards, recomputations and backwards of one weight see one sigma, in train and in eval.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ..layers.linear import LayerOperator, chain, conv_operator, whole_window_size
-from ..norms.estimate import start_vectors
-from ..norms.layer_bound import certified_sigma
-from ..ops.normalize import normalize
-from ..reference.geometry import Geometry
+from ..layers.linear import whole_window_size
+from ..ops.fingerprint import is_hashed, record_of
+from ..ops.normalize import normalize, normalize_all
 from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import sigma_through_last_iteration
 from . import checkpoint
-from .group import Group, WeightMark, advance
-from .options import Options
+from .certify import certify
+from .foreign import normalize_foreign
+from .refresh import LOCK, advance, readable, refresh_model, restart, snapshots
+from .state import Snapshot, State, is_current, is_exporting
 
-START_ITERATIONS = 15
-START_POWER_ITERATIONS = 2  # the first repeats what Lanczos found, the second is one beyond it
 
+class SpectralNorm(State):
+    """Parametrization W -> W / max(1, sigma / beta), or beta * W / sigma, of one weight."""
 
-class SpectralNorm(nn.Module):
-    """Parametrization W -> W / max(1, sigma / beta), or beta * W / sigma, of one weight.
+    _frozen: Tensor | None = None
+    _warned = False
+    is_replica = False
 
-    Buffers: ``v`` (right singular vector, input space), ``u`` (left, output space), ``sigma`` (scalar, of the raw
-    weight); for grouped convolutions also ``top_group``, the group that attains sigma (u, v hold a unit pair per
-    group); with ``gradient="full"`` also ``v_prev`` (``u_prev`` for a matrix), the start of the last iteration. With
-    ``bound=True`` sigma is a certified bound, and ``estimate`` what the iteration found.
-    They are kept in float32 at least, whatever the weight's dtype.
-    """
+    # -- start --------------------------------------------------------------------------------------------------------
 
-    u: Tensor
-    v: Tensor
-    sigma: Tensor
-    estimate: Tensor
-
-    def __init__(self, group: Group, options: Options, *, as_matrix: bool, matrix_dim: int, every_size: bool) -> None:
-        super().__init__()
-        self.options = options
-        self.as_matrix = as_matrix
-        self.matrix_dim = matrix_dim
-        self.every_size = every_size  # sigma bounds the norm for every input size
-        self.geometry: Geometry | None = None  # what is iterated; None until the input size is known
-        self.layer_geometry: Geometry | None = None  # the layer's own, before the exact reductions
-        self.code: list[int] = []
-        self.sizes: set[tuple[int, ...]] = set()  # input sizes known to have no larger norm
-        self._group = group
-        self._home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
-        self._mark: WeightMark | None = None
-        self._freezes = 0
-        self._frozen: Tensor | None = None
-        self._warned = False
-        for name in ("u", "v", "sigma", *(["estimate"] if options.bound else [])):
-            self.register_buffer(name, torch.empty(0))
-
-    # -- the weight ---------------------------------------------------------------------------------------------------
-
-    def attach(self, module: nn.Module, name: str) -> None:
-        """Remember whose weight this is, and join the group."""
-        self._home = (module, name)
-        self._group.add(self)
-
-    @property
-    def module(self) -> nn.Module:
-        assert self._home is not None
-        return self._home[0]
-
-    def is_attached(self) -> bool:
-        """Whether this still is a parametrization of its module's weight."""
-        if self._home is None:
-            return False
-        try:
-            return any(p is self for p in chain(*self._home)._modules.values())
-        except KeyError:
-            return False
-
-    @property
-    def raw(self) -> Tensor:
-        """The raw weight."""
-        assert self._home is not None
-        found = chain(*self._home)
-        weight = found._parameters.get("original")  # without the attribute look-ups of nn.Module
-        return found.original if weight is None else weight
-
-    def operand(self, weight: Tensor) -> Tensor:
-        """The weight as the operators take it: as it is, or as a matrix, rows first."""
-        if not self.as_matrix or (weight.ndim == 2 and self.matrix_dim == 0):
-            return weight
-        return weight.movedim(self.matrix_dim, 0).flatten(1)
-
-    def start(self, input_size: Sequence[int] | None) -> None:
+    def start(self, input_size: tuple[int, ...] | None) -> None:
         """Fix the geometry, and find u, v, sigma of the current weight."""
-        with torch.inference_mode(False), torch.no_grad():  # the buffers must not be inference tensors
-            self.set_geometry(self.geometry_for(input_size))
-            self.u, self.v = start_vectors(self._operator(), START_ITERATIONS)
-            self.sigma = self.u.new_ones(())
-            if self.options.bound:
-                self.estimate = self.sigma.clone()
-            if self.options.full:
-                self.register_buffer(self.previous_name, torch.empty_like(self.u if self.as_matrix else self.v))
-            advance([self], START_POWER_ITERATIONS)
-
-    def restart(self) -> None:
-        """Find u, v, sigma anew, for a weight that has nothing to do with the one they belong to."""
-        with torch.inference_mode(False), torch.no_grad():
-            for buffer, vector in zip((self.u, self.v), start_vectors(self._operator(), START_ITERATIONS)):
-                buffer.copy_(vector)
-            advance([self], START_POWER_ITERATIONS)
-
-    def geometry_for(self, input_size: Sequence[int] | None) -> Geometry:
-        """The layer's geometry; ``input_size`` is that of a convolution."""
-        if self.as_matrix or input_size is None:
-            return Geometry()
-        return conv_operator(self.module, self.raw.detach(), input_size).geometry
-
-    def set_geometry(self, geometry: Geometry) -> None:
-        self.layer_geometry = geometry
-        self.geometry = geometry.reduced() if self.options.reduce else geometry
-        self.code = self.geometry.encode()
-        if geometry.groups > 1 and self.buffer("top_group") is None:
-            self.register_buffer("top_group", torch.zeros((), dtype=torch.int64, device=self.raw.device))
-
-    def _operator(self) -> LayerOperator:
-        return LayerOperator(self.operand(self.raw.detach()), self.known_geometry)
-
-    @property
-    def known_geometry(self) -> Geometry:
-        assert self.geometry is not None
-        return self.geometry
-
-    def buffer(self, name: str) -> Tensor | None:
-        """A buffer that only some have."""
-        return self._buffers.get(name)
-
-    def state(self, name: str) -> Tensor:
-        """``u``, ``v`` or ``sigma``, without the attribute look-ups of nn.Module."""
-        found = self._buffers[name]
-        assert found is not None
-        return found
-
-    @property
-    def previous_name(self) -> str:
-        return "u_prev" if self.as_matrix else "v_prev"
-
-    @property
-    def previous(self) -> Tensor:
-        """Where the last iteration started (``gradient="full"``)."""
-        start = self.buffer(self.previous_name)
-        assert start is not None
-        return start
-
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def is_stale(self) -> bool:
-        """Whether the raw weight has moved since sigma was computed."""
-        if self.geometry is None or self._freezes:
-            return False
-        return self._mark is None or not self._mark.fits(self.raw)
-
-    def certify(self, estimate: Tensor) -> None:
-        """Keep the norm that iteration found as ``estimate``, and have a certified bound as sigma."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "spectral_norm(bound=True) computes its certificate in eager code: call update_spectral_norm(model) "
-                "outside torch.compile"
-            )
-        geometry = self.layer_geometry
-        assert geometry is not None
-        geometries = {geometry}
-        if geometry.mode != "zeros" and not self.every_size:  # else the largest size has the largest norm
-            geometries |= {self.geometry_for(size) for size in self.sizes}
-        bound = certified_sigma(self.operand(self.raw), geometries, every_size=self.every_size)
-        self.estimate.copy_(estimate)
-        self.sigma.fill_(_rounded_up(bound, self.sigma.dtype))
-
-    @property
-    def iterated_sigma(self) -> Tensor:
-        """The norm that u and v attain."""
-        return self.estimate if self.options.bound else self.sigma
-
-    def mark_current(self) -> None:
-        """Note that u, v and sigma belong to the raw weight as it is now."""
-        self.__dict__["_mark"] = WeightMark(self.raw)  # nn.Module's own way to set it takes ten times as long
-
-    def mark_stale(self) -> None:
-        """Have the next use refresh."""
-        self._mark = None
-
-    def refresh(self) -> None:
-        """Advance the whole group if this raw weight has moved."""
-        if self.is_stale():
-            self._group.refresh()
-
-    def freeze(self) -> None:
-        """Keep the normalised weight, detached, and the state, until as many calls of ``thaw``."""
-        if not self._freezes:
-            self.refresh()
-            if self.geometry is not None:
-                self._frozen = self.normalize(self.raw).detach()
-        self._freezes += 1
-
-    def thaw(self) -> None:
-        self._freezes -= 1
-        if not self._freezes:
-            self._frozen = None
+        with LOCK, torch.no_grad():
+            weight = self.incoming()
+            self.set_geometry(self.geometry_for(input_size), weight)
+            restart([(self, weight)])
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The normalised weight; refreshes the whole group first if this weight has moved."""
-        if self._frozen is not None:
-            return self._frozen
+        """The normalised weight; refreshes the state first if this weight's content has changed."""
         if self.geometry is None:  # the input size is not known before the first forward
             return weight
-        # Compiled code cannot see a change: there update_spectral_norm(model) is called after optimizer.step().
-        if not torch.compiler.is_compiling() and isinstance(weight, nn.Parameter):
-            self.refresh()
-        return self.normalize(weight)
+        if self.is_replica:
+            return self.normalize(weight, self._moved_to(weight.device))
+        if not self.is_own(weight):
+            return self._shaped(normalize_foreign(self, self.operand(weight)), weight)
+        if torch.jit.is_tracing() or is_exporting():
+            return self._traced(weight)
+        if self._frozen is not None:
+            return self._frozen
+        current = self.current
+        if current is None or not is_current(current, weight) or (current.u is None and torch.is_grad_enabled()):
+            if not torch.compiler.is_compiling() and not self.is_here(weight) and not weight.is_meta:
+                raise RuntimeError(
+                    f"{type(self.module).__name__}: the weight that spectral normalisation is given is a "
+                    f"{type(weight).__name__} of shape {tuple(weight.shape)}, not the whole weight of shape "
+                    f"{tuple(self.shape or ())}; sharded weights are gathered by their own module's forward"
+                )
+            (current,) = snapshots([(self, weight)])
+        return self.normalize(weight, current)
 
-    def normalize(self, weight: Tensor) -> Tensor:
-        """The normalised weight for the sigma at hand."""
-        operand, beta, cap = self.operand(weight), self.options.beta, self.options.cap
-        if self.options.full:
-            sigma = sigma_through_last_iteration(operand, self.previous, self.known_geometry)
+    def normalize(self, weight: Tensor, state: Snapshot) -> Tensor:
+        """The normalised weight for this state."""
+        operand, options = self.operand(weight), self.options
+        beta, cap = options.beta, options.cap
+        if options.full:
+            assert state.previous is not None
+            sigma = sigma_through_last_iteration(operand, state.previous, self.known_geometry)
             result = normalize_reference(operand, sigma, beta, cap)
+        elif state.u is None or state.v is None:
+            found = _popped(state.ready)
+            result = normalize_all([operand], [state.sigma], [beta], [cap])[0] if found is None else found
         else:
-            group, precision, u = self.buffer("top_group"), self.options.products(), self.state("u")
-            if self.options.bound:  # the gradient of the bound, as far as the bound follows the norm in proportion
-                u = u * torch.where(self.estimate > 0, self.sigma / self.estimate, 1.0)
-            ready = self._group.take_normalized(self) if self.can_be_ready(weight) else None
-            sigma, v = self.state("sigma"), self.state("v")
-            result = normalize(operand, sigma, u, v, group, self.code, beta, cap, precision, ready)
-        if operand is weight:
+            u = state.u
+            if state.estimate is not None:  # the gradient of the bound, as far as it follows the norm in proportion
+                u = u * torch.where(state.estimate > 0, state.sigma / state.estimate, 1.0)
+            precision, ready = options.product_precision, _popped(state.ready)
+            result = normalize(operand, state.sigma, u, state.v, state.group, self.code, beta, cap, precision, ready)
+        return self._shaped(result, weight)
+
+    def _shaped(self, result: Tensor, weight: Tensor) -> Tensor:
+        """A normalised operand in the form of its weight."""
+        if not self.as_matrix or (weight.ndim == 2 and self.matrix_dim == 0):
             return result
         dims = [weight.shape[self.matrix_dim], *weight.shape[: self.matrix_dim], *weight.shape[self.matrix_dim + 1 :]]
         return result.reshape(dims).movedim(0, self.matrix_dim)
 
-    def can_be_ready(self, weight: Tensor) -> bool:
-        """Whether the group may compute the normalised weight with others': eager code, on the module's own weight."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or self.geometry is None:
-            return False
-        return not self.options.full and type(weight) is nn.Parameter and weight is self.raw
-
-    def can_be_ready_with(self, other: SpectralNorm) -> bool:
-        if self is other:
-            return True
-        return self.can_be_ready(self.raw) and not self._freezes and self.raw.device == other.raw.device
+    def _traced(self, weight: Tensor) -> Tensor:
+        """In operations that torch.jit.trace and torch.export can save; sigma is the constant that it is now."""
+        own = self._own[0] if self.is_plain and self._own else None
+        if own is not None and self.record is not None:
+            with _untraced(), _disable_current_modes(), torch.no_grad():
+                moved = self.has_moved(own)
+            if moved:
+                raise RuntimeError(
+                    "spectral_norm: the weights have changed since sigma was computed, and an exported or traced model "
+                    "cannot compute it; run one forward, or call update_spectral_norm(model), before the export"
+                )
+        operand, options = self.operand(weight), self.options
+        return self._shaped(normalize_reference(operand, self.sigma, options.beta, options.cap), weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the weight sets the raw weight."""
         return weight
+
+    # -- frozen -------------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Keep the normalised weight, detached, and the state, until as many calls of ``thaw``."""
+        if not self.freezes:
+            self._freeze_weight()
+        self.freezes += 1
+
+    def _freeze_weight(self) -> None:
+        # What a hook computes before each forward (a pruned weight) cannot be kept from here.
+        for _, weight in [] if self.is_computed else readable([self]):
+            (state,) = snapshots([(self, weight)])
+            self._frozen = self.normalize(weight, state).detach()
+
+    def thaw(self) -> None:
+        self.freezes -= 1
+        if not self.freezes:
+            self._frozen = None
+
+    # -- input sizes --------------------------------------------------------------------------------------------------
 
     def observe(self, size: tuple[int, ...]) -> None:
         """Called with the spatial size of each forward's input: start at the first, warn at one not normalised for."""
@@ -268,9 +142,13 @@ class SpectralNorm(nn.Module):
                     "spectral_norm: the input size of a convolution is not known yet inside torch.compile; "
                     "give input_size=..., use apply_spectral_norm(model, example_input), or run one eager forward first"
                 )
-            self.start(size)
-            if self._freezes:
-                self._frozen = self.normalize(self.raw).detach()
+            with LOCK:
+                if self.geometry is None:  # another thread's forward may have been first
+                    self.start(size)
+                if self.freezes:
+                    freezes, self.freezes = self.freezes, 0
+                    self._freeze_weight()
+                    self.freezes = freezes
         elif not (self._warned or torch.compiler.is_compiling() or self.covers(size)):
             self._warned = True
             assert self.layer_geometry is not None
@@ -300,45 +178,76 @@ class SpectralNorm(nn.Module):
     # -- copying, moving, saving, loading -----------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
-        self._group.refresh()  # a copy carries no pending change
+        refresh_model([self])  # a copy carries no pending change
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        raw = memo.get(id(self.raw))  # copied before its parametrizations
-        twin.__dict__.update(copy.deepcopy({**self.__dict__, "_mark": None, "_freezes": 0, "_frozen": None}, memo))
-        twin._mark = None if raw is None else WeightMark(raw)
-        twin._group.add(twin)
+        transient = {"freezes": 0, "_frozen": None, "current": None, "_kept": None}
+        twin.__dict__.update(copy.deepcopy({**self.__dict__, **transient}, memo))
         return twin
 
+    def _replicate_for_data_parallel(self) -> SpectralNorm:
+        """A replica uses the state of the module, refreshed before; torch copied the buffers earlier than that."""
+        replica = super()._replicate_for_data_parallel()
+        pairs = readable([self])
+        if pairs:
+            replica.__dict__["current"] = snapshots(pairs)[0]
+            replica.__dict__["is_replica"] = True
+        return replica
+
+    def _moved_to(self, device: torch.device) -> Snapshot:
+        assert self.current is not None
+        return self.current.to(device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralNorm:
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                moved = fn(buffer.flatten()).view(buffer.shape)  # flat: a memory format is for the weight alone
-                # State stays float32 under .half() and .bfloat16().
-                self._buffers[name] = buffer.to(moved.device) if _is_half(moved) else moved
+        with torch.no_grad():
+            record, own = self.record, self._own[0] if self._own else None
+            if record is not None and not is_hashed(record):
+                # What happens to the weight happens to its copy: a move is no change, and a pending one stays pending.
+                copied = fn(record)
+                self.record = record_of(copied, hashed=True) if self.is_hashed_on(copied.device) else copied
+            elif record is not None and own is not None:
+                refresh_model([self])
+                moved = fn(self.operand(own.detach()))
+                self.record = record_of(moved, hashed=True)
+            for name, buffer in self._buffers.items():
+                if buffer is not None:
+                    moved = fn(buffer.flatten()).view(buffer.shape)  # flat: a memory format is for the weight alone
+                    # State stays float32 under .half() and .bfloat16().
+                    self._buffers[name] = buffer.to(moved.device) if _is_half(moved) else moved
+            if self.record is not None and (self.record.is_meta or self.u.is_meta):
+                self.record = None  # there is nothing to compare any more
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._group.refresh()  # what is saved belongs to the weight that is saved
+        refresh_model([self])  # what is saved belongs to the weight that is saved
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loading is no change of weight; the stored u, v, sigma are taken as they are if they belong to the weight."""
-        moved = self.is_stale()  # the raw weight is loaded before its parametrization
-        complete = checkpoint.translate(self, state_dict, prefix)
+        stored = checkpoint.translate(self, state_dict, prefix, load=args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._buffers.update({k: b.float() for k, b in self._buffers.items() if b is not None and _is_half(b)})
         if self.geometry is None:
             return
-        if not complete:
-            if moved:
-                self.restart()
-            return
-        self.mark_stale()
-        for m in {self, *self._group.members()}:  # layers that share this weight saw it written once more
-            if m.geometry is not None and m.raw is self.raw and checkpoint.belongs(m):
-                if m.options.bound:  # a proof is not taken on trust
-                    m.certify(m.estimate)
-                m.mark_current()
+        # The raw weight is loaded before its parametrization.
+        with torch.no_grad():
+            weight = self.incoming()
+        if not self.is_computed:
+            self._own = (self.raw,)
+        if not self.is_here(weight):
+            self.record = None
+        elif stored is checkpoint.Stored.NOTHING:
+            if self.has_moved(weight) is not False:
+                restart([(self, weight)])
+        elif stored is checkpoint.Stored.VECTORS and checkpoint.are_unit(self):
+            advance([(self, weight)])
+        elif stored is checkpoint.Stored.STATE and checkpoint.belongs(self, weight):
+            with torch.no_grad():
+                if self.options.bound:  # a proof is not taken on trust
+                    certify(self, weight)
+                self.mark(weight)
+        else:
+            restart([(self, weight)])
 
     def extra_repr(self) -> str:
         size = "unknown" if self.geometry is None else f"{tuple(self.v.shape)} -> {tuple(self.u.shape)}"
@@ -370,14 +279,28 @@ def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
 
 
 def refresh(model: nn.Module) -> None:
-    """Advance every normalised layer below ``model`` whose raw weight has moved, with its group."""
-    for m in spectral_norms(model):
-        m.refresh()
+    """Advance every normalised layer below ``model`` whose raw weight has moved."""
+    refresh_model(spectral_norms(model))
 
 
-def _rounded_up(value: float, dtype: torch.dtype) -> float:
-    rounded = torch.tensor(value, dtype=dtype)
-    return float(rounded if float(rounded) >= value else torch.nextafter(rounded, torch.tensor(torch.inf, dtype=dtype)))
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Within this context torch.jit.trace records nothing."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def _popped(ready: list[Tensor]) -> Tensor | None:
+    if torch.compiler.is_compiling() or not ready:
+        return None
+    try:
+        return ready.pop()
+    except IndexError:  # another thread was first
+        return None
 
 
 def _is_half(t: Tensor) -> bool:

@@ -1,6 +1,13 @@
 """The operators: schema, fake, reference, kernel and autograd. The only package that calls the compiled module."""
 
-from . import normalize, power_step, updates  # noqa: F401 - importing them defines the operators
+from . import (  # noqa: F401 - importing them defines the operators
+    fingerprint,
+    normalize,
+    power_step,
+    refresh,
+    singular_vectors,
+    updates,
+)
 from .compiled import MODULE
 from .library import UseKernels
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .compiled import covers, driver_version, too_old
 
-_LIBRARY = torch.library.Library("sn_fast", "DEF")
+LIBRARY = torch.library.Library("sn_fast", "DEF")
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # name -> (kernel, reference)
 _SERVED: dict[str, UseKernels] = {}  # by device type
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/core/numeric.cuh: Dtype
@@ -33,9 +33,9 @@ def define(
     over. It calls ``reference`` itself for what the kernels do not take (float64).
     """
     name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sn_fast::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sn_fast::{name}", fake, lib=LIBRARY)
     if kernel is not None:
         _KERNELS[name] = kernel, reference
     return getattr(torch.ops.sn_fast, name).default

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..reference import normalize as _reference
 from ..reference.geometry import Geometry, decode
 from .layout import Layout
 from .library import define, dtype_code, stream_of
 from .plan import GradientPlan
-from .power_step import PRECISIONS
+from .precision import PRECISIONS, resolved
 
 _LEAST_BUDGET = 1 << 20  # elements of partial sums that are always allowed: 4 MB
 
@@ -86,8 +87,7 @@ def _normalize_backward_kernel(
     cap: bool,
     precision: str = "fp32",
 ) -> Tensor:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    precision = resolved(precision)
     device = weight.device
     for name, t in (("grad", grad), ("sigma", sigma), ("u", u), ("v", v), ("group", group)):
         if t is not None and t.device != device:
@@ -210,8 +210,10 @@ def normalize(
     ``ready`` is the normalised weight where ``normalize_all`` has computed it. See ``reference.normalize`` for the
     formulas and ``reference.power.power_step`` for the shapes.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # torch.func (grad, vmap, jvp, ...) wants operations that it can follow: sigma, with the derivative of <u, A v>.
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        # torch.func and forward-mode AD follow plain operations: sigma, with the derivative of <u, A v>.
         value = _reference.rayleigh(weight, u, v, group, *decode(geometry))
         return _reference.normalize(weight, value + (sigma - value).detach(), beta, cap)
     given = [] if ready is None else [ready]

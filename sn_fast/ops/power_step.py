@@ -17,8 +17,8 @@ from ..reference.power import power_step as _power_step_reference
 from .layout import Layout
 from .library import define, stream_of
 from .plan import Plan
+from .precision import PRECISIONS, resolved
 
-PRECISIONS = ("fp32", "tf32", "3xtf32", "bf16")  # csrc/spectral/half_step.h: Precision
 _MAX_OPERATORS = 200  # csrc/spectral/half_step.h: kMaxOperators
 _MAX_LANCZOS = 32  # csrc/spectral/lanczos.cuh: kMaxLanczos
 
@@ -110,8 +110,7 @@ def _power_step_kernel(
     n_iterations: int,
     precision: str = "fp32",
 ) -> Flat:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    precision = resolved(precision)
     if n_iterations < 1:
         raise ValueError(f"power_step: n_iterations={n_iterations} must be >= 1")
     plans = plans_of(module, "power_step", weights, geometry)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .library import kernels_of, stream_of
 from .plan import Plan
-from .power_step import PRECISIONS, images_of, plans_of, starts_of
+from .power_step import images_of, plans_of, starts_of
+from .precision import PRECISIONS
 from .tables import Tables
 
 _ALIGNED = 256  # bytes

@@ -205,9 +205,18 @@ def test_padding_that_repeats_inputs_is_certified_at_every_size_in_use() -> None
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="gradient='full'"):
         spectral_norm(nn.Linear(3, 3), bound=True, gradient="full")
+
+
+def test_the_certificate_follows_the_weight_in_compiled_code_too() -> None:
     conv = spectral_norm(nn.Conv2d(2, 2, 3), input_size=(5, 5), bound=True)
-    with pytest.raises(Exception, match=r"outside torch\.compile"):
-        torch.compile(update_spectral_norm, fullgraph=True, backend="eager")(conv)
+    state, x = conv.parametrizations.weight[0], torch.randn(1, 2, 5, 5)
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    update = torch.compile(update_spectral_norm, fullgraph=True, backend="aot_eager")
+    for run in (lambda: compiled(x), lambda: update(conv)):
+        conv.parametrizations.weight.original.data.mul_(1.5)
+        run()
+        assert float(operator_norm(operator_of(conv, raw=True))) <= float(state.sigma)
+        assert float(state.estimate) == pytest.approx(float(state.sigma), rel=0.02)
 
 
 def test_estimate_agrees_with_an_unbounded_layer() -> None:

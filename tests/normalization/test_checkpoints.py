@@ -40,10 +40,11 @@ def test_deepcopy_sees_a_change_made_before_its_first_use() -> None:
 
 def test_deepcopy_of_one_layer_does_not_drag_the_model_along() -> None:
     model = normalised()
-    layer = copy.deepcopy(model[0])
-    members = layer.parametrizations.weight[0]._group.members()
-    assert len(members) == 1
-    assert members[0] is layer.parametrizations.weight[0]
+    reached: dict[int, object] = {}
+    layer = copy.deepcopy(model[0], reached)
+    others = [p for m in list(model)[1:] for p in m.parameters()]
+    assert not any(id(p) in reached for p in others)
+    assert layer.parametrizations.weight[0].module is layer
 
 
 def test_state_dict_round_trip_is_strict_and_no_change() -> None:

@@ -264,17 +264,17 @@ def test_a_replaced_layer_is_not_kept_alive() -> None:
 
 
 def test_a_failing_start_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sn_fast.normalization import parametrization
+    from sn_fast.ops import refresh
 
-    real, calls = parametrization.start_vectors, []
+    real, calls = refresh.lanczos_start, []
 
-    def fails_at_the_second(*args) -> tuple[Tensor, Tensor]:
+    def fails_at_the_second(*args) -> tuple[list[Tensor], list[Tensor]]:
         calls.append(args)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
         return real(*args)
 
-    monkeypatch.setattr(parametrization, "start_vectors", fails_at_the_second)
+    monkeypatch.setattr(refresh, "lanczos_start", fails_at_the_second)
     model = network()
     expected = model(X)
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sn_fast
 from sn_fast import apply_spectral_norm, frozen_sigma, operator_norm, operator_of, sigmas, update_spectral_norm
+from sn_fast.ops.precision import resolved
 
 from ..on_device import DEVICE
 from .models import X, network, normalised, states, step, true_norms, unchanged
@@ -45,11 +46,11 @@ def test_state_moves_once_per_weight_change_and_never_otherwise() -> None:
 
 
 def test_whole_group_advances_in_one_operator_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sn_fast.normalization import group
+    from sn_fast.ops import refresh
 
     calls = []
-    real = group.power_step
-    monkeypatch.setattr(group, "power_step", lambda *a: calls.append(len(a[0])) or real(*a))
+    real = refresh.power_step
+    monkeypatch.setattr(refresh, "power_step", lambda *a: calls.append(len(a[0])) or real(*a))
     model = normalised()
     calls.clear()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -357,7 +358,7 @@ def test_both_ways_to_set_the_precision_of_products(setting: str, products: str)
         torch.backends.cuda.matmul.fp32_precision = setting
         step(model, X, torch.optim.SGD(model.parameters(), 0.1))
         model(X)
-        assert model[0].parametrizations.weight[0].options.products() == products
+        assert resolved(model[0].parametrizations.weight[0].options.product_precision) == products
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

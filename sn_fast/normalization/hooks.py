@@ -1,0 +1,65 @@
+"""Hooks of forwards: one check of all weights per forward of a model, and the sizes of inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..layers.kinds import spatial_axes
+from ..layers.linear import chain
+from .parametrization import SpectralNorm, spectral_norms
+from .refresh import readable, snapshots, with_ready_weights
+from .state import is_exporting
+
+
+def check_once_per_forward(model: nn.Module) -> None:
+    """Have each forward of ``model`` check the weights of all its normalised layers in one call, before the first."""
+    if before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(before_forward)
+        model.register_forward_hook(after_forward, always_call=True)
+
+
+def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Refresh what has changed, and hand every layer its state for this forward.
+
+    Layers whose weight cannot be read yet (a shard, offloaded, computed by another hook) check it themselves.
+    """
+    if is_exporting() or torch.jit.is_tracing():
+        return
+    pairs = readable([m for m in spectral_norms(module) if not m.is_replica and m.is_plain])
+    if not pairs:
+        return
+    for (member, _), snapshot in zip(pairs, with_ready_weights(pairs, snapshots(pairs))):
+        member.current = snapshot
+
+
+def after_forward(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    """The states handed out are those of one forward."""
+    for member in spectral_norms(module):
+        if member.current is not None and not member.is_replica:
+            member.current = None
+
+
+def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a convolution: give its parametrization the spatial size of the input."""
+    x = args[0] if args else kwargs.get("input")
+    if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
+        n = spatial_axes(module)
+        for parametrization in chain(module, "weight"):
+            if isinstance(parametrization, SpectralNorm):
+                parametrization.observe(tuple(x.shape[-n:]))
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Remove the hooks of a module none of whose layers is normalised any more."""
+    for hooks, ours in (
+        (module._forward_pre_hooks, (before_forward, observe_input)),
+        (module._forward_hooks, (after_forward,)),
+    ):
+        for key in [k for k, hook in hooks.items() if hook in ours]:
+            hooks.pop(key)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)

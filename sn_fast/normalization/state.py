@@ -1,0 +1,347 @@
+"""The state of one normalised weight: u, v, sigma, the geometry that they are of, and the weight they belong to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, stateless
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..layers.linear import chain, conv_operator
+from ..ops.fingerprint import is_hashed, record_of, same_content, update_record
+from ..reference.geometry import Geometry
+from ..reference.linear_map import compute_dtype
+from .options import Options
+
+# Attributes of a layer from which its geometry follows.
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+
+
+class Snapshot(NamedTuple):
+    """The state that one forward uses: tensors that nothing writes to any more.
+
+    ``u``, ``v``, ``group`` and ``previous`` are None in a forward without gradients. ``ready`` holds the normalised
+    weight, once, where kernels computed those of a whole model in one launch.
+    """
+
+    sigma: Tensor
+    estimate: Tensor | None
+    u: Tensor | None
+    v: Tensor | None
+    group: Tensor | None
+    previous: Tensor | None
+    version: int
+    ready: list[Tensor]
+
+    def to(self, device: torch.device) -> Snapshot:
+        """The same on another device."""
+        return Snapshot(*(x.to(device) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+
+
+class State(nn.Module):
+    """Base of the parametrization: what is stored, and for which weight.
+
+    Buffers: ``v`` (right singular vector, input space), ``u`` (left, output space), ``sigma`` (scalar, of the raw
+    weight); for grouped convolutions also ``top_group``, the group that attains sigma (u, v hold a unit pair per
+    group); with ``gradient="full"`` also ``v_prev`` (``u_prev`` for a matrix), the start of the last iteration. With
+    ``bound=True`` sigma is a certified bound, and ``estimate`` what the iteration found.
+    They are kept in float32 at least, whatever the weight's dtype.
+
+    ``record`` is a copy or a fingerprint of the weight that they belong to: while the weight has this content, nothing
+    moves. It is no buffer: it is neither saved nor broadcast. None: nothing is known of the weight, the next use starts
+    anew.
+    """
+
+    u: Tensor
+    v: Tensor
+    sigma: Tensor
+    estimate: Tensor
+
+    def __init__(
+        self, options: Options, *, as_matrix: bool, matrix_dim: int, every_size: bool, hashed: bool = False
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.as_matrix = as_matrix
+        self.matrix_dim = matrix_dim
+        self.every_size = every_size  # sigma bounds the norm for every input size
+        self.hashed = hashed  # keep a fingerprint of the weight in place of a copy
+        self.geometry: Geometry | None = None  # what is iterated; None until the input size is known
+        self.layer_geometry: Geometry | None = None  # the layer's own, before the exact reductions
+        self.code: list[int] = []
+        self.sizes: set[tuple[int, ...]] = set()  # input sizes known to have no larger norm
+        self.bound_code: list[int] = []  # all geometries that a certified sigma holds for, encoded
+        self.shape: torch.Size | None = None  # of the weight
+        self.record: Tensor | None = None
+        self.current: Snapshot | None = None  # of the forward of the whole model that is under way
+        self.freezes = 0
+        self._kept: _Kept | None = None
+        self._settings: tuple[object, ...] = ()
+        self._seen: tuple[object, ...] = ()  # which tensor in which version the record is of: a hint, no proof
+        self._home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
+        # In a tuple: no parameter of ours either, and no weak reference, which would forbid torch.utils.swap_tensors.
+        self._own: tuple[Tensor, ...] = ()
+        for name in ("u", "v", "sigma", *(["estimate"] if options.bound else [])):
+            self.register_buffer(name, torch.empty(0))
+
+    # -- the weight ---------------------------------------------------------------------------------------------------
+
+    def attach(self, module: nn.Module, name: str) -> None:
+        """Remember whose weight this is."""
+        self._home = (module, name)
+        self._own = (self.raw,)
+
+    @property
+    def module(self) -> nn.Module:
+        assert self._home is not None
+        return self._home[0]
+
+    @property
+    def siblings(self) -> parametrize.ParametrizationList:
+        """The parametrizations of the weight, of which this is one."""
+        assert self._home is not None
+        return chain(*self._home)
+
+    @property
+    def raw(self) -> Tensor:
+        """The raw weight."""
+        found = self.siblings
+        weight = found._parameters.get("original")  # without the attribute look-ups of nn.Module
+        return found.original if weight is None else weight
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the raw weight itself is normalised, not what other parametrizations make of it."""
+        return self.siblings._modules["0"] is self
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight that is normalised is a registered parameter, which can be read at any time."""
+        found = self.siblings
+        if not torch.compiler.is_compiling() and "original" in found.__dict__:
+            return False
+        return found._parameters.get("original") is not None and found._modules["0"] is self
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the raw weight is an attribute that something else computes before each forward."""
+        found = self.siblings
+        return found._parameters.get("original") is None or "original" in found.__dict__
+
+    def incoming(self) -> Tensor:
+        """The weight that this parametrization is given, as it would be now."""
+        weight = self.raw
+        for other in self.siblings:
+            if other is self:
+                break
+            weight = other(weight)
+        return weight
+
+    def is_own(self, weight: Tensor) -> bool:
+        """Whether ``weight`` comes from the module's own parameter, not from outside (functional_call, ensembles).
+
+        Only the own weight moves the state. A parameter that was not seen before (loaded with assign=True, gathered by
+        FSDP2, put there by an offloading hook) is the module's own from now on, except within functional_call.
+        """
+        found = self.siblings
+        raw = found._parameters.get("original")
+        exporting = is_exporting()
+        compiling = torch.compiler.is_compiling() and not exporting
+        if not compiling and "original" in found.__dict__:
+            # A plain attribute, made from parameters of another name: a pruned weight, a view of FSDP1's.
+            return not _is_wrapped(found.__dict__["original"]) and not _within_functional_call()
+        if raw is None:
+            return False
+        if weight is not raw and found._modules["0"] is self:
+            return False
+        if self._own and raw is self._own[0]:
+            return True
+        if compiling or not isinstance(raw, nn.Parameter) or _within_functional_call():
+            return False
+        if not exporting:  # there it is a fake
+            self._own = (raw,)
+        return True
+
+    def is_here(self, weight: Tensor) -> bool:
+        """Whether a weight can be read: dense, in memory, and whole (not a shard, not offloaded, not on meta)."""
+        if weight.is_meta or weight.shape != self.shape:
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        if is_traceable_wrapper_subclass(weight):
+            return False
+        return not weight.numel() or weight.untyped_storage().size() > 0
+
+    def operand(self, weight: Tensor) -> Tensor:
+        """The weight as the operators take it: as it is, or as a matrix, rows first."""
+        if not self.as_matrix or (weight.ndim == 2 and self.matrix_dim == 0):
+            return weight
+        return weight.movedim(self.matrix_dim, 0).flatten(1)
+
+    # -- the record ---------------------------------------------------------------------------------------------------
+
+    def has_moved(self, weight: Tensor) -> bool | None:
+        """Whether the weight's content differs from the record's; None where only its device can tell."""
+        if self.record is None:
+            return True
+        operand = self.operand(weight)
+        if operand.device.type == "cpu":
+            return self.record.device != operand.device or not same_content(operand, self.record)
+        if self.record.device != operand.device:
+            return True
+        capturing = operand.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        # A new version says "changed" at once, and spares the device the choice. The old one proves nothing.
+        return True if self._seen != _identity(weight) and not capturing else None
+
+    def mark(self, weight: Tensor) -> None:
+        """Note that the state belongs to this weight."""
+        operand = self.operand(weight)
+        hashed, record = self.is_hashed_on(operand.device), self.record
+        if record is None or record.device != operand.device or is_hashed(record) != hashed:
+            self.__dict__["record"] = record_of(operand, hashed=hashed)
+        else:
+            self.__dict__["record"] = update_record(record, operand)
+        self.__dict__["_seen"] = _identity(weight)
+
+    def is_hashed_on(self, device: torch.device) -> bool:
+        """Whether the record on this device is a fingerprint: always where only the device can compare."""
+        return self.hashed or device.type != "cpu"
+
+    def saw(self, weight: Tensor) -> None:
+        """Note in which version a weight was when its device compared it."""
+        self.__dict__["_seen"] = _identity(weight)
+
+    # -- geometry and buffers -----------------------------------------------------------------------------------------
+
+    def geometry_for(self, input_size: Sequence[int] | None) -> Geometry:
+        """The layer's geometry; ``input_size`` is that of a convolution."""
+        if self.as_matrix or input_size is None:
+            return Geometry()
+        return conv_operator(self.module, self.raw.detach(), input_size).geometry
+
+    def set_geometry(self, geometry: Geometry, weight: Tensor) -> None:
+        self.layer_geometry = geometry
+        self.geometry = geometry.reduced() if self.options.reduce else geometry
+        self.code = self.geometry.encode()
+        self.shape = weight.shape
+        self._settings = self._settings_now()
+
+    def settings_changed(self) -> bool:
+        """Whether the layer's stride, padding and so on are others than those that the geometry was made from."""
+        return not self.as_matrix and self._settings != self._settings_now()
+
+    def _settings_now(self) -> tuple[object, ...]:
+        return () if self.as_matrix else tuple(getattr(self.module, name, None) for name in _SETTINGS)
+
+    def allocate(self, weight: Tensor) -> None:
+        """Buffers for the geometry at hand, where those that are there do not fit in shape, dtype or device."""
+        geometry, shape = self.known_geometry, self.operand(weight).shape
+        dtype = compute_dtype(weight)
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "u": (geometry.out_shape(shape), dtype),
+            "v": (geometry.in_shape(shape), dtype),
+            "sigma": ((), dtype),
+        }
+        if self.options.bound:
+            wanted["estimate"] = ((), dtype)
+        if geometry.groups > 1:
+            wanted["top_group"] = ((), torch.int64)
+        if self.options.full:
+            wanted[self.previous_name] = wanted["u" if self.as_matrix else "v"]
+        for name, (size, kind) in wanted.items():
+            there = self.buffer(name)
+            if there is None or there.shape != size or there.dtype != kind or there.device != weight.device:
+                self.register_buffer(name, torch.zeros(size, dtype=kind, device=weight.device))
+
+    @property
+    def known_geometry(self) -> Geometry:
+        assert self.geometry is not None
+        return self.geometry
+
+    def buffer(self, name: str) -> Tensor | None:
+        """A buffer that only some have."""
+        return self._buffers.get(name)
+
+    def state(self, name: str) -> Tensor:
+        """``u``, ``v`` or ``sigma``, without the attribute look-ups of nn.Module."""
+        found = self._buffers[name]
+        assert found is not None
+        return found
+
+    @property
+    def previous_name(self) -> str:
+        return "u_prev" if self.as_matrix else "v_prev"
+
+    @property
+    def iterated_name(self) -> str:
+        """The buffer of the norm that u and v attain."""
+        return "estimate" if self.options.bound else "sigma"
+
+    def snapshot(self, weight: Tensor, *, vectors: bool) -> Snapshot:
+        """The state for one forward, in copies that nothing writes to, with the vectors if a backward may follow.
+
+        The copies are made once for a state, and shared by the forwards that see it.
+        """
+        names = "sigma", "estimate", "u", "v", "top_group", self.previous_name
+        buffers = [self._buffers.get(name) for name in names]
+        versions = [None if b is None else b._version for b in buffers]
+        kept = self._kept
+        if kept is None or kept.versions != versions or any(a is not b for a, b in zip(kept.buffers, buffers)):
+            kept = None
+        if kept is None or (vectors and kept.snapshot.u is None):
+            needed = (True, True, vectors, vectors, vectors, True)
+            copies = [b.clone() if b is not None and n else None for b, n in zip(buffers, needed)]
+            sigma, estimate, u, v, group, previous = copies
+            assert sigma is not None
+            kept = _Kept(Snapshot(sigma, estimate, u, v, group, previous, 0, []), buffers, versions)
+            self.__dict__["_kept"] = kept
+        return kept.snapshot._replace(version=_version(weight), ready=[])
+
+
+class _Kept(NamedTuple):
+    """Copies of the state, and the buffers in the versions that they are of."""
+
+    snapshot: Snapshot
+    buffers: list[Tensor | None]
+    versions: list[int | None]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export runs the module's own code, outside Dynamo."""
+    # On torch 2.7 and 2.9 is_exporting() holds inside plain torch.compile as well.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def is_current(snapshot: Snapshot, weight: Tensor) -> bool:
+    """Whether a weight is, as far as its version tells, still the one of the snapshot."""
+    return torch.compiler.is_compiling() or snapshot.version == _version(weight)
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or weight.is_inference() else weight._version
+
+
+def _identity(weight: Tensor) -> tuple[object, ...]:
+    return id(weight), _version(weight), weight.data_ptr(), weight.stride()
+
+
+def _is_wrapped(t: Tensor) -> bool:
+    """Whether a tensor is that of a torch.func transform."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+_FUNCTIONAL_CALL = stateless._functional_call.__code__
+
+
+def _within_functional_call() -> bool:
+    """Whether torch.func.functional_call is under way in this thread; it swaps parameters, so no attribute tells."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _FUNCTIONAL_CALL:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,135 @@
+"""The content of a weight: a kept copy compared bit by bit, or a 64-bit hash that a device compares by itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .library import define
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_HOST_CHUNK = 1 << 15  # words that stay in a core's cache while they are mixed
+_DEVICE_CHUNK = 1 << 24  # bounds the memory of the temporaries
+SAMPLE = 1024  # words that a hashed record keeps beside the hash, to tell a replaced weight from a trained one
+_REPLACED = 0.4  # share of a weight's norm, from which on it is another weight
+
+# splitmix64 (Steele, Lea, Flood 2014), its constants as signed integers.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+
+
+def _fingerprint(weight: Tensor) -> Tensor:
+    """A 64-bit hash of a tensor's bits in logical order, then its sampled words: int64 (1 + k,).
+
+    The sum over i of mix(word_i + (i + 1) * golden), modulo 2^64: every word is mixed with its logical index by a
+    nonlinear function, so that permutations, sign flips in pairs and changes by one ulp all change the sum. A sum of
+    integers has the same bits in every order. A memory format does not change it.
+    """
+    with torch.no_grad():
+        words = weight.detach().reshape(-1).view(_WORDS[weight.element_size()])
+        total = torch.zeros((), dtype=torch.int64, device=words.device)
+        chunk = min(_HOST_CHUNK if words.device.type == "cpu" else _DEVICE_CHUNK, max(1, words.numel()))
+        steps = torch.arange(1, chunk + 1, device=words.device) * _GOLDEN
+        for i in range(0, words.numel(), chunk):
+            part = words[i : i + chunk].to(torch.int64)
+            total += _mix(part + steps[: part.numel()] + _signed(i * _GOLDEN)).sum()
+        return torch.cat([total[None], _sample(words).to(torch.int64)])
+
+
+def _mix(z: Tensor) -> Tensor:
+    # Shifts of signed integers copy the sign; the masks make them logical.
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _FIRST
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _SECOND
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def _signed(value: int) -> int:
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _sample(flat: Tensor) -> Tensor:
+    return flat[:: max(1, -(-flat.numel() // SAMPLE))]
+
+
+fingerprint = define(
+    "fingerprint(Tensor weight) -> Tensor",
+    _fingerprint,
+    lambda weight: weight.new_empty(1 + _sample(weight.reshape(-1)).numel(), dtype=torch.int64),
+)
+
+
+def record_of(weight: Tensor, *, hashed: bool) -> Tensor:
+    """What a later weight is compared with: a copy, or a fingerprint."""
+    return fingerprint(weight) if hashed else weight.detach().clone()
+
+
+def is_hashed(record: Tensor) -> bool:
+    """Whether a record is a fingerprint; weights are floating-point."""
+    return record.dtype == torch.int64
+
+
+def update_record(record: Tensor, weight: Tensor) -> Tensor:
+    """The record of this weight, in place of the other where that fits."""
+    if is_hashed(record):
+        fresh = fingerprint(weight)
+        return record.copy_(fresh) if record.shape == fresh.shape else fresh
+    if record.shape == weight.shape and record.dtype == weight.dtype and record.device == weight.device:
+        return record.copy_(weight.detach())
+    return record_of(weight, hashed=False)
+
+
+def same_content(weight: Tensor, record: Tensor) -> bool:
+    """Whether a weight on the host has the bits of its record; NaN equals itself, and zero is not minus zero."""
+    if is_hashed(record):
+        return torch.equal(fingerprint(weight), record)
+    if weight.shape != record.shape or weight.dtype != record.dtype:
+        return False
+    a, b = weight.detach(), record
+    dtype = _WORDS[a.element_size()]
+    if a.stride() != b.stride() or not _is_dense(a) or a.is_neg() or _memcmp is None:
+        return torch.equal(a.view(dtype), b.view(dtype))
+    return a.numel() == 0 or _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in whatever order of the axes."""
+    return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()
+
+
+def _find_memcmp() -> Callable[[int, int, int], int] | None:
+    """The C library's comparison of memory; torch.equal takes half as long again, and serves where this is missing."""
+    try:
+        function = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    function.restype = ctypes.c_int
+    return function
+
+
+_memcmp = _find_memcmp()
+
+
+def is_replaced(weight: Tensor, record: Tensor) -> bool:
+    """Whether a weight on the host moved so far from its record that vectors of the one say little of the other.
+
+    By a sample: a step of training moves a weight by a few per cent of its norm, an initialisation by 140 %. Only the
+    start of the iteration depends on it. A change of scale alone leaves the vectors right.
+    """
+    now = _sample(weight.detach().reshape(-1))
+    if is_hashed(record):
+        before = record[1:].to(_WORDS[weight.element_size()]).view(weight.dtype)
+    else:
+        before = _sample(record.reshape(-1))
+    if before.shape != now.shape:
+        return True
+    a, b = now.double(), before.double()
+    if not bool(a.isfinite().all()):
+        return False  # vectors of such a weight would be no better
+    square = b.dot(b)
+    scale = a.dot(b) / square if bool(square > 0) else 0.0
+    return not bool((a - scale * b).norm() <= _REPLACED * a.norm())
