@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_base
 
-from ..layers.kinds import classes_of, spatial_axes
-from ..layers.linear import operator_of
+from ..layers.kinds import classes_of, kind_of, spatial_axes
+from ..layers.linear import operator_of, weight_in_use
 from ..layers.operators import LinearOperator
 from ..layers.weighted import ConvOperator, LayerOperator, MatrixOperator, layer_operator
 from ..norms import operator_norm_bound
@@ -79,7 +80,15 @@ def _bounded(call: Call, operator: LinearOperator) -> Constant:
 def _operator(call: Call) -> LinearOperator:
     if call.module is not None:
         axes = spatial_axes(call.module)
-        operator = operator_of(call.module, tuple(call.x.shape[call.x.ndim - axes :]) if axes else None)
+        size = tuple(call.x.shape[call.x.ndim - axes :]) if axes else None
+        kind = kind_of(call.module)
+        everywhere = module_base._global_forward_hooks or module_base._global_forward_pre_hooks
+        if kind is not None and not everywhere and kind.why_not_exact(call.module, hooks=False) is None:
+            operator = kind.operator(
+                call.module, weight_in_use(call.module), size
+            )  # its hooks are watched in the graph
+        else:
+            operator = operator_of(call.module, size)
         layer = layer_operator(operator)
         return operator if layer is None else LayerOperator(layer.weight.detach(), layer.geometry)
     weight = call.get("weight", 1).detach()
