@@ -25,7 +25,7 @@ _HARMLESS = {"__init__", "__module__", "__doc__", "__qualname__", "__annotations
 _HARMLESS |= {"reset_parameters", "__constants__", "__firstlineno__", "__static_attributes__", "__setstate__"}
 _HARMLESS |= {"__annotate__", "__annotate_func__", "__annotations_cache__", "__dict__", "__weakref__", "_version"}
 _HARMLESS |= {"_load_from_state_dict", "_save_to_state_dict", "reset_running_stats"}
-_HARMLESS |= {"__init_subclass__", "__class_getitem__"}
+_HARMLESS |= {"__init_subclass__", "__class_getitem__", "__new__"}
 # These recompute the weight from their own parameters before each call, and leave input and output alone.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -84,7 +84,8 @@ def _is_patched(method: Any, owner: type) -> bool:
     if not isinstance(function, FunctionType):
         return callable(function) and not isinstance(function, type)
     # torch.fx stands in for two methods while it traces.
-    at_home = function.__module__ == owner.__module__ or function.__module__.startswith("torch.fx.")
+    home = function.__module__ or ""
+    at_home = home == owner.__module__ or home.startswith("torch.fx.")
     return not (at_home and function.__code__.co_filename.startswith(_TORCH))
 
 
