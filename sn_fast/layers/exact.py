@@ -47,6 +47,12 @@ def why_not_its_class(module: nn.Module, *, hooks: bool = True, statistics: bool
     return reason
 
 
+def leaves_values_alone(hook: Any) -> bool:
+    """Whether a forward hook is known to change neither input nor output, and of the weights only those in use."""
+    own = (getattr(hook, "__module__", None) or "").partition(".")[0] == "sn_fast"
+    return own or isinstance(hook, _WEIGHT_HOOKS)
+
+
 def is_parametrized_class(cls: type) -> bool:
     """Whether torch.nn.utils.parametrize made this class: it only adds properties for the weights in use."""
     return cls.__module__ == "torch.nn.utils.parametrize" and cls.__name__.startswith("Parametrized")
@@ -98,8 +104,7 @@ def _hook(module: nn.Module) -> str | None:
     ]
     for kind, pool in pools:
         for hook in pool.values():
-            own = (getattr(hook, "__module__", None) or "").partition(".")[0] == "sn_fast"
-            if not (own or isinstance(hook, _WEIGHT_HOOKS)):
+            if not leaves_values_alone(hook):
                 return f"{kind} may change its input or output"
     return None
 
