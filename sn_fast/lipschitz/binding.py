@@ -84,8 +84,12 @@ def bind(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, 
         names = _METHODS.get(target, ("input",))
         rest = [f"argument {i}" for i in range(len(names), len(args))]
         return {**dict(zip((*names, *rest), range(len(args)))), **{k: k for k in kwargs}}
-    bound = [b for signature in _signatures(target) if (b := _fit(signature, args, kwargs, len(args))) is not None]
-    return bound[0] if bound and all(b == bound[0] for b in bound) else None
+    for loosely in (False, True):  # at first without one number that stands for a list of them
+        fits = (_fit(signature, args, kwargs, len(args), loosely) for signature in _signatures(target))
+        bound = [b for b in fits if b is not None]
+        if bound:
+            return bound[0] if all(b == bound[0] for b in bound) else None
+    return None
 
 
 def value_at(slot: Slot, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -179,7 +183,7 @@ def _of_schemas(name: str, method: bool = False) -> Iterator[tuple[_Parameter, .
 
 
 def _fit(
-    signature: Sequence[_Parameter], args: Sequence[Any], kwargs: dict[str, Any], given: int
+    signature: Sequence[_Parameter], args: Sequence[Any], kwargs: dict[str, Any], given: int, loosely: bool
 ) -> dict[str, Slot] | None:
     """The arguments by name if they fit this signature."""
     by_place = [p for p in signature if p.by_place]
@@ -193,14 +197,14 @@ def _fit(
     if given > len(by_place):
         return None
     for i, parameter in enumerate(by_place[:given]):
-        if not _fits(parameter.kind, args[i]):
+        if not _fits(parameter.kind, args[i], loosely):
             return None
         slots[parameter.canonical] = i
     known = {p.canonical: p for p in signature if p.kind != "*"}
     own = {p.name: p.canonical for p in signature}
     for keyword, value in kwargs.items():
         name = own.get(keyword, _CANONICAL.get(keyword, keyword))
-        if name in slots or name not in known or not _fits(known[name].kind, value):
+        if name in slots or name not in known or not _fits(known[name].kind, value, loosely):
             return None
         slots[name] = keyword
     missing = any(p.required and p.canonical not in slots for p in signature)
@@ -211,7 +215,7 @@ def _fits_list_of_int(kind: str | None, values: Sequence[Any]) -> bool:
     return kind in ("List[int]", "List[SymInt]") and all(isinstance(v, int) for v in values)
 
 
-def _fits(kind: str | None, value: Any) -> bool:
+def _fits(kind: str | None, value: Any, loosely: bool) -> bool:
     """Whether a value may be an argument of this type in a schema; of a signature in Python anything may."""
     if kind is None:
         return True
@@ -222,8 +226,8 @@ def _fits(kind: str | None, value: Any) -> bool:
     if kind.startswith("List["):
         inner = kind[len("List[") : -1]
         if isinstance(value, (tuple, list)):
-            return all(_fits(inner, v) for v in value)
-        return inner in ("int", "SymInt", "float") and _fits(inner, value)  # one for every axis
+            return all(_fits(inner, v, loosely) for v in value)
+        return loosely and inner in ("int", "SymInt", "float") and _fits(inner, value, loosely)
     if kind == "Tensor":
         return isinstance(value, Tensor)
     if kind in ("int", "SymInt"):

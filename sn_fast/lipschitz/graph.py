@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -20,11 +21,23 @@ class Untraceable(Exception):
     """torch.fx cannot write the model as a graph, or not one that computes what the model computes."""
 
 
+class _Proxy(fx.Proxy):
+    """A stand-in for a tensor that takes no attributes: a graph would not show ``x.data = y``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise TypeError(f"the attribute {name!r} of a tensor is set")
+        super().__setattr__(name, value)
+
+
 class Tracer(fx.Tracer):
     """Calls of modules that have a rule, and of other layers of PyTorch, become nodes; the rest is traced through."""
 
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)

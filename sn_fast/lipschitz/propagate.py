@@ -24,8 +24,8 @@ from . import (  # noqa: F401 - they register rules
 )
 from .graph import Untraceable, evaluating, is_leaf, own_name, trace, unwrapped
 from .hooks import observed_call, silent
+from .origins import joint_bound
 from .report import LayerBound, LipschitzReport
-from .rounding import root_of_squares
 from .rules import Call, Outcome, apply_rule, find, kind_of, leaves, no_bound, outcome_of
 from .tracking import Tracking, copied, tensors, writes_in_place
 from .verify import refuted, same_values
@@ -245,8 +245,10 @@ class _Propagation(fx.Interpreter):
         self.rows[n] = row
 
     def _finish(self, output: fx.Node) -> None:
-        parts = [n for n in output.all_input_nodes if self.bounds[n]]
-        self.output_bound = root_of_squares(self.bounds[n] for n in parts)
+        parts: list[fx.Node] = []  # each as often as it is returned
+        fx.node.map_arg(output.args, lambda n: parts.append(n) if self.bounds[n] else None)
+        origins = [self.tracking.origin(n, self.env[n]) for n in parts]
+        self.output_bound = joint_bound([self.bounds[n] for n in parts], origins)
         if self.tracking.changed_state:
             self.output_bound, self.output_reason = math.inf, _STATE
         elif any(not (t.is_floating_point() or t.is_complex()) for n in parts for t in tensors(self.env[n])):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .binding import name_of, value_at
@@ -134,7 +135,8 @@ def copied(args: Any) -> Any:
 
 
 def _storages(some: Any) -> list[int]:
-    return [p for t in some if (p := t.untyped_storage().data_ptr())]
+    # Sparse tensors have none; no rule writes into them.
+    return [p for t in some if t.layout is torch.strided and (p := t.untyped_storage().data_ptr())]
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:
