@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +29,18 @@ class _Proxy(fx.Proxy):
         if name not in ("tracer", "node"):
             raise TypeError(f"the attribute {name!r} of a tensor is set")
         super().__setattr__(name, value)
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+# Without these a graph would have y = y + x for y += x, which every other name of y sees as well.
+for _name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod"):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class Tracer(fx.Tracer):

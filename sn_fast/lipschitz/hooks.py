@@ -16,15 +16,23 @@ from .rules import leaves
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
 
-class _Reads(TorchDispatchMode):
-    """Notices numbers read from tensors: what code does next may depend on them."""
+class _Watch(TorchDispatchMode):
+    """Notices numbers read from tensors, on which code may depend, and writes into the tensors that it watches."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.seen = self.paused = False
+        self.watched: set[int] = set()
+
+    def watch(self, nested: Any) -> None:
+        self.watched.update(t.untyped_storage().data_ptr() for t in leaves(nested) if isinstance(t, Tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= func in _READS
+        if not self.paused:
+            self.seen |= func in _READS
+            if func._schema.is_mutable:
+                tensors = [t for t in leaves([args, kwargs or {}]) if isinstance(t, Tensor)]
+                self.seen |= any(t.untyped_storage().data_ptr() in self.watched for t in tensors)
         return func(*args, **(kwargs or {}))
 
 
@@ -32,28 +40,33 @@ def observed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """The result of a call of the module, and whether its hooks may change input, output or weights.
 
     They do if its forward is not given the caller's own tensors with their values, or if the caller is not given those
-    that it returned. They may if they read numbers.
+    that it returned. They may if they read numbers, or write into these tensors.
     """
     given = _snapshot((args, kwargs))
     weights = [p.detach().clone() for p in module.parameters()]
     forward = module.forward
+    watch = _Watch()
+    watch.watch([args, kwargs])
     seen: list[list[tuple[Any, ...]]] = []
 
     def watched(*inner_args: Any, **inner_kwargs: Any) -> Any:
         seen.append(_snapshot((inner_args, inner_kwargs)))
+        watch.paused = True
         result = forward(*inner_args, **inner_kwargs)
+        watch.watch(result)
+        watch.paused = False
         seen.append(_snapshot(result))
         return result
 
     module.forward = watched
     try:
-        with _Reads() as reads:
+        with watch:
             out = module(*args, **kwargs)
     finally:
         del module.forward
     kept = all(torch.equal(a, b) for a, b in zip(weights, module.parameters()))
     same = len(seen) == 2 and kept and _same(given, seen[0]) and _same(seen[1], _snapshot(out))
-    return out, reads.seen or not same
+    return out, watch.seen or not same
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from .verify import refuted, same_values
 _INTEGERS_JUMP = "integers computed from the input jump: no finite bound"
 _HOOKED = "a forward hook may change its input or output: no rule"
 _UNANNOUNCED = "it writes into an argument: no rule"
+_BROKEN = "its graph refers to values that it does not have"
 _STATE = "the model writes what depends on its input into its own tensors"
 _ALIASED = "written in place through a view: no rule"
 
@@ -117,7 +118,10 @@ class _Propagation(fx.Interpreter):
         return interpreter
 
     def run_node(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        try:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+        except RuntimeError as error:  # a stand-in was copied, with the graph that it is in
+            raise Untraceable(_BROKEN) from error
         self.hooked = False  # whether hooks may change what this node computes
         versions = [(t, t._version) for t in tensors((args, kwargs))]
         # A rule needs the arguments as they were.
