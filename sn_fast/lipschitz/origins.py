@@ -30,6 +30,11 @@ class Origin:
     bound: float
     numbers: Any
 
+    def identity(self) -> object:
+        """The same for two values of the same elements in the same order."""
+        numbers = self.numbers.cpu().numpy().tobytes() if isinstance(self.numbers, Tensor) else self.numbers
+        return self.key, numbers
+
     def picked(self, picks: Any) -> Origin:
         """The origin of what these numbers pick from this value."""
         if isinstance(self.numbers, int):

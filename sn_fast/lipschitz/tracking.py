@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .binding import name_of, value_at
+from .binding import name_of
 from .origins import Origin, Twin, joint_bound, most_copies
 from .rounding import root, times
 from .rules import Call, Outcome, leaves
@@ -98,19 +98,18 @@ class Tracking:
     def _twin(self, n: fx.Node, call: Call, side: str) -> None:
         """The larger and the smaller of two values are those two in another order; of a set, two of its elements."""
         assert call.slots is not None
-        first = value_at(call.slots["input"], n.args, n.kwargs)
         x, source = call.get("input"), call.origin("input")
-        if not isinstance(first, fx.Node) or not isinstance(source, Origin):
+        if not isinstance(source, Origin) or isinstance(source.numbers, tuple):
             return
-        mine = self._keys.setdefault(first, object())
         if "other" in call.slots and isinstance(call.get("other"), Tensor):
-            second = value_at(call.slots["other"], n.args, n.kwargs)
-            if isinstance(second, fx.Node) and x.shape == call.get("other").shape == call.out.shape:
-                key = ("of two", frozenset((mine, self._keys.setdefault(second, object()))))
-                bounds = [self.bounds[first], self.bounds[second]]
-                self._origins[n] = Twin(key, side, joint_bound(bounds, [source, call.origin("other")]))
+            other = call.origin("other")
+            if isinstance(other, Origin) and x.shape == call.get("other").shape == call.out.shape:
+                two = frozenset((source.identity(), other.identity()))
+                bounds = [call.bound("input"), call.bound("other")]
+                self._origins[n] = Twin(("of two", two), side, joint_bound(bounds, [source, other]))
         elif isinstance(dim := call.get("dim", None), int) and x.shape[dim] > 1:
-            self._origins[n] = Twin(("of a set", mine, dim % x.ndim), side, self.bounds[first])
+            key = ("of a set", source.identity(), tuple(x.shape), dim % x.ndim)
+            self._origins[n] = Twin(key, side, call.bound("input"))
 
 
 def writes_in_place(n: fx.Node, module: nn.Module | None) -> bool:
