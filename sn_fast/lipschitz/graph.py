@@ -22,15 +22,6 @@ class Untraceable(Exception):
     """torch.fx cannot write the model as a graph, or not one that computes what the model computes."""
 
 
-class _Proxy(fx.Proxy):
-    """A stand-in for a tensor that takes no attributes: a graph would not show ``x.data = y``."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
-            raise TypeError(f"the attribute {name!r} of a tensor is set")
-        super().__setattr__(name, value)
-
-
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -38,9 +29,34 @@ def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], 
     return method
 
 
-# Without these a graph would have y = y + x for y += x, which every other name of y sees as well.
-for _name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod"):
-    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+class _Faithful:
+    """A stand-in for a tensor of which a graph shows all that is done to it.
+
+    It takes no attributes, as a graph would not show ``x.data = y``; and ``y += x`` writes into y, where torch.fx makes
+    a sum of it that other names of y do not see.
+    """
+
+    _own = ("tracer", "node", "root", "attr", "_node")
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return _Attribute(self, name)  # type: ignore[arg-type]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._own:
+            raise TypeError(f"the attribute {name!r} of a tensor is set")
+        super().__setattr__(name, value)
+
+    __iadd__, __isub__, __imul__ = _in_place(operator.iadd), _in_place(operator.isub), _in_place(operator.imul)
+    __itruediv__, __imatmul__ = _in_place(operator.itruediv), _in_place(operator.imatmul)
+    __ipow__, __ifloordiv__, __imod__ = map(_in_place, (operator.ipow, operator.ifloordiv, operator.imod))
+
+
+class _Proxy(_Faithful, fx.Proxy):  # type: ignore[misc]
+    """The stand-in for a value."""
+
+
+class _Attribute(_Faithful, fx.proxy.Attribute):  # type: ignore[misc]
+    """The stand-in for an attribute of one."""
 
 
 class Tracer(fx.Tracer):

@@ -85,6 +85,7 @@ def test_programs(steps: list[tuple[str, int, int]], returned: list[int]) -> Non
         (lambda x: (lambda y: (y.detach().mul_(5), y)[1])(x * 1), 5.0),
         (lambda x: (lambda y: (y.expand(1, 6).mul_(5), y)[1])(x * 1), 5.0),
         (lambda x: (lambda y: plus_equal(y, y))(x * 1), 2.0),
+        (lambda x: (lambda y: (plus_equal(y.data, 4 * x), y)[1])(x * 1), 5.0),
         (lambda x: (lambda y: (plus_equal(y, x), y)[1])(x * 1), 2.0),
     ],
 )
