@@ -46,10 +46,16 @@ def lipschitz_bound(
     The model is written as a graph by torch.fx. Each node carries a bound of the map from the network's input to it:
     layers multiply it by their constant, sums add, concatenations take the root of the squares.
     The constants are certified: computed in float64 and rounded up. They are those of the exact function; the rounding
-    of the network's own arithmetic is not in them.
+    of the network's own arithmetic, and of casts between floating-point dtypes, is not in them.
+    A call has a finite constant only if a rule covers it with all its arguments. A layer whose forward, class or
+    methods were replaced is bounded by the code that it runs. ``detach`` and ``data`` cut gradients, not slopes: they
+    count as the identity. At the end the graph is run beside the model at two more inputs; a slope above the bound, or
+    another result, makes it infinite.
 
     Args:
-        model: is run once in eval mode, without gradients; training flags, weights and attributes stay as they are.
+        model: is run a few times in eval mode, without gradients; training flags, buffers and attributes stay as they
+            are. Forward hooks that only look on see two of these calls; where one may change what a layer computes,
+            there is no bound.
         example_input: a tensor, or a tuple of arguments; batch size 1 is enough. Convolutions and pooling are bounded
             for its spatial size. With several tensors the bound is with respect to all of them together,
             |(x1, x2)|_2, also those of integers (masks, indices), for which there is no finite one.
