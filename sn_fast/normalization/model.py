@@ -17,6 +17,7 @@ from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_siz
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
+from .checks import check_has_norm
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .options import Options
 from .parametrization import SpectralNorm, refresh, spectral_norms
@@ -221,6 +222,7 @@ def _register(
     hashed: bool = False,
     used_at: Iterable[tuple[int, ...]] = (),
 ) -> SpectralNorm:
+    check_has_norm(module, name)
     weight = checked_weight(module, name, parametrized=True, on_meta=True)
     kind = kind_of(module) if name == "weight" else None
     as_matrix = options.operator == "reshape" or kind is None or not kind.axes
