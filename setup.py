@@ -31,7 +31,7 @@ class BuildPython(build_py):
             raise CompileError(f"SN_FAST_CUDA=1, but {PLAN.why_not}")
         print(f"sn_fast: pure-Python install, no CUDA kernels: {PLAN.why_not}", flush=True)
         if not self.editable_mode:  # there the package is the source tree, which stays clean
-            Path(self.build_lib, "sn_fast", NOTE).write_text(PLAN.why_not)
+            Path(self.build_lib, "sn_fast", NOTE).write_text(PLAN.why_not, encoding="utf-8")
 
 
 class BuildKernels(build_ext):

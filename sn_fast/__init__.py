@@ -1,5 +1,6 @@
 """sn_fast: fast, true spectral norms of neural-network layers, and adversarial training with them."""
 
+from . import _interrupts  # noqa: F401 - first, so that Ctrl-C during the imports of sn-fast is one line
 from ._version import __version__
 from .info import info
 from .layers import ConvOperator, LinearOperator, MatrixOperator, operator_of, register_layer

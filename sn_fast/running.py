@@ -1,15 +1,19 @@
-"""What commands that take a while share: the progress bar, and the number of threads."""
+"""What commands that take a while share: the progress bar, the number of threads, and the limit on memory."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import require
+
+MOST_THREADS = 1024
+"""More than any machine runs at once; where the system cannot start a thread, PyTorch ends the process."""
 
 
 @contextmanager
@@ -21,6 +25,54 @@ def torch_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def memory_limited(device: torch.device) -> Iterator[None]:
+    """Within this context an allocation beyond the machine's memory fails, where Linux would kill the process later."""
+    limit = _memory_limit() if device.type == "cpu" else None
+    if limit is None:
+        yield
+        return
+    import resource
+
+    before, most = resource.getrlimit(resource.RLIMIT_DATA)
+    bounds = [value for value in (limit, before, most) if value != resource.RLIM_INFINITY]
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), most))
+    except (OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, most))
+
+
+def _memory_limit() -> int | None:
+    """Bytes that this process may have: what it has, and what is free; None where Linux does not say."""
+    try:
+        own = _kilobytes("/proc/self/status", "VmData:")
+        free = _kilobytes("/proc/meminfo", "MemAvailable:") + _kilobytes("/proc/meminfo", "SwapFree:")
+    except (OSError, StopIteration, ValueError):
+        return None
+    limit = 1024 * (own + free)
+    try:
+        group = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
+    except OSError:
+        group = "max"
+    return limit if not group.isdigit() else min(limit, max(int(group), 1024 * own))
+
+
+def _kilobytes(file: str, name: str) -> int:
+    with open(file, encoding="ascii") as lines:
+        return int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def notice(text: str) -> None:
+    """One line on stderr about something unusual that is put right."""
+    if sys.stderr is not None:
+        print(f"sn-fast: {text}", file=sys.stderr)
 
 
 def progress_bar(progress: bool, title: str, total: int, done: int = 0) -> Any:

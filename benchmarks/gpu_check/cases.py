@@ -159,6 +159,9 @@ def _updates(device: str, small: bool) -> Iterator[Case]:
                 e = eps[norm]
                 args: tuple[Any, ...] = (x_adv, x, grad, norm, e, e / 4, None, None, *ends, False, None)
                 yield Case(f"pgd_step {norm}, {label}", updates_ops.pgd_step, args, tolerance, opcheck=checked)
+                if norm == "1-exact":  # another kernel
+                    args = (x_adv, x, grad, norm, e, e / 4, *[None] * 4, False, None)
+                    yield Case(f"pgd_step {norm} without clip, {label}", updates_ops.pgd_step, args, tolerance)
                 args = (x_adv, x, norm, e, None, *ends)
                 yield Case(f"project {norm}, {label}", updates_ops.project, args, tolerance)
                 args = (x, norm, e, None, *ends, torch.tensor(12345678901, device=device))

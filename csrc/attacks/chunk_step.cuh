@@ -65,12 +65,14 @@ __device__ inline void scale_into_ball(Values& z, const Values& x, float weight)
     for (int e = 0; e < kChunk; ++e) z.at[e] = weight == 1.0f ? z.at[e] : lerp(x.at[e], z.at[e], weight);
 }
 
+__device__ inline float shrunk(float z, float x, double threshold) {
+    const double delta = z - x;
+    return x + static_cast<float>(copysign(fmax(fabs(delta) - threshold, 0.0), delta));
+}
+
 __device__ inline void shrink_into_ball(Values& z, const Values& x, double threshold) {
 #pragma unroll
-    for (int e = 0; e < kChunk; ++e) {
-        const double delta = z.at[e] - x.at[e];
-        z.at[e] = x.at[e] + static_cast<float>(copysign(fmax(fabs(delta) - threshold, 0.0), delta));
-    }
+    for (int e = 0; e < kChunk; ++e) z.at[e] = shrunk(z.at[e], x.at[e], threshold);
 }
 
 }  // namespace sn_fast

@@ -1,5 +1,5 @@
 // Chooses between the kernels of a step by sizes alone, and starts them.
-#include "attacks/pgd_step.cuh"
+#include "attacks/l1_clip_step.cuh"
 
 #include <algorithm>
 
@@ -39,13 +39,19 @@ unsigned checked_blocks(long long blocks) {
     return static_cast<unsigned>(blocks);
 }
 
+// A block per sample.
+void launch_blocks(void (*kernel)(PgdStep), const char* name, int most_threads, bool resident, const PgdStep& p,
+                   const Stream& stream) {
+    const long long warps = divided_up(p.samples.chunks, kWarp);
+    const int threads = static_cast<int>(std::min<long long>(most_threads, warps * kWarp));
+    const std::size_t shared = resident ? static_cast<std::size_t>(shared_bytes(p)) : sizeof(SampleBlock);
+    launch(kernel, name, checked_blocks(p.samples.count), threads, shared, stream, p);
+}
+
 template <Norm kNorm, bool kResident>
 void launch_samples(const PgdStep& p, const Stream& stream) {
-    const long long warps = divided_up(p.samples.chunks, kWarp);
-    const int threads = static_cast<int>(std::min<long long>(sample_threads(kResident), warps * kWarp));
-    const std::size_t shared = kResident ? static_cast<std::size_t>(shared_bytes(p)) : sizeof(SampleBlock);
-    const unsigned blocks = checked_blocks(p.samples.count);
-    launch(pgd_step_sample<kNorm, kResident>, "pgd_step_sample", blocks, threads, shared, stream, p);
+    const int threads = sample_threads(kResident);
+    launch_blocks(pgd_step_sample<kNorm, kResident>, "pgd_step_sample", threads, kResident, p, stream);
 }
 
 }  // namespace
@@ -65,6 +71,9 @@ void pgd_step(PgdStep p, Norm norm, long long resident_bytes, const Stream& stre
     const bool resident = shared_bytes(p) <= resident_bytes;
     if (norm == Norm::kL1Exact) {
         SN_CHECK(p.samples.size < (1ll << 32), "samples of ", p.samples.size, " elements");
+        if (p.grad.address && (p.lower.kind != Bound::Kind::kNone || p.upper.kind != Bound::Kind::kNone))
+            return launch_blocks(resident ? pgd_step_l1_clip<true> : pgd_step_l1_clip<false>, "pgd_step_l1_clip",
+                                 sample_threads(false), resident, p, stream);
         return resident ? launch_samples<Norm::kL1Exact, true>(p, stream)
                         : launch_samples<Norm::kL1Exact, false>(p, stream);
     }

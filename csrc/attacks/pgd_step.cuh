@@ -7,6 +7,7 @@
 //   2, larger samples   two launches, 7    |d + s g|^2 = |d|^2 + 2 s <d, g> + s^2 |g|^2, with d = x_adv - x
 //   1, larger samples   three launches, 8  |d + s g|_1 has no such identity
 //   1-exact, larger     one launch, a block per sample, which is read again for each pass over it
+//   1-exact with a clip one launch, as above (l1_clip_step.cuh)
 // Sums are of float64, in which the square of every float32 is a normal number: no scaling by max|g| is needed.
 #pragma once
 
@@ -91,6 +92,51 @@ struct Resident {
     }
 };
 
+// One sample's tensors: read when they are used, or once if they stay on chip.
+template <bool kResident>
+struct Sample {
+    const PgdStep& p;
+    long long index;
+    Resident start, centre, gradient;
+
+    __device__ Sample(const PgdStep& p, SampleBlock& shared) : p(p), index(blockIdx.x) {
+        const long long chunks = p.samples.chunks;
+        start = {reinterpret_cast<uint4*>(&shared + 1), chunks};
+        centre = {start.words + chunks * words_of(p.x_adv.dtype), chunks};
+        gradient = {centre.words + (p.ball ? chunks * words_of(p.x.dtype) : 0), chunks};
+        if (kResident)
+            for (long long k = threadIdx.x; k < chunks; k += blockDim.x) {
+                const Chunk c = chunk_at(p.samples, index, k);
+                start.fill(p.x_adv, c, k);
+                if (p.ball) centre.fill(p.x, c, k);
+                if (p.grad.address) gradient.fill(p.grad, c, k);
+            }
+    }
+
+    __device__ Values x_adv(const Chunk& c, long long k) const {
+        return decode(read(p.x_adv, start, c, k), p.x_adv.dtype);
+    }
+
+    __device__ Values x(const Chunk& c, long long k) const { return decode(read(p.x, centre, c, k), p.x.dtype); }
+
+    __device__ Values g(const Chunk& c, long long k) const {
+        return decode_gradient(read(p.grad, gradient, c, k), p.grad.dtype);
+    }
+
+   private:
+    __device__ static Raw read(const Elements& t, const Resident& on_chip, const Chunk& c, long long k) {
+        return kResident ? on_chip.get(t.dtype, k) : load(t, c);
+    }
+};
+
+// A sample that is not active is copied.
+__device__ inline void copy_sample(const PgdStep& p, long long sample) {
+    for (long long k = threadIdx.x; k < p.samples.chunks; k += blockDim.x) {
+        const Chunk c = chunk_at(p.samples, sample, k);
+        store(p.out, c, load(p.x_adv, c));
+    }
+}
+
 // (|g|, how many have it) as one number that compares by |g|.
 struct LargestCount {
     __device__ static unsigned long long one(float g) {
@@ -108,36 +154,17 @@ __global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(
     SampleBlock& shared = shared_memory<SampleBlock>();
     const long long sample = blockIdx.x, chunks = p.samples.chunks, step = blockDim.x;
     const bool moves = p.grad.address != nullptr;
-    // 1) A sample that is not active is copied.
-    if (is_inactive(p, sample)) {
-        for (long long k = threadIdx.x; k < chunks; k += step) {
-            const Chunk c = chunk_at(p.samples, sample, k);
-            store(p.out, c, load(p.x_adv, c));
-        }
-        return;
-    }
-    // 2) Read the sample, once if it stays on chip.
-    Resident start{reinterpret_cast<uint4*>(&shared + 1), chunks};
-    Resident centre{start.words + chunks * words_of(p.x_adv.dtype), chunks};
-    Resident gradient{centre.words + (p.ball ? chunks * words_of(p.x.dtype) : 0), chunks};
-    if (kResident)
-        for (long long k = threadIdx.x; k < chunks; k += step) {
-            const Chunk c = chunk_at(p.samples, sample, k);
-            start.fill(p.x_adv, c, k);
-            if (p.ball) centre.fill(p.x, c, k);
-            if (moves) gradient.fill(p.grad, c, k);
-        }
-    const auto read = [&](const Elements& t, const Resident& on_chip, const Chunk& c, long long k) {
-        return kResident ? on_chip.get(t.dtype, k) : load(t, c);
-    };
-    // 3) The gradient's norm; 1-exact: its largest magnitude, and how many elements have it.
+    // 1) Read the sample, once if it stays on chip.
+    if (is_inactive(p, sample)) return copy_sample(p, sample);
+    const Sample<kResident> held(p, shared);
+    // 2) The gradient's norm; 1-exact: its largest magnitude, and how many elements have it.
     Direction direction;
     if (moves) {
         double sum = 0.0;
         unsigned long long largest = 0;
         for (long long k = threadIdx.x; k < chunks; k += step) {
             const Chunk c = chunk_at(p.samples, sample, k);
-            const Values g = decode_gradient(read(p.grad, gradient, c, k), p.grad.dtype);
+            const Values g = held.g(c, k);
 #pragma unroll
             for (int e = 0; e < kChunk; ++e) {
                 if (kNorm != Norm::kL1Exact)
@@ -157,11 +184,11 @@ __global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(
     }
     // z = x_adv + step, of one chunk.
     const auto moved = [&](const Chunk& c, long long k) {
-        Values z = decode(read(p.x_adv, start, c, k), p.x_adv.dtype);
-        if (moves) move<kNorm>(z, decode_gradient(read(p.grad, gradient, c, k), p.grad.dtype), direction);
+        Values z = held.x_adv(c, k);
+        if (moves) move<kNorm>(z, held.g(c, k), direction);
         return z;
     };
-    // 4) Its distance from x, and from it the projection: a weight, or for 1-exact a threshold.
+    // 3) Its distance from x, and from it the projection: a weight, or for 1-exact a threshold.
     float weight = 1.0f;
     double threshold = 0.0;
     const float eps = p.eps.of(sample);
@@ -169,7 +196,7 @@ __global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(
         const auto visit = [&](const auto& body) {
             for (long long k = threadIdx.x; k < chunks; k += step) {
                 const Chunk c = chunk_at(p.samples, sample, k);
-                const Values z = moved(c, k), x = decode(read(p.x, centre, c, k), p.x.dtype);
+                const Values z = moved(c, k), x = held.x(c, k);
 #pragma unroll
                 for (int e = 0; e < kChunk; ++e) body(z.at[e] - x.at[e]);
             }
@@ -191,12 +218,12 @@ __global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(
             threshold = l1_threshold(magnitudes, eps, distance, count, largest, shared.sums);
         }
     }
-    // 5) Project, clip, round, write.
+    // 4) Project, clip, round, write.
     for (long long k = threadIdx.x; k < chunks; k += step) {
         const Chunk c = chunk_at(p.samples, sample, k);
         Values z = moved(c, k);
         if (kNorm == Norm::kL1Exact ? threshold > 0.0 : weight != 1.0f) {
-            const Values x = decode(read(p.x, centre, c, k), p.x.dtype);
+            const Values x = held.x(c, k);
             if (kNorm == Norm::kL1Exact)
                 shrink_into_ball(z, x, threshold);
             else

@@ -4,7 +4,8 @@
 >>> attack = PGD(model, norm=2, eps=0.5, clip=(0, 1)); x_adv = attack(x, y)
 """
 
-from .methods import FGM, PGD, WRM, AttackInfo, fgm, pgd, wrm
+from .methods import AttackInfo, fgm, pgd, wrm
+from .objects import FGM, PGD, WRM
 from .steps import pgd_step, project, random_start, wrm_step
 
 __all__ = [

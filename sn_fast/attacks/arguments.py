@@ -1,14 +1,14 @@
 """Arguments of the attacks, checked, and brought into the form that the operators take.
 
-Numbers are always checked. What a tensor holds is checked only with ``check_values``: on a GPU that waits for the
-device, so the attacks do it once per call, and the step functions never.
+Numbers are always checked. What a tensor holds is checked only with a ``Reading``: on a GPU that waits for the device,
+so the attacks do it once per call, and the step functions never.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ..reference.linear_map import compute_dtype
+from .reading import Reading
 
 Bound = float | Tensor | Sequence[float]
-Clip = tuple[Bound, Bound] | None
+Clip = tuple[Bound | None, Bound | None] | None
 
 _NORMS = ("inf", "2", "1", "1-exact")
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_MARGIN = 1e-4  # of the clip's width, by which x may lie outside: what rounding in a loader leaves
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,6 @@ def check_per_sample(name: str, t: Tensor, x: Tensor) -> None:
     _check_device(name, t, x)
 
 
-def check_labels(y: Tensor, x: Tensor, *, class_indices: bool) -> None:
-    """y has one entry per sample; a class index if ``class_indices``."""
-    if not class_indices:
-        if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
-            raise ValueError(f"y must be a tensor with one entry for each of the {x.shape[0]} samples of x")
-        return
-    check_per_sample("y", y, x)
-    if y.dtype not in _INDEX_DTYPES:
-        raise TypeError(f"y must hold class indices, got {y.dtype}; convert it with y.long(), or give a callable loss")
-
-
 def _check_length(name: str, t: Tensor, x: Tensor) -> None:
     if t.shape != x.shape[:1]:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, must be ({x.shape[0]},): one value per sample of x")
@@ -122,7 +112,7 @@ def number(name: str, value: float, *, finite: bool) -> float:
     return float(value)
 
 
-def amount(name: str, value: float | Tensor, x: Tensor, *, finite: bool, check_values: bool) -> Amount:
+def amount(name: str, value: float | Tensor, x: Tensor, *, finite: bool, reading: Reading | None = None) -> Amount:
     """A number >= 0, or one per sample, which is moved to x's device and to the precision of the maths."""
     if not isinstance(value, Tensor):
         if not isinstance(value, Real):
@@ -132,36 +122,90 @@ def amount(name: str, value: float | Tensor, x: Tensor, *, finite: bool, check_v
         value = value.expand(x.shape[0])
     _check_length(name, value, x)
     per_sample = value.detach().to(x.device, compute_dtype(x))
-    if check_values:
+    if reading is not None:
         valid = per_sample >= 0
         if finite:
             valid &= per_sample < math.inf
-        if not bool(valid.all()):
-            raise ValueError(f"{name} has elements that are not >= 0" + finite * " and finite")
+        message = f"{name} has elements that are not >= 0" + finite * " and finite"
+        reading.expect(refusal_unless(message), valid.all())
     return Amount(0.0, per_sample)
 
 
-def bounds(clip: Clip, x: Tensor, *, check_values: bool) -> tuple[Tensor | None, Tensor | None]:
-    """clip = (lower, upper) as two tensors that broadcast to x."""
+def refusal_unless(message: str) -> Callable[[float], None]:
+    """For ``Reading.expect``: a ValueError if the value read is 0."""
+
+    def judge(holds: float) -> None:
+        if not holds:
+            raise ValueError(message)
+
+    return judge
+
+
+def bounds(clip: Clip, x: Tensor, reading: Reading | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """clip = (lower, upper) as two tensors that broadcast to x; None where there is no bound."""
     if clip is None:
         return None, None
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
-        raise ValueError(f"clip={clip!r} must be a pair (lower, upper) of numbers or per-channel tensors, or None")
-    lower, upper = (per_channel("clip", bound, x) for bound in clip)
-    if isinstance(clip[0], Real) and isinstance(clip[1], Real):
-        if not clip[0] <= clip[1]:
-            raise ValueError(f"clip={clip!r}: the lower bound must not be above the upper, and neither may be NaN")
-    elif check_values and not bool((lower <= upper).all()):
-        raise ValueError("clip: no element of the lower bound may be above the upper, or NaN")
+        raise ValueError(
+            f"clip={clip!r} must be a pair (lower, upper) of numbers, per-channel tensors or None (no bound), or None"
+        )
+    numbers: list[Any] = [bound for bound in clip if isinstance(bound, Real)]
+    if any(math.isnan(n) for n in numbers) or (len(numbers) == 2 and numbers[0] > numbers[1]):
+        raise ValueError(f"clip={clip!r}: the lower bound must not be above the upper, and neither may be NaN")
+    lower, upper = (
+        None if bound is None or (isinstance(bound, Real) and bound == nowhere) else per_channel("clip", bound, x)
+        for bound, nowhere in zip(clip, (-math.inf, math.inf))
+    )
+    if reading is not None and len(numbers) < 2:
+        low, high = (x.new_full((), n) if b is None else b for b, n in ((lower, -math.inf), (upper, math.inf)))
+        message = "clip: no element of the lower bound may be above the upper, or NaN"
+        reading.expect(refusal_unless(message), (low <= high).all())
     return lower, upper
+
+
+def check_within(x: Tensor, clip: Clip, lower: Tensor | None, upper: Tensor | None, reading: Reading) -> None:
+    """x lies within its clip, up to rounding: a clipped x_adv would else be far from x, whatever eps is."""
+    if (lower is None and upper is None) or x.numel() == 0:
+        return
+    least, greatest = x.detach().aminmax()
+    unit = torch.finfo(x.dtype).eps
+    dtype = compute_dtype(x)
+    low, high = (x.new_full((), n, dtype=dtype) if b is None else b for b, n in ((lower, -math.inf), (upper, math.inf)))
+    # Where one side is open, x itself shows how wide the range is.
+    first, last = (
+        torch.where(low.isfinite(), low, least.to(dtype)),
+        torch.where(high.isfinite(), high, greatest.to(dtype)),
+    )
+    slack = _MARGIN * (last - first).clamp(min=0) + unit * torch.maximum(first.abs(), last.abs())
+    smallest, largest = (least, greatest) if low.dim() == high.dim() == 0 else (x.detach(), x.detach())
+    outside = (smallest < low - slack) | (largest > high + slack)
+    shown = f"clip={clip!r}" if all(b is None or isinstance(b, Real) for b in clip or ()) else "the clip"
+
+    def judge(is_outside: float, least: float, greatest: float) -> None:
+        if is_outside:
+            raise ValueError(
+                f"x has values from {least:.4g} to {greatest:.4g}, outside {shown}, which is in the units of x: if x "
+                "was normalised, give x as it was before, and the normalisation as mean= and std=; else choose a clip "
+                "that holds x"
+            )
+
+    reading.expect(judge, outside.any(), least, greatest)
 
 
 def per_channel(name: str, value: Bound, x: Tensor) -> Tensor:
     """A number, one number per channel, or a tensor that broadcasts to x, as a tensor that does."""
     dtype = compute_dtype(x)
     if isinstance(value, Real):
-        return x.new_full((), float(value), dtype=dtype)  # a fill, so that the host need not wait for a copy
-    tensor = torch.as_tensor(value, dtype=dtype, device=x.device).detach()
+        number = float(value)
+        if abs(number) > torch.finfo(dtype).max:
+            number = math.copysign(math.inf, number)
+        return x.new_full((), number, dtype=dtype)  # a fill, so that the host need not wait for a copy
+    try:
+        tensor = torch.as_tensor(value, dtype=dtype, device=x.device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}={value!r} must be a number, a sequence of {x.shape[1]} numbers (one per channel), or a tensor"
+        ) from error
     if tensor.dim() == 1:
         tensor = tensor.reshape(-1, *[1] * (x.dim() - 2))
     try:
@@ -176,12 +220,33 @@ def per_channel(name: str, value: Bound, x: Tensor) -> Tensor:
     return tensor
 
 
-def normalisation(mean: Bound | None, std: Bound | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def normalisation(
+    mean: Bound | None, std: Bound | None, x: Tensor, reading: Reading
+) -> tuple[Tensor | None, Tensor | None]:
     """mean and std as tensors of x's dtype that broadcast to x."""
-    shift, scale = (
-        None if value is None else per_channel(name, value, x).to(x.dtype)
-        for name, value in (("mean", mean), ("std", std))
-    )
-    if scale is not None and (std == 0 if isinstance(std, Real) else not bool((scale != 0).all())):
-        raise ValueError("std has a 0; samples cannot be divided by it")
+    info = torch.finfo(x.dtype)
+    shift = scale = None
+    if mean is not None:
+        shift = per_channel("mean", mean, x).to(x.dtype)
+        what = f"mean={mean!r}" if isinstance(mean, Real) else "mean has elements that are not finite:"
+        finite = refusal_unless(f"{what} must be finite in {x.dtype}, the dtype of x")
+        if isinstance(mean, Real):
+            finite(abs(float(mean)) <= info.max)
+        else:
+            reading.expect(finite, shift.isfinite().all())
+    if std is not None:
+        numbers = per_channel("std", std, x)
+        scale = numbers.to(x.dtype)
+        what = f"std={std!r}" if isinstance(std, Real) else "std has elements that are not valid: they"
+        no_zero = refusal_unless("std has a 0; samples cannot be divided by it")
+        usable = refusal_unless(
+            f"{what} must be > 0 and from {info.tiny:.3g} to {info.max:.3g}, the normal numbers of {x.dtype}, "
+            "the dtype of x: samples are divided by it"
+        )
+        if isinstance(std, Real):
+            no_zero(std != 0)
+            usable(info.tiny <= float(std) <= info.max)
+        else:
+            reading.expect(no_zero, (numbers != 0).all())
+            reading.expect(usable, ((scale >= info.tiny) & scale.isfinite()).all())
     return shift, scale

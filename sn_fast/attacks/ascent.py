@@ -82,7 +82,10 @@ class Ascent:
 def _still_active(active: Tensor | None, objective: Objective, evaluation: Evaluation) -> Tensor:
     fooled = objective.fooled(evaluation.logits)
     if fooled is None:
-        raise ValueError("early_stop needs class labels y of shape (B,) and logits of shape (B, classes)")
+        raise ValueError(
+            "early_stop needs class labels y of shape (B,) and logits of shape (B, classes), or predict=, a callable "
+            "logits -> labels of the shape of y"
+        )
     return ~fooled if active is None else active & ~fooled
 
 
@@ -96,10 +99,9 @@ class _Best:
 
     def offer(self, x_adv: Tensor, evaluation: Evaluation) -> Tensor:
         """Take each sample of x_adv that is better; return the best so far."""
-        losses, logits = evaluation
-        score = -losses if self._objective.targeted else losses
+        score = self._objective.score(evaluation)
         score = torch.where(score.isnan(), -math.inf, score)  # else the first NaN would win for good
-        fooled = self._objective.fooled(logits) if self._fooled_first else None
+        fooled = self._objective.fooled(evaluation.logits) if self._fooled_first else None
         if fooled is None:
             fooled = torch.zeros_like(score, dtype=torch.bool)
         if self._x_adv is None:

@@ -20,15 +20,23 @@ from ..normalization.options import matmul_precision
 from ..ops.library import stream_of
 
 Tensors = Sequence[Tensor | None]
+Notes = dict[str, int]
 _MOST_GRAPHS = 4  # of one model: each keeps the memory of a whole forward and backward
 
 _graphs: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, LoopGraph]] = weakref.WeakKeyDictionary()
 
 
-def run(model: nn.Module, options: Hashable, loop: Callable[[Tensors], Tensors], tensors: Tensors) -> Tensors:
-    """``loop(tensors)``, by a graph where one was captured for this; the results are the caller's own.
+def run(
+    model: nn.Module,
+    options: Hashable,
+    loop: Callable[[Tensors, Notes], Tensors],
+    tensors: Tensors,
+    check: Callable[[Notes], None],
+) -> Tensors:
+    """``loop(tensors, notes)``, by a graph where one was captured for this; the results are the caller's own.
 
-    ``options`` stands for all that makes ``loop`` what it is, apart from model and tensors.
+    ``options`` stands for all that makes ``loop`` what it is, apart from model and tensors. What ``loop`` left in the
+    notes when it was captured goes to ``check`` before a replay, in which Python checks nothing.
     """
     device = next(t.device for t in tensors if t is not None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # streams are of the current device
@@ -38,6 +46,7 @@ def run(model: nn.Module, options: Hashable, loop: Callable[[Tensors], Tensors],
         graph = graphs.get(key)
         if graph is not None:
             graphs.move_to_end(key)
+            check(graph.notes)
             return graph.replay(tensors)
         graph = LoopGraph(loop, tensors)
         graphs[key] = graph
@@ -49,11 +58,12 @@ def run(model: nn.Module, options: Hashable, loop: Callable[[Tensors], Tensors],
 class LoopGraph:
     """One captured loop. ``first`` is the result of the run that preceded the capture, for the same tensors."""
 
-    def __init__(self, loop: Callable[[Tensors], Tensors], tensors: Tensors) -> None:
+    def __init__(self, loop: Callable[[Tensors, Notes], Tensors], tensors: Tensors) -> None:
+        self.notes: Notes = {}
         self._inputs = [None if t is None else t.clone() for t in tensors]
         # An ordinary run first: libraries initialise and plans are made in it, which a capture does not allow.
-        self.first = on_side_stream(lambda: _copies(loop(self._inputs)))
-        self._replay, self._outputs = capture(lambda: loop(self._inputs))
+        self.first = on_side_stream(lambda: _copies(loop(self._inputs, self.notes)))
+        self._replay, self._outputs = capture(lambda: loop(self._inputs, self.notes))
 
     def replay(self, tensors: Tensors) -> Tensors:
         for mine, theirs in zip(self._inputs, tensors, strict=True):

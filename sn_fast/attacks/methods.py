@@ -1,13 +1,12 @@
-"""Attacks: FGM, PGD and WRM, as functions and as objects that keep their options."""
+"""Attacks: FGM, PGD and WRM."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,15 @@ from .arguments import (
     check_count,
     check_like,
     check_samples,
+    check_within,
+    refusal_unless,
 )
 from .ascent import Ascent, Region
-from .gradient import Loss, Model, Objective, prepared
+from .gradient import Model, Objective, prepared
+from .reading import Reading
 from .steps import random_point
+from .task import Loss, Predict
+from .wrappers import is_replicated, unwrapped
 
 # x_adv, or (x_adv, AttackInfo) with return_info. A union of the two would make every typed caller narrow it.
 Attacked = Tensor | Any
@@ -42,7 +46,8 @@ class AttackInfo:
     loss: Tensor
     """(B,): the loss of each sample at ``y`` (not negated if targeted)."""
     success: Tensor | None
-    """(B,) bool: the model no longer predicts y (targeted: predicts y). None where y are no class labels."""
+    """(B,) bool: the model no longer decides for y (targeted: decides for y), by ``predict`` where it was given. None
+    where y are no class labels."""
     y: Tensor | None
     """The labels attacked: those given, or the model's own predictions. None for an empty batch without labels."""
     gradients: int
@@ -57,6 +62,7 @@ def fgm(
     norm: float | str = 2,
     eps: float | Tensor,
     loss: str | Loss = "ce",
+    predict: Predict | None = None,
     clip: Clip = None,
     targeted: bool = False,
     mean: Bound | None = None,
@@ -73,9 +79,12 @@ def fgm(
     """
     check_samples(x)
     order = canonical_norm(norm)
-    radius = amount("eps", eps, x, finite=True, check_values=True)
-    lower, upper = bounds(clip, x, check_values=True)
-    with prepared(model, x, y, loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype) as (x, objective):
+    reading = Reading(x)
+    radius = amount("eps", eps, x, finite=True, reading=reading)
+    lower, upper = _checked_bounds(clip, x, reading)
+    settings = loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype
+    options: dict[str, Any] = {"predict": predict, "reading": reading, "decides": return_info}
+    with prepared(model, x, y, *settings, **options, scale_free=True) as (x, objective):
         x_adv = x
         if not _is_trivial(x, radius):
             gradient, _ = objective.gradient(x)
@@ -109,6 +118,7 @@ def pgd(
     restarts: int = 1,
     targeted: bool = False,
     loss: str | Loss = "ce",
+    predict: Predict | None = None,
     clip: Clip = None,
     mean: Bound | None = None,
     std: Bound | None = None,
@@ -129,8 +139,10 @@ def pgd(
     the caller may be under no_grad or inference_mode.
 
     Args:
-        model: gives logits (B, classes); a Module, or any callable, which then has no flags, buffers and sigmas.
-        x: clean samples (B, *size), floating point.
+        model: gives logits (B, classes), or with one logit (B, 1) or (B,); a Module, or any callable, which then has
+            no flags, buffers and sigmas. DistributedDataParallel is attacked as its module, wherever it stands: a
+            forward of its own would be a step of training. Other wrappers are called as they are.
+        x: clean samples (B, *size), floating point, within ``clip``.
         y: class labels (B,), or what a callable ``loss`` takes. None: the model's own predictions at x, held fixed.
         norm: inf, 2, 1 (the paper's radial l1) or "L1-exact"; also "Linf", "L2", "L1". See ``pgd_step``.
         eps: radius in the units of x; a number or one per sample (B,). 0 returns x; inf: no ball, and needs alpha.
@@ -140,19 +152,25 @@ def pgd(
         restarts: runs from that many random starts, and keeps per sample the best: one that fools before one that
             does not, then the higher loss (targeted: the lower).
         targeted: move towards y.
-        loss: "ce" is cross entropy; or a callable (logits, y) -> (B,). Losses are summed, so a sample's gradient does
-            not depend on its batch.
-        clip: (lower, upper) in the units of x, numbers, C values, or tensors that broadcast to x. None: no limit.
+        loss: "ce" is cross entropy; "bce" binary cross entropy of one logit, y 0 or 1; or a callable
+            (logits, y) -> (B,). Losses are summed, so a sample's gradient does not depend on its batch. Where "ce" and
+            "bce" saturate, because the model is sure of y, the step still has the direction of their exact gradient,
+            and ``keep_best`` and ``restarts`` compare the odds.
+        predict: logits -> labels (B,), by which success, ``early_stop``, ``restarts`` and y=None go. None: the argmax
+            of the columns, and with loss="bce" whether the logit is > 0.
+        clip: (lower, upper) in the units of x, numbers, C values, tensors that broadcast to x, or None on a side
+            without a limit. None: no limit.
         mean, std: the model is given (x - mean) / std, while x, eps, clip and the result stay as they are; a number, C
             values or a tensor; None: 0 and 1.
         early_stop: a sample that fools the model is not moved further. (Its gradients are still computed.)
         keep_best: return, per sample, the iterate of highest loss (targeted: lowest), the last one included, and with
             ``early_stop`` or ``restarts`` one that fools before one that does not. Costs one forward.
         x_init: where to start instead of x; (B, *size), brought into ball and clip first.
-        model_mode: "eval", "train", or "keep" for the flags as they are; holds for every forward.
+        model_mode: "eval", "train", or "keep" for the flags as they are; holds for every forward. The mode of exported
+            models and frozen scripts is part of their code: another one is refused.
         freeze_sn: compute spectrally normalised weights once and not at every step (``frozen_sigma``).
-        autocast_dtype: run the model under ``torch.autocast`` with torch.bfloat16 or torch.float16 (whose small
-            gradients vanish). None: as the caller has it.
+        autocast_dtype: run the model under ``torch.autocast`` with torch.bfloat16 or torch.float16 (in which the small
+            gradients of a callable loss vanish). None: as the caller has it.
         cuda_graph: run the whole loop as one CUDA graph, captured at the first call with these shapes and options and
             replayed as long as they, the model's memory and its training flags stay. For small models and batches,
             where launches take longer than the work; the model must do the same operations at every call, and its
@@ -165,18 +183,22 @@ def pgd(
         x_adv, a new tensor with the shape, dtype, device and layout of x; with ``return_info`` (x_adv, AttackInfo).
 
     Raises:
-        ValueError: an argument out of range, an unknown name, or shapes or devices that do not fit.
+        ValueError: an argument out of range, an unknown name, or shapes or devices that do not fit; labels that are no
+            classes; x outside clip by more than rounding, so for instance normalised without ``mean`` and ``std``; a
+            loss without a gradient in x. Values inside tensors are read once, before the first step; not in compiled
+            code, nor where the caller captures a CUDA graph.
         TypeError: an argument of the wrong type, such as an integer x.
         RuntimeError: cuda_graph=True, and the model or loss cannot be captured.
     """
     check_samples(x)
     order = canonical_norm(norm)
     steps, restarts = check_count("steps", steps), check_count("restarts", restarts)
-    radius = amount("eps", eps, x, finite=alpha is None or random_start, check_values=True)
+    reading = Reading(x)
+    radius = amount("eps", eps, x, finite=alpha is None or random_start, reading=reading)
     stride = radius.scaled(2 / steps)
     if alpha is not None:
-        stride = amount("alpha", alpha, x, finite=True, check_values=True)
-    lower, upper = bounds(clip, x, check_values=True)
+        stride = amount("alpha", alpha, x, finite=True, reading=reading)
+    lower, upper = _checked_bounds(clip, x, reading)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts={restarts} would repeat the same run; set random_start=True")
     if x_init is not None:
@@ -200,7 +222,9 @@ def pgd(
     # In a graph normalised weights are part of what is captured: they must not be frozen before.
     freeze = freeze_sn and not cuda_graph
     settings = loss, targeted, mean, std, model_mode, freeze, autocast_dtype, cuda_graph
-    with prepared(model, x, y, *settings) as (x, objective):
+    decides = return_info or early_stop or restarts > 1
+    options: dict[str, Any] = {"predict": predict, "reading": reading, "decides": decides}
+    with prepared(model, x, y, *settings, **options, scale_free=True) as (x, objective):
         if _is_trivial(x, radius):
             return _result(x, objective) if return_info else x
 
@@ -214,8 +238,7 @@ def pgd(
                     yield x
 
         if cuda_graph:
-            assert isinstance(model, nn.Module)
-            return _graphed(model, ascent, objective, x, region, list(starts()), freeze_sn, return_info)
+            return _graphed(ascent, objective, x, region, list(starts()), freeze_sn, return_info)
         x_adv = ascent.run(objective, x, region, starts())
         return _result(x_adv, objective) if return_info else x_adv
 
@@ -225,10 +248,11 @@ def _check_graph(model: Model, x: Tensor) -> None:
         raise TypeError(f"cuda_graph=True needs a torch.nn.Module, got {type(model).__name__}; wrap it, or use False")
     if x.device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs x on a CUDA device, got {x.device}; use cuda_graph=False")
+    if is_replicated(unwrapped(model)):
+        raise ValueError("cuda_graph=True is for one device, and DataParallel uses several: attack model.module")
 
 
 def _graphed(
-    model: nn.Module,
     ascent: Ascent,
     objective: Objective,
     x: Tensor,
@@ -238,9 +262,11 @@ def _graphed(
     return_info: bool,
 ) -> Attacked:
     """``ascent`` by a CUDA graph. Sigma is refreshed before it; normalised weights are computed in it, once."""
+    model = objective.model
+    assert isinstance(model, nn.Module)
     refresh(model)
 
-    def loop(tensors: graph.Tensors) -> graph.Tensors:
+    def loop(tensors: graph.Tensors, notes: graph.Notes) -> graph.Tensors:
         x, y, mean, std, *rest = tensors
         assert x is not None
         static = objective.at(y, mean, std)
@@ -254,6 +280,8 @@ def _graphed(
         with uncached, frozen_sigma(model) if freeze_sn else nullcontext():
             first = [t for t in rest[4:] if t is not None]
             x_adv = ascent.run(static, x, Region(*rest[:4]), first)
+            if static.classes is not None:
+                notes["classes"] = static.classes
             if not return_info:
                 return [x_adv]
             losses, logits = static.evaluate(x_adv)
@@ -261,7 +289,7 @@ def _graphed(
 
     tensors = [x, objective.y, objective.mean, objective.std, *region, *starts]
     options = ascent, objective.options, freeze_sn, return_info
-    x_adv, *info = graph.run(model, options, loop, tensors)
+    x_adv, *info = graph.run(model, options, loop, tensors, lambda notes: objective.check_classes(notes.get("classes")))
     assert x_adv is not None
     if not return_info:
         return x_adv
@@ -279,6 +307,7 @@ def wrm(
     eps: float | Tensor | None = None,
     steps: int = 15,
     loss: str | Loss = "ce",
+    predict: Predict | None = None,
     clip: Clip = None,
     targeted: bool = False,
     mean: Bound | None = None,
@@ -292,7 +321,8 @@ def wrm(
 
     As published by Farnia, Zhang, Tse 2019: z = x + eps g first, then ``steps`` times ``wrm_step`` with step
     1 / sqrt(t + 2), t = 0, 1, ...: steps + 1 gradients. There is no ball: the price alone holds x_adv back, as it does
-    where the Hessian of the loss stays below 2 gamma = 1 / eps.
+    where the Hessian of the loss stays below 2 gamma = 1 / eps. Steps are in proportion to the gradient itself, so a
+    sample of which the model is sure hardly moves, and in low precision not at all.
 
     Args:
         gamma: > 0, the price of moving; a number or one per sample (B,). Give either gamma or eps.
@@ -304,9 +334,12 @@ def wrm(
     """
     check_samples(x)
     check_count("steps", steps)
-    radius = _wrm_eps(gamma, eps, x)
-    lower, upper = bounds(clip, x, check_values=True)
-    with prepared(model, x, y, loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype) as (x, objective):
+    reading = Reading(x)
+    radius = _wrm_eps(gamma, eps, x, reading)
+    lower, upper = _checked_bounds(clip, x, reading)
+    settings = loss, targeted, mean, std, model_mode, freeze_sn, autocast_dtype
+    options: dict[str, Any] = {"predict": predict, "reading": reading, "decides": return_info}
+    with prepared(model, x, y, *settings, **options) as (x, objective):
         x_adv = x
         if not _is_trivial(x, radius):
             rate = radius.scaled(-1.0) if targeted else radius
@@ -316,56 +349,23 @@ def wrm(
         return _result(x_adv, objective) if return_info else x_adv
 
 
-class _Attack:
-    """A model and the options of an attack. ``attack(x, y)`` and ``attack.perturb(x, y)`` give x_adv."""
-
-    method: ClassVar[Callable[..., Attacked]]
-
-    def __init__(self, model: Model, **options: Any) -> None:
-        inspect.signature(self.method).bind(model, None, None, **options)  # a misspelt option fails here, not later
-        self.model = model
-        self.options = options
-
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Attacked:
-        return self.method(self.model, x, y, **self.options)
-
-    perturb = __call__
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        return f"{type(self).__name__}({type(self.model).__name__}, {options})"
+def _checked_bounds(clip: Clip, x: Tensor, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
+    lower, upper = bounds(clip, x, reading)
+    check_within(x, clip, lower, upper, reading)
+    return lower, upper
 
 
-class FGM(_Attack):
-    """``fgm`` with its options, for loops that take an attack object. Options: the keywords of ``fgm``."""
-
-    method = staticmethod(fgm)
-
-
-class PGD(_Attack):
-    """``pgd`` with its options, for loops that take an attack object. Options: the keywords of ``pgd``."""
-
-    method = staticmethod(pgd)
-
-
-class WRM(_Attack):
-    """``wrm`` with its options, for loops that take an attack object. Options: the keywords of ``wrm``."""
-
-    method = staticmethod(wrm)
-
-
-def _wrm_eps(gamma: float | Tensor | None, eps: float | Tensor | None, x: Tensor) -> Amount:
+def _wrm_eps(gamma: float | Tensor | None, eps: float | Tensor | None, x: Tensor, reading: Reading) -> Amount:
     if gamma is None and eps is not None:
-        return amount("eps", eps, x, finite=True, check_values=True)
+        return amount("eps", eps, x, finite=True, reading=reading)
     if gamma is None or eps is not None:
         raise ValueError(f"give exactly one of gamma and eps = 1 / (2 gamma), got gamma={gamma!r}, eps={eps!r}")
-    price = amount("gamma", gamma, x, finite=False, check_values=True)
+    price = amount("gamma", gamma, x, finite=False, reading=reading)
     if price.per_sample is None:
         if price.value == 0:
             raise ValueError("gamma=0 must be > 0")
         return Amount(0.5 / price.value)
-    if not bool(price.per_sample.all()):
-        raise ValueError("gamma has elements that are 0; all must be > 0")
+    reading.expect(refusal_unless("gamma has elements that are 0; all must be > 0"), price.per_sample.all())
     return Amount(0.0, 0.5 / price.per_sample)
 
 

@@ -42,8 +42,9 @@ def pgd_step(
 
     Directions are sign(g) for inf (Madry et al. 2018), g / |g|_2 for 2, and for 1 the published g / |g|_1 with a radial
     projection (Farnia, Zhang, Tse 2019). "L1-exact" moves the elements of largest |g| and projects to the nearest point
-    of the l1 ball (Duchi et al. 2008). The gradient's scale does not matter; a sample whose gradient is zero does not
-    move, and a non-finite element of the gradient counts as 0.
+    of the l1 ball (Duchi et al. 2008); with ``clip`` it fills the elements of largest |g| that have room up to their
+    bounds, and the ball takes from the others, so the steps of a linear loss end at its maximum. The gradient's scale
+    does not matter; a sample whose gradient is zero does not move, and a non-finite element counts as 0.
 
     Args:
         x_adv, x: current and clean samples, (B, *size), of one dtype. float16 and bfloat16 are computed in float32.
@@ -51,7 +52,8 @@ def pgd_step(
         norm: inf, 2, 1 or "L1-exact", also as "Linf", "L2", "L1".
         eps: radius in the units of x, >= 0; a number or one per sample (B,); inf: no ball.
         alpha: length of the step, in the units of x; a number or one per sample (B,).
-        clip: (lower, upper), numbers or tensors that broadcast to x (C values: per channel), applied after the ball.
+        clip: (lower, upper), numbers or tensors that broadcast to x (C values: per channel), None on a side without a
+            limit; applied after the ball. Whether x lies within is not checked here.
         targeted: descend instead.
         active: bool (B,); samples with False keep their bits.
 
@@ -68,9 +70,9 @@ def pgd_step(
         if active.dtype != torch.bool:
             raise TypeError(f"active must be a bool tensor, got {active.dtype}; convert it with active.bool()")
     order = canonical_norm(norm)
-    radius = amount("eps", eps, x, finite=False, check_values=False)
-    stride = amount("alpha", alpha, x, finite=True, check_values=False)
-    lower, upper = bounds(clip, x, check_values=False)
+    radius = amount("eps", eps, x, finite=False)
+    stride = amount("alpha", alpha, x, finite=True)
+    lower, upper = bounds(clip, x)
     return ops.pgd_step(
         x_adv,
         x,
@@ -105,9 +107,9 @@ def wrm_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, eps: float | Tensor, ste
         ValueError, TypeError: as in ``pgd_step``.
     """
     _check(x_adv, x, grad)
-    radius = amount("eps", eps, x, finite=True, check_values=False)
+    radius = amount("eps", eps, x, finite=True)
     step = number("step", step, finite=True)
-    lower, upper = bounds(clip, x, check_values=False)
+    lower, upper = bounds(clip, x)
     return ops.wrm_step(x_adv, x, grad, radius.value, radius.per_sample, step, lower, upper)
 
 
@@ -129,8 +131,8 @@ def project(x_adv: Tensor, x: Tensor, *, norm: float | str, eps: float | Tensor,
     """
     _check(x_adv, x)
     order = canonical_norm(norm)
-    radius = amount("eps", eps, x, finite=False, check_values=False)
-    lower, upper = bounds(clip, x, check_values=False)
+    radius = amount("eps", eps, x, finite=False)
+    lower, upper = bounds(clip, x)
     return ops.project(x_adv, x, order, radius.value, radius.per_sample, lower, upper)
 
 
@@ -158,8 +160,8 @@ def random_start(
     """
     check_samples(x)
     order = canonical_norm(norm)
-    radius = amount("eps", eps, x, finite=True, check_values=False)
-    return random_point(x, order, radius, *bounds(clip, x, check_values=False), generator)
+    radius = amount("eps", eps, x, finite=True)
+    return random_point(x, order, radius, *bounds(clip, x), generator)
 
 
 def random_point(

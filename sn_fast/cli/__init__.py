@@ -3,31 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ..errors import UserError
-from . import info, norms, train
+from .. import _interrupts
+from ..errors import UserError, shortened
+from . import info, norms, output, train
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse ignores a closed pipe here, and Python reports it at its end.
+        if file is None or file is sys.stdout:
+            output.write(message.removesuffix("\n"))
+        else:
+            super()._print_message(message, file)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``sn-fast``; returns the exit code: 0, 2 after bad input (one line on stderr), 130 after Ctrl-C."""
+    """Run ``sn-fast``; returns the exit code.
+
+    0; 2 after bad input (one line on stderr); 130 after Ctrl-C and 143 after SIGTERM (one line); 141 if the reader of
+    its output has gone.
+    """
+    output.prepare()
     try:
+        code, line = _outcome(argv)
+    except KeyboardInterrupt:  # while an error was being handled
+        code, line = _interrupts.exit_code(), _interrupts.line()
+    except SystemExit as leaving:  # of --help
+        _finish(int(leaving.code or 0), "")
+        raise
+    return _finish(code, line)
+
+
+def _outcome(argv: Sequence[str] | None) -> tuple[int, str]:
+    """Exit code, and the line for stderr."""
+    try:
+        _interrupts.working()
         options = _parser().parse_args(argv)
         options.run(options)
-    except UserError as error:
-        print(f"sn-fast: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(f"sn-fast: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 130
-    return 0
+        if not _interrupts.received():
+            return 0, ""
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or _interrupts.received():  # it can come out as any other exception
+            return _interrupts.exit_code(), _interrupts.line(error)
+        if isinstance(error, UserError):
+            return 2, f"sn-fast: error: {shortened(error)}"
+        if isinstance(error, BrokenPipeError):
+            return output.CLOSED_PIPE, ""
+        raise
+    return _interrupts.exit_code(), _interrupts.line()  # something on the way has swallowed the exception
+
+
+def _finish(code: int, line: str) -> int:
+    _interrupts.finished(code, line)
+    if line:
+        output.write_error(line)
+        _interrupts.printed()
+    code = output.close(code, process_ends=_interrupts.is_command())
+    _interrupts.finished(code)
+    if _interrupts.is_command() and _interrupts.received():
+        os._exit(code)  # at once: Python's own end takes seconds with torch
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

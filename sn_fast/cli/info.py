@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from ..info import info
+from .output import write
 
 _EXAMPLE = """\
 example:
@@ -28,4 +29,4 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     facts = info()
-    print(json.dumps(facts) if options.json else "\n".join(f"{name:10s} {fact}" for name, fact in facts.items()))
+    write(json.dumps(facts) if options.json else "\n".join(f"{name:10s} {fact}" for name, fact in facts.items()))

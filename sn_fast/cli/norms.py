@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, failures_explained
 from ..inspection import inspect_model, load_checkpoint, load_model, plot, table
 from ..inspection.plot import check_plot
 from ..inspection.table import document
+from ..inspection.weights import check_values
 from ..layers.describe import times
-from ..running import torch_threads
+from ..running import MOST_THREADS, memory_limited, torch_threads
+from .output import others_on_stderr, write
 
 _DEFAULT_SIZE = "3x224x224"
 _DEFAULT_TOL = 3e-3
+_MOST_AXES, _MOST_DIGITS = 63, 18  # of an axis, to be below 2**63; one axis is the batch's
 
 _DESCRIPTION = """\
 Print a certified interval [at least, at most] of the spectral norm of every Linear,
@@ -59,6 +62,14 @@ def add_command(commands: Any) -> None:
         metavar="FILE",
         help="state dict to load, plain or under a key such as state_dict or model; .safetensors will do too",
     )
+    model.add_argument(
+        "--allow-class",
+        action="append",
+        default=[],
+        metavar="MODULE.CLASS",
+        help="load a checkpoint that holds objects of this class beside its tensors, e.g. argparse.Namespace; may be "
+        "given several times, and only for a file that you trust",
+    )
     weights.add_argument("--pretrained", action="store_true", help="published weights of torchvision or timm")
     model.add_argument(
         "--input-size",
@@ -94,14 +105,22 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"argument --tol: {options.tol:g} will not do: give a number between 0 and 1")
     if options.plot is not None:
         check_plot(options.plot)
-    if os.getcwd() not in sys.path:  # as with python -m
-        sys.path.insert(0, os.getcwd())
-    with torch_threads(threads):
+    if options.allow_class and options.checkpoint is None:
+        raise UserError("argument --allow-class: is for --checkpoint FILE")
+    here = _working_folder()
+    if here not in sys.path:  # as with python -m
+        sys.path.insert(0, here)
+    with torch_threads(threads), memory_limited(device), others_on_stderr():
         loaded = load_model(options.model, pretrained=options.pretrained)
+        os.chdir(here)  # a factory may have left it, and paths are those of the command line
+        torch.set_default_device(None)
         if options.checkpoint is not None:
-            load_checkpoint(loaded.module, options.checkpoint)
+            load_checkpoint(loaded.module, options.checkpoint, options.allow_class)
+        check_values(loaded.module)
+        with failures_explained(f"argument --device: moving the model to {device} failed"):
+            module = loaded.module.to(device)
         inspection = inspect_model(
-            loaded.module.to(device),
+            module,
             input_size,
             tol=options.tol,
             include=options.include,
@@ -120,9 +139,9 @@ def _run(options: argparse.Namespace) -> None:
     weights = options.checkpoint or ("pretrained" if options.pretrained else "weights as made")
     title = f"{loaded.name}, {weights}, input {times(input_size)}"
     if options.json:
-        print(json.dumps({**source, **document(inspection)}, allow_nan=False))
+        write(json.dumps({**source, **document(inspection)}, allow_nan=False))
     else:
-        print(title, "", table(inspection), sep="\n")
+        write(f"{title}\n\n{table(inspection)}")
     if options.plot is not None:
         plot(inspection, options.plot, title)
 
@@ -130,7 +149,10 @@ def _run(options: argparse.Namespace) -> None:
 def _size(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9][0-9]*([x×,][1-9][0-9]*)*", text):
         raise UserError(f"argument --input-size: {text} will not do: give numbers such as {_DEFAULT_SIZE}, or 784")
-    return tuple(map(int, re.split("[x×,]", text)))
+    sizes = re.split("[x×,]", text)
+    if len(sizes) > _MOST_AXES or any(len(size) > _MOST_DIGITS for size in sizes):
+        raise UserError(f"argument --input-size: {text} is too large: no tensor has such a shape")
+    return tuple(map(int, sizes))
 
 
 def _device(name: str) -> torch.device:
@@ -146,4 +168,13 @@ def _threads(number: int | None) -> int:
         return torch.get_num_threads()  # all cores, or OMP_NUM_THREADS
     if number < 1:
         raise UserError(f"argument --threads: {number} will not do: give an integer >= 1")
+    if number > MOST_THREADS:
+        raise UserError(f"argument --threads: {number} will not do: give an integer <= {MOST_THREADS}")
     return number
+
+
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise UserError(f"the working folder cannot be read ({error.strerror}): change to another") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..training import TrainConfig, resume, table, train
 from ..training.config import DEFAULTS
+from .output import write
 
 _DESCRIPTION = """\
 Train a small convolutional network twice on attacked images, without normalisation
@@ -87,6 +88,6 @@ def _run(options: argparse.Namespace) -> None:
     else:
         result = train(TrainConfig.create(**chosen), options.out, progress=progress)
     if options.json:
-        print(json.dumps(result.document(), allow_nan=False))
+        write(json.dumps(result.document(), allow_nan=False))
     else:
-        print(table(result.config, result.metrics), f"\nmetrics, checkpoint and plots: {result.path}", sep="\n")
+        write(f"{table(result.config, result.metrics)}\n\nmetrics, checkpoint and plots: {result.path}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import UserError, first_line
+from ..errors import UserError, failures_explained, first_line, lacks_memory
 from ..layers.describe import times, window
 from ..layers.kinds import classes_of, kind_of, spatial_axes
 from ..layers.linear import operator_of, raw_weight
@@ -24,6 +24,9 @@ from ..layers.operators import LinearOperator
 from ..layers.weighted import layer_operator
 from ..norms import BoundInfo, operator_norm_interval
 from ..running import progress_bar
+from .weights import check_weight, quantized_layers
+
+_REMEDY = "; leave it out with --exclude, or give a smaller --input-size"
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def inspect_model(
     began = time.perf_counter()
     layers = _chosen(model, include, exclude)
     for name, module in layers.items():
-        _check_weight(name, module)
+        check_weight(name, module)
     with evaluating(model):
         sizes = _used_sizes(model, layers, tuple(input_size))
         with torch.no_grad():
@@ -142,7 +145,8 @@ def inspect_model(
             with progress_bar(progress and _has_tqdm(), "measuring", len(uses)) as bar:
                 for use in uses:
                     bar.set_description_str(use.name, refresh=sys.stderr.isatty())
-                    rows.append(_measured(use, tol))
+                    with failures_explained(f"layer {use.name}: measuring its norm failed", _REMEDY):
+                        rows.append(_measured(use, tol))
                     bar.update(1)
             unmeasured = _unmeasured(model)
     return Inspection(tuple(rows), unmeasured, time.perf_counter() - began)
@@ -152,7 +156,10 @@ def _chosen(model: nn.Module, include: str | None, exclude: str | None) -> dict[
     wanted, unwanted = _pattern("include", include), _pattern("exclude", exclude)
     layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, classes_of())}
     if not layers:
-        raise UserError("argument MODEL: the model has no Linear, Embedding or convolution layer")
+        quantized = (
+            "; its quantised layers are not measured: give the model before it was" if quantized_layers(model) else ""
+        )
+        raise UserError(f"argument MODEL: the model has no Linear, Embedding or convolution layer{quantized}")
     chosen = {
         name: module
         for name, module in layers.items()
@@ -175,23 +182,39 @@ def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
 def _used_sizes(
     model: nn.Module, layers: Mapping[str, nn.Module], input_size: tuple[int, ...]
 ) -> dict[str, list[tuple[int, ...]]]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    noise = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0)).to(device)
-    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), noise.dtype)
-    examples = [noise.to(floating)]
+    examples = [_noise]
     if any(isinstance(m, nn.Embedding) for m in model.modules()):
-        examples.append(torch.zeros(1, *input_size, dtype=torch.long, device=device))
-    failure: Exception | None = None
+        examples.append(_indices)
+    failure: BaseException | None = None
     for example in examples:
         try:
-            return observed_input_sizes(model, layers, example)
-        except Exception as error:  # a forward that is not ours can fail in any way
+            return observed_input_sizes(model, layers, example(model, input_size))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a forward that is not ours can fail in any way
+            if lacks_memory(error):
+                raise UserError(
+                    f"argument --input-size: {times(input_size)} is too large: there is not enough memory for the "
+                    f"model's run on one input ({first_line(error)}); give a smaller size"
+                ) from error
             failure = error
     assert failure is not None
     raise UserError(
         f"argument --input-size: the model does not take an input of size {times(input_size)} "
         f"({first_line(failure)}); give the size of its inputs, channels first{_taken(layers)}"
     ) from failure
+
+
+def _noise(model: nn.Module, input_size: tuple[int, ...]) -> Tensor:
+    """A batch of one random input, of the dtype and on the device of the model's parameters."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    noise = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0), device="cpu")
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), noise.dtype)
+    return noise.to(device, floating)
+
+
+def _indices(model: nn.Module, input_size: tuple[int, ...]) -> Tensor:
+    return torch.zeros(1, *input_size, dtype=torch.long, device=next(model.parameters()).device)
 
 
 def _taken(layers: Mapping[str, nn.Module]) -> str:
@@ -226,16 +249,6 @@ def _uses(layers: Mapping[str, nn.Module], sizes: Mapping[str, list[tuple[int, .
             if use.name != name:
                 use.tied.append(name)
     return list(uses.values())
-
-
-def _check_weight(name: str, module: nn.Module) -> None:
-    weight = raw_weight(module)
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return  # gets its values in the first forward
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        raise UserError(f"layer {name}: its weight has no values yet; initialise or load the weights first")
-    if not bool(torch.isfinite(weight).all()):
-        raise UserError(f"layer {name}: its weight has NaN or infinite elements, and so no norm")
 
 
 def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LinearOperator:
@@ -298,9 +311,10 @@ def _unmeasured(model: nn.Module) -> tuple[str, ...]:
     """Weights of two dimensions or more, not counting those of size 1, that belong to no layer of a known class."""
     known = {id(raw_weight(m)) for m in model.modules() if isinstance(m, classes_of())}
     known |= {id(p) for m in model.modules() if isinstance(m, classes_of()) for p in m.parameters()}
-    return tuple(
+    others = tuple(
         name for name, p in model.named_parameters() if sum(n > 1 for n in p.shape) >= 2 and id(p) not in known
     )
+    return others + quantized_layers(model)
 
 
 def _has_tqdm() -> bool:

@@ -6,16 +6,14 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from ..errors import UserError, first_line, require
+from ..errors import UserError, failures_explained, require
 
 _ZOOS = ("torchvision", "timm")
 
@@ -56,7 +54,7 @@ def _from_factory(module_name: str, path: str) -> nn.Module:
             f"argument MODEL: '{module_name}:{path}' will not do: give an importable module and a function in it, "
             "e.g. nets:make for def make() in nets.py"
         )
-    with _failures_explained(f"importing {module_name} failed"):
+    with failures_explained(f"argument MODEL: importing {module_name} failed"):
         try:
             found: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -66,7 +64,9 @@ def _from_factory(module_name: str, path: str) -> nn.Module:
                 f"argument MODEL: there is no module {error.name!r}, neither here nor among the installed packages"
             ) from None
     for part in path.split("."):
-        if not hasattr(found, part):
+        with failures_explained(f"argument MODEL: looking up {module_name}:{path} failed"):
+            exists = hasattr(found, part)
+        if not exists:
             names = [name for name in dir(found) if not name.startswith("_")]
             raise UserError(f"argument MODEL: {module_name} has no {path!r}{_similar(part, names)}")
         found = getattr(found, part)
@@ -74,7 +74,7 @@ def _from_factory(module_name: str, path: str) -> nn.Module:
         return found
     if not callable(found):
         raise UserError(f"argument MODEL: {module_name}:{path} is a {type(found).__name__}; give a function or a model")
-    with _failures_explained(f"{module_name}:{path}, called without arguments, failed"):
+    with failures_explained(f"argument MODEL: {module_name}:{path}, called without arguments, failed"):
         model = found()
     if not isinstance(model, nn.Module):
         raise UserError(f"argument MODEL: {module_name}:{path} returned a {type(model).__name__}, not an nn.Module")
@@ -103,7 +103,7 @@ def _find_zoo(name: str) -> tuple[str, str]:
 
 def _imported(zoo: str) -> ModuleType:
     module = "torchvision.models" if zoo == "torchvision" else zoo
-    with _failures_explained(f"importing {zoo} failed"):
+    with failures_explained(f"argument MODEL: importing {zoo} failed"):
         return require(module, install=zoo)
 
 
@@ -123,28 +123,9 @@ def _from_zoo(zoo: str, architecture: str, pretrained: bool) -> nn.Module:
         if "weights_backbone" in inspect.signature(models.get_model_builder(architecture)).parameters:
             arguments["weights_backbone"] = None
     remedy = "; give its weights with --checkpoint FILE where there is no network" if pretrained else ""
-    with _failures_explained(f"making {zoo}:{architecture} failed", remedy):
+    with failures_explained(f"argument MODEL: making {zoo}:{architecture} failed", remedy):
         model: nn.Module = create(architecture, **arguments)
     return model
-
-
-@contextmanager
-def _failures_explained(what: str, remedy: str = "") -> Iterator[None]:
-    """Code that is not ours can fail in any way: say how and where, in one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_the_users(f.filename)]
-        place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-        raise UserError(f"argument MODEL: {what}: {first_line(error)}{place}{remedy}") from error
-
-
-def _is_the_users(filename: str) -> bool:
-    return not (filename.startswith("<") or filename == __file__ or "site-packages" in filename) and (
-        filename != importlib.__file__
-    )
 
 
 def _similar(name: str, names: Iterable[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,8 @@ _STYLE = {
     "legend.frameon": False,
 }
 _DPI = 150
+_MARK = "sn-fast norms"  # title in the file's metadata, by which a later run knows that it may replace the plot
+_LONGEST_NAME = 60
 _HEIGHT, _MOST_INCHES = 0.27, 200.0
 _LOGARITHMIC = 50.0  # ratio of the largest to the smallest norm from which bars of one length scale hide the small ones
 
@@ -34,8 +38,16 @@ def check_plot(path: Path) -> None:
     """Before the work: raise UserError unless a plot can be written there."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"argument --plot: {path} will not do: the name has to end with {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise UserError(f"argument --plot: there is no folder {path.parent}")
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"argument --plot: there is no folder {path.parent}")
+        exists = _exists(path)
+    except OSError as error:
+        raise UserError(f"argument --plot: cannot write {path}: {error.strerror}") from None
+    if exists and not _is_ours(path):
+        raise UserError(f"argument --plot: {path} exists and is no plot of sn-fast, so it stays; give another name")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"argument --plot: cannot write into {path.parent}: permission denied")
     require("matplotlib", install="matplotlib")
 
 
@@ -50,8 +62,10 @@ def plot(inspection: Inspection, path: Path, title: str = "") -> None:
     if not layers:
         raise UserError("argument --plot: no layer has a measured norm, so there is nothing to draw")
     image = io.BytesIO()
-    with require("matplotlib").rc_context(_STYLE):
-        _draw(layers, title).savefig(image, dpi=_DPI, format=path.suffix.lstrip(".").lower())
+    with require("matplotlib").rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows as boxes
+        figure = _draw(layers, title.encode("utf-8", "replace").decode())
+        figure.savefig(image, dpi=_DPI, format=path.suffix.lstrip(".").lower(), metadata={"Title": _MARK})
     try:
         replace_file(path, image.getvalue())
     except OSError as error:
@@ -95,6 +109,25 @@ def _draw(layers: tuple[LayerNorm, ...], title: str) -> Figure:
     return figure
 
 
+def _exists(path: Path) -> bool:
+    """Unlike Path.exists, True for a symbolic link to nowhere, and an OSError for a name that no file can have."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.is_file() and _MARK.encode() in path.read_bytes()
+    except OSError:
+        return False
+
+
 def _label(layer: LayerNorm) -> str:
     size = f" at {times(layer.input_size)}" if layer.input_size else ""
-    return f"{layer.name} ({layer.window}{size})"
+    name = layer.name.encode("utf-8", "replace").decode()
+    if len(name) > _LONGEST_NAME:
+        name = f"...{name[-_LONGEST_NAME:]}"
+    return f"{name} ({layer.window}{size})"

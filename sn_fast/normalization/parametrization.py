@@ -181,7 +181,7 @@ class SpectralNorm(State):
         refresh_model([self])  # a copy carries no pending change
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        transient = {"freezes": 0, "_frozen": None, "current": None}
+        transient = {"freezes": 0, "_frozen": None, "current": None, "_kept": None}
         twin.__dict__.update(copy.deepcopy({**self.__dict__, **transient}, memo))
         return twin
 

@@ -79,6 +79,7 @@ class State(nn.Module):
         self.record: Tensor | None = None
         self.current: Snapshot | None = None  # of the forward of the whole model that is under way
         self.freezes = 0
+        self._kept: _Kept | None = None
         self._settings: tuple[object, ...] = ()
         self._seen: tuple[object, ...] = ()  # which tensor in which version the record is of: a hint, no proof
         self._home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
@@ -281,18 +282,32 @@ class State(nn.Module):
         return "estimate" if self.options.bound else "sigma"
 
     def snapshot(self, weight: Tensor, *, vectors: bool) -> Snapshot:
-        """Copies of the state for one forward, with the vectors if a backward may follow."""
+        """The state for one forward, in copies that nothing writes to, with the vectors if a backward may follow.
 
-        def copied(name: str) -> Tensor | None:
-            value = self._buffers.get(name)
-            return None if value is None else value.clone()
+        The copies are made once for a state, and shared by the forwards that see it.
+        """
+        names = "sigma", "estimate", "u", "v", "top_group", self.previous_name
+        buffers = [self._buffers.get(name) for name in names]
+        versions = [None if b is None else b._version for b in buffers]
+        kept = self._kept
+        if kept is None or kept.versions != versions or any(a is not b for a, b in zip(kept.buffers, buffers)):
+            kept = None
+        if kept is None or (vectors and kept.snapshot.u is None):
+            needed = (True, True, vectors, vectors, vectors, True)
+            copies = [b.clone() if b is not None and n else None for b, n in zip(buffers, needed)]
+            sigma, estimate, u, v, group, previous = copies
+            assert sigma is not None
+            kept = _Kept(Snapshot(sigma, estimate, u, v, group, previous, 0, []), buffers, versions)
+            self.__dict__["_kept"] = kept
+        return kept.snapshot._replace(version=_version(weight), ready=[])
 
-        group, previous, u, v = (
-            (copied("top_group"), copied(self.previous_name), copied("u"), copied("v"))
-            if vectors
-            else (None, copied(self.previous_name), None, None)
-        )
-        return Snapshot(self.state("sigma").clone(), copied("estimate"), u, v, group, previous, _version(weight), [])
+
+class _Kept(NamedTuple):
+    """Copies of the state, and the buffers in the versions that they are of."""
+
+    snapshot: Snapshot
+    buffers: list[Tensor | None]
+    versions: list[int | None]
 
 
 def is_exporting() -> bool:

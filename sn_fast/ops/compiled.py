@@ -61,7 +61,8 @@ def _absent(name: str) -> str:
     if others:
         return f"built but will not load: {', '.join(others)} is not for this Python {platform.python_version()}"
     note = folder / "_not_built.txt"
-    return f"not built: pure-Python install ({note.read_text() if note.exists() else 'no kernels were compiled here'})"
+    reason = note.read_text("utf-8", "replace") if note.exists() else "no kernels were compiled here"
+    return f"not built: pure-Python install ({reason})"
 
 
 MODULE, STATUS = load("sn_fast._C", __version__)

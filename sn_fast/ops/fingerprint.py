@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -85,17 +89,29 @@ def same_content(weight: Tensor, record: Tensor) -> bool:
     if weight.shape != record.shape or weight.dtype != record.dtype:
         return False
     a, b = weight.detach(), record
-    if a.is_contiguous() and b.is_contiguous():
-        a, b = a.view(-1), b.view(-1)
-        if all(_fills_words(t) for t in (a, b)):  # words of eight bytes are compared a third faster
-            return torch.equal(a.view(torch.int64), b.view(torch.int64))
     dtype = _WORDS[a.element_size()]
-    return torch.equal(a.view(dtype), b.view(dtype))
+    if a.stride() != b.stride() or not _is_dense(a) or a.is_neg() or _memcmp is None:
+        return torch.equal(a.view(dtype), b.view(dtype))
+    return a.numel() == 0 or _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
 
 
-def _fills_words(flat: Tensor) -> bool:
-    size = flat.element_size()
-    return not (flat.numel() * size % 8 or flat.storage_offset() * size % 8)
+def _is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in whatever order of the axes."""
+    return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()
+
+
+def _find_memcmp() -> Callable[[int, int, int], int] | None:
+    """The C library's comparison of memory; torch.equal takes half as long again, and serves where this is missing."""
+    try:
+        function = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    function.restype = ctypes.c_int
+    return function
+
+
+_memcmp = _find_memcmp()
 
 
 def is_replaced(weight: Tensor, record: Tensor) -> bool:

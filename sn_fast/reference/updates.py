@@ -41,18 +41,22 @@ def pgd_step(
     """Move ``alpha`` along the steepest ascent direction (descent if ``targeted``), project on the ball, then clip.
 
     A non-finite gradient element counts as 0, and a sample whose gradient is 0 or which is not ``active`` stays where
-    it is. Directions: sign(g); g / |g|_2; g / |g|_1; "1-exact": the elements of largest |g|, in equal parts.
+    it is. Directions: sign(g); g / |g|_2; g / |g|_1; "1-exact": the elements of largest |g|, in equal parts, and with a
+    clip the elements of largest |g| that have room in it (``_fill_steepest``).
     """
     dtype = compute_dtype(x_adv, grad)
     start, centre = x_adv.to(dtype), x.to(dtype)
     moved = _finite(grad, x_adv, dtype)
-    length = _amount(alpha, alpha_per_sample, start)
-    if norm == "inf":
-        moved.sign_()
+    length, radius = _amount(alpha, alpha_per_sample, start), _amount(eps, eps_per_sample, start)
+    if norm == "1-exact" and (lower is not None or upper is not None):
+        _fill_steepest(start, centre, -moved if targeted else moved, length, radius, lower, upper, out=moved)
     else:
-        length = length / _rescale_(moved, norm)
-    _axpy_(-length if targeted else length, moved, start)
-    _into_ball(moved, centre, norm, _amount(eps, eps_per_sample, start), out=moved)
+        if norm == "inf":
+            moved.sign_()
+        else:
+            length = length / _rescale_(moved, norm)
+        _axpy_(-length if targeted else length, moved, start)
+        _into_ball(moved, centre, norm, radius, out=moved)
     _clip_(moved, lower, upper)
     if active is not None:
         torch.where(_per_sample(active, start), moved, start, out=moved)
@@ -170,6 +174,72 @@ def _l1_threshold(delta: Tensor, eps: float | Tensor) -> Tensor:
     counts = torch.arange(1, sums.shape[1] + 1, dtype=sums.dtype, device=sums.device)
     radius = eps.flatten(1) if isinstance(eps, Tensor) else eps
     return _per_sample(((sums - radius) / counts).amax(dim=1), delta)
+
+
+def _fill_steepest(
+    z: Tensor,
+    x: Tensor,
+    g: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    lower: Tensor | None,
+    upper: Tensor | None,
+    out: Tensor,
+) -> None:
+    """out := z after an l1 step of length alpha up the gradient within the clip, brought into the l1 ball around x.
+
+    The elements of largest |g| go to their bound, one after the other, until alpha is spent: of all steps of that
+    length within the clip none gains more on a linear loss. The ball then takes from the other elements alone (the
+    nearest point, Duchi et al. 2008); where the full ones exceed eps by themselves, they are filled from x until eps is
+    spent, and the others are back at x. So the iterates of a linear loss stop at its maximum over ball and clip. Where
+    no bound is in reach nothing is full, and the step is that without a clip.
+    """
+    no_bound = z.new_full((), math.inf)
+    low, high = (b if t is None else t.to(z.dtype) for t, b in ((lower, -no_bound), (upper, no_bound)))
+    known = ~(z.isnan() | x.isnan())
+    size, sign = torch.where(known, g.abs(), 0.0), g.sign()
+    bound = torch.where(g > 0, high, low)
+    full, moved = _filled(size, sign, z, bound, alpha)
+    if isinstance(eps, Tensor) or eps < math.inf:
+        held = torch.where(full, (bound - x).abs(), 0.0)
+        exceeds = _total(held) > eps
+        # 1) The full elements fit into the ball: the others share what they leave of it.
+        delta = torch.where(full, 0.0, moved - x)
+        threshold = _l1_threshold(delta, (eps - _total(held)).clamp(min=0))
+        shrunk = (delta - delta.clamp(-threshold, threshold)).add_(x)
+        inside = torch.where((threshold > 0) & ~full, shrunk, moved)
+        # 2) They do not.
+        _, refilled = _filled(torch.where(full, size, 0.0), sign, x, bound, eps)
+        moved = torch.where(exceeds, refilled, inside)
+    out.copy_(moved)
+
+
+def _filled(size: Tensor, sign: Tensor, start: Tensor, bound: Tensor, budget: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Which elements reach ``bound``, and start with the elements of largest ``size`` moved, until budget is spent.
+
+    Elements of equal size share what is left for them in proportion to their room.
+    """
+    room = torch.where(size > 0, (bound - start) * sign, 0.0).nan_to_num_(nan=0.0, posinf=math.inf).clamp_(min=0)
+    room = torch.minimum(room, torch.as_tensor(budget, dtype=room.dtype, device=room.device))
+    # 1) From the steepest downwards, the first element at which the budget is spent; its size ends the filling.
+    sizes, order = size.flatten(1).sort(dim=1, descending=True)
+    spent = room.flatten(1).gather(1, order).cumsum(dim=1)
+    limit = budget.flatten(1) if isinstance(budget, Tensor) else budget
+    last = (spent < limit).sum(dim=1, keepdim=True)
+    cut = torch.where(last < sizes.shape[1], sizes.gather(1, last.clamp(max=sizes.shape[1] - 1)), 0.0)
+    cut = _per_sample(cut, size)
+    # 2) What is above it is full; what is equal takes its part.
+    full = size > cut
+    sharing = (size == cut) & (room > 0)
+    left = budget - _total(torch.where(full, room, 0.0))
+    part = (left / _one_if_zero(_total(torch.where(sharing, room, 0.0)))).clamp(0, 1)
+    step = torch.where(sharing, sign * part * room, 0.0)
+    return full, torch.where(full, bound, torch.where(step != 0, start + step, start))
+
+
+def _total(t: Tensor) -> Tensor:
+    """Sum of each sample, (B, 1, ..., 1)."""
+    return t.sum(dim=tuple(range(1, t.dim())), keepdim=True)
 
 
 def _clip_(z: Tensor, lower: Tensor | None, upper: Tensor | None) -> None:

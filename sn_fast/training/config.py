@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..running import MOST_THREADS
 from .adversary import Adversary
 
 SCHEMES = ("erm", "fgm", "pgm", "wrm")
@@ -91,6 +92,9 @@ class TrainConfig:
             _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "give a finite number > 0")
         for name in ("train_size", "steps", "epochs", "batch_size", "threads"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "give an integer >= 1")
+        for name in ("train_size", "steps", "epochs", "batch_size"):
+            _check(name, getattr(self, name), getattr(self, name) < 2**31, "give an integer < 2147483648")
+        _check("threads", self.threads, self.threads <= MOST_THREADS, f"give an integer <= {MOST_THREADS}")
         _check("seed", self.seed, 0 <= self.seed < 2**32, "give an integer from 0 to 4294967295")
         _check("beta", self.beta, self.beta > 0, "give a number > 0")
         comparable = self.single or self.beta < math.inf

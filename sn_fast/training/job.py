@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, require
-from ..running import progress_bar, torch_threads
+from ..errors import UserError, first_line, require
+from ..running import notice, progress_bar, torch_threads
 from .config import TrainConfig, json_number
 from .data import Split, load_split
 from .errors import Diverged, Interrupted
@@ -51,9 +51,11 @@ def train(config: TrainConfig, out: str | os.PathLike[str] | None = None, *, pro
     _check_packages()
     split = load_split(config.data, config.train_size, config.seed, config.device)
     folder = RunFolder.create(out, default=f"{config.data}-{config.scheme}-beta{config.beta:g}-seed{config.seed}")
-    folder.write_json("config.json", config.to_json())
-    with torch_threads(config.threads):
-        return _Run(config, folder, split).complete(progress)
+    with folder.discarded_if_empty(), folder.locked("--out"), _resumable(folder):
+        folder.check_unused()  # another process may have been there between
+        folder.write_json("config.json", config.to_json())
+        with torch_threads(config.threads):
+            return _Run(config, folder, split).complete(progress)
 
 
 def resume(
@@ -69,21 +71,48 @@ def resume(
     """
     _check_packages()
     folder = RunFolder.existing(path)
-    state = folder.read_checkpoint()
-    if folder.read_config() != state["config"]:
+    with folder.locked("--resume"), _resumable(folder):
+        state = folder.read_checkpoint() if folder.has_checkpoint() else None
+        config = _config_of(folder, state)
+        config.refuse_changes(options or {})
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"argument --resume: {path} was trained on CUDA, and this PyTorch sees no CUDA device")
+        split = load_split(config.data, config.train_size, config.seed, config.device)
+        with torch_threads(config.threads):
+            run = _Run(config, folder, split)
+            if state is None:
+                notice(f"{path} has no checkpoint yet: the run starts from the beginning, with the options it has")
+            else:
+                run.load(state)
+            return run.complete(progress)
+
+
+def _config_of(folder: RunFolder, state: Mapping[str, Any] | None) -> TrainConfig:
+    """The options of a run to resume; without a checkpoint those that it began with."""
+    values = folder.read_config()
+    if state is not None and values != state.get("config"):
         raise UserError(
             f"argument --resume: {folder.path / 'config.json'} is not the configuration that checkpoint.pt was "
             "trained with; restore it, or start a new run"
         )
-    config = TrainConfig.from_json(state["config"])
-    config.refuse_changes(options or {})
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"argument --resume: {path} was trained on CUDA, and this PyTorch sees no CUDA device")
-    split = load_split(config.data, config.train_size, config.seed, config.device)
-    with torch_threads(config.threads):
-        run = _Run(config, folder, split)
-        run.load(state)
-        return run.complete(progress)
+    try:
+        return TrainConfig.from_json(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"argument --resume: {folder.path / 'config.json'} is no configuration of this version "
+            f"({first_line(error)}); start a new run"
+        ) from None
+
+
+@contextmanager
+def _resumable(folder: RunFolder) -> Iterator[None]:
+    """Ctrl-C says how to continue, if there is something to continue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not folder.is_begun():
+            raise
+        raise Interrupted(folder.path) from None
 
 
 def _check_packages() -> None:
@@ -106,7 +135,7 @@ class _Run:
             self.epoch = state["epoch"]
             for trainee in self.trainees:
                 trainee.load(state["networks"][trainee.name])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"argument --resume: the checkpoint in {self.folder.path} is not of these networks ({reason}); "
@@ -115,11 +144,8 @@ class _Run:
 
     def complete(self, progress: bool) -> RunResult:
         """Train what is left to train, then evaluate."""
-        try:
-            self._train(progress)
-            return self._finish(progress)
-        except KeyboardInterrupt:
-            raise Interrupted(self.folder.path) from None
+        self._train(progress)
+        return self._finish(progress)
 
     def _train(self, progress: bool) -> None:
         config = self.config

@@ -6,22 +6,29 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError, first_line
-from ..files import replace_file
+from ..files import UNFINISHED, replace_file
+from ..running import notice
+from .lock import NAME as LOCK
+from .lock import locked
 
 _FORMAT = 1
+_FILES = ("config.json", "metrics.json", "checkpoint.pt", "*.png")  # whose unfinished versions were .NAME.part once
 
 
 class RunFolder:
     """config.json, metrics.json, checkpoint.pt and plots of one run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path = path
+        self._new = new
 
     @classmethod
     def create(cls, out: str | os.PathLike[str] | None, default: str) -> RunFolder:
@@ -29,26 +36,79 @@ class RunFolder:
         path = Path("runs", default) if out is None else Path(out)
         try:
             if out is None:
-                return cls(_make_unused(path))
+                return cls(_make_unused(path), new=True)
+            new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            if not any(path.iterdir()):
-                return cls(path)
         except OSError as error:
             raise UserError(f"argument --out: cannot make the folder {path}: {error.strerror}; give another") from None
-        raise UserError(
-            f"argument --out: {path} is not empty, and nothing is overwritten; give a new folder, or continue the run "
-            f"there with --resume {path}"
-        )
+        folder = cls(path, new=new)
+        folder.check_unused()
+        return folder
+
+    def check_unused(self) -> None:
+        """Raise UserError if the folder holds more than what a run leaves that ended before its first file."""
+        try:
+            used = self._holds_files()
+        except OSError as error:
+            raise UserError(f"argument --out: cannot read {self.path}: {error.strerror}; give another") from None
+        if used:
+            raise UserError(
+                f"argument --out: {self.path} is not empty, and nothing is overwritten; give a new folder, or continue "
+                f"the run there with --resume {self.path}"
+            )
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """The folder of an earlier run."""
+        """The folder of an earlier run, which may have ended before its first checkpoint."""
         folder = cls(Path(path))
-        if not folder.path.is_dir():
-            raise UserError(f"argument --resume: there is no folder {path}; give the folder of an earlier run")
-        if not (folder.path / "checkpoint.pt").is_file():
-            raise UserError(f"argument --resume: {path} has no checkpoint.pt; give the folder of an earlier run")
+        try:
+            if not folder.path.is_dir():
+                raise UserError(f"argument --resume: there is no folder {path}; give the folder of an earlier run")
+            if not folder.is_begun():
+                remedy = "give the folder of an earlier run"
+                if not folder._holds_files():
+                    remedy = f"it is empty, so start a run there with --out {path}"
+                raise UserError(f"argument --resume: {path} has no checkpoint.pt; {remedy}")
+        except OSError as error:
+            raise UserError(f"argument --resume: cannot read {path}: {error.strerror}") from None
         return folder
+
+    def has_checkpoint(self) -> bool:
+        return (self.path / "checkpoint.pt").is_file()
+
+    def is_begun(self) -> bool:
+        """Whether ``existing`` takes it."""
+        return self.has_checkpoint() or (self.path / "config.json").is_file()
+
+    @contextmanager
+    def locked(self, argument: str) -> Iterator[None]:
+        """Within this context no other process works in the folder. What one was writing when it ended is removed.
+
+        Raises:
+            UserError: another process works in it; it begins with the name of ``argument``.
+        """
+        with locked(self.path, argument):
+            for path in self._unfinished():
+                path.unlink(missing_ok=True)
+                notice(f"removed {path}, which a run was writing when it ended")
+            yield
+
+    @contextmanager
+    def discarded_if_empty(self) -> Iterator[None]:
+        """If this context ends before anything is written, no empty folder stays behind that was not there before."""
+        try:
+            yield
+        finally:
+            if self._new:
+                with suppress(OSError):
+                    self.path.rmdir()
+
+    def _holds_files(self) -> bool:
+        return any(path.name != LOCK and path not in self._unfinished() for path in self.path.iterdir())
+
+    def _unfinished(self) -> list[Path]:
+        found = {*self.path.glob(UNFINISHED), *(p for name in _FILES for p in self.path.glob(f".{name}.part"))}
+        return sorted(path for path in found if path.is_file())
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         self.write(name, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())

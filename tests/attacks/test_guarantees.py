@@ -348,6 +348,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1", "L1-exact"])
 def test_nothing_waits_for_the_device(norm: str) -> None:
+    """But for what is read of the arguments before the first forward: test_ranges.py."""
     model = conv_net(batch_norm=False)
     x, y = samples()
     with NoWaiting():
