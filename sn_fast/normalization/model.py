@@ -151,9 +151,8 @@ def apply_spectral_norm(
 def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None) -> None:
     """Advance u, v and sigma of every layer now, in one call.
 
-    Eager code needs no call: a layer refreshes itself when its weight has changed. Compiled code, and code that writes
-    weights through ``.data``, calls this after ``optimizer.step()``, or once and for all
-    ``optimizer.register_step_post_hook(lambda *_: update_spectral_norm(model))``.
+    No code needs the call: a layer refreshes itself when the content of its weight has changed, however it was written.
+    It is for more iterations at one moment, such as after a new initialisation on a GPU or before an evaluation.
 
     Args:
         n_power_iterations: None: each layer's own number.
