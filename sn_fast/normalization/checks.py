@@ -11,8 +11,12 @@ from ..layers.linear import raw_weight
 # Older ways to compute a weight before each forward: the entries that tell, what it is, and how it is undone.
 _COMPUTED = (
     (("_orig", "_mask"), "pruned", "torch.nn.utils.prune.remove(module, {!r})"),
-    (("_orig", "_u"), "normalised by torch.nn.utils.spectral_norm", "torch.nn.utils.remove_spectral_norm(module, {!r})"),
-    (("_g", "_v"), "normalised by torch.nn.utils.weight_norm", "torch.nn.utils.remove_weight_norm(module, {!r})"),
+    (
+        ("_orig", "_u"),
+        "made by torch.nn.utils.spectral_norm",
+        "torch.nn.utils.remove_spectral_norm(module, {!r})",
+    ),
+    (("_g", "_v"), "made by torch.nn.utils.weight_norm", "torch.nn.utils.remove_weight_norm(module, {!r})"),
 )
 
 
@@ -30,11 +34,11 @@ def check_has_norm(module: nn.Module, name: str) -> None:
         return
     if weight.ndim not in range(2, 6):
         raise ValueError(
-            f"{label} has no spectral norm: weight has shape {tuple(weight.shape)}, expected are 2 to 5 dimensions; give "
-            "the name of such a weight with name=, or leave this one as it is (exclude= of apply_spectral_norm)"
+            f"{label} has no spectral norm: weight has shape {tuple(weight.shape)}, expected are 2 to 5 dimensions; "
+            "give the name of such a weight with name=, or leave this one as it is (exclude= of apply_spectral_norm)"
         )
     if weight.is_complex():
         raise TypeError(
-            f"{label} cannot be normalised: weight has dtype {weight.dtype}; real floating-point weights are supported, "
-            "torch.nn.utils.parametrizations.spectral_norm takes complex ones"
+            f"{label} cannot be normalised: weight has dtype {weight.dtype}; real floating-point weights are "
+            "supported, torch.nn.utils.parametrizations.spectral_norm takes complex ones"
         )

@@ -1,9 +1,9 @@
 """What PyTorch tests of its spectral_norm (test/nn/test_parametrization.py), for the same normalisation by sn_fast.
 
-``mode="scale", operator="reshape"`` divides by the norm of the matrix that PyTorch takes. Each test runs with and without
-``torch.__future__.set_swap_module_params_on_conversion``, most also on top of another parametrization (a mask) and below
-one. Where the two differ, sn_fast's rule is what is tested: the state moves when the weight's content has changed, then
-once, in train and in eval; it starts from Lanczos steps, not from power iterations.
+``mode="scale", operator="reshape"`` divides by the norm of the matrix that PyTorch takes. Each test runs with and
+without ``torch.__future__.set_swap_module_params_on_conversion``, most also on top of another parametrization (a mask)
+and below one. Where the two differ, sn_fast's rule is what is tested: the state moves when the weight's content has
+changed, then once, in train and in eval; it starts from Lanczos steps, not from power iterations.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def truth(layer: nn.Module, place: str = "alone", name: str = "weight") -> Tenso
 
 def assert_true(layer: nn.Module, place: str = "alone", name: str = "weight", rtol: float = 1e-5) -> None:
     expected = truth(layer, place, name)
-    torch.testing.assert_close(getattr(layer, name).double(), expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+    torch.testing.assert_close(
+        getattr(layer, name).double(), expected, rtol=rtol, atol=rtol * float(expected.abs().max())
+    )
 
 
 def trained(layer: nn.Module, x: Tensor, steps: int, lr: float = 0.1) -> None:
@@ -119,7 +121,8 @@ def test_buffers_parameters_and_attributes(place: str) -> None:
     assert not list(state.parameters())
     assert list(chain._parameters) == ["original"]
     assert {name for name, _ in layer.named_parameters()} == {"bias", "parametrizations.weight.original"}
-    assert "weight" not in layer._parameters and "weight" not in layer._buffers
+    assert "weight" not in layer._parameters
+    assert "weight" not in layer._buffers
     assert (layer.weight.shape, layer.weight.stride()) == (chain.original.shape, chain.original.stride())
     assert parametrize.type_before_parametrizations(layer) is nn.Linear
     assert_true(layer, place)
@@ -321,7 +324,8 @@ def test_a_second_registration_is_refused_and_changes_nothing(place: str) -> Non
     before, keys = buffers(layer), list(layer.state_dict())
     with pytest.raises(ValueError, match=r"weight is already parametrized by .*SpectralNorm.*; remove that first"):
         spectral_norm(layer)
-    assert same(buffers(layer), before) and list(layer.state_dict()) == keys
+    assert same(buffers(layer), before)
+    assert list(layer.state_dict()) == keys
     assert_true(layer, place)
 
 
@@ -355,7 +359,8 @@ def test_several_weights_of_one_module() -> None:
     for name in raw:
         assert_true(cell, name=name, rtol=1e-2)
     parametrize.remove_parametrizations(cell, "weight_hh")
-    assert "weight_hh" in cell._parameters and "weight_ih" not in cell._parameters
+    assert "weight_hh" in cell._parameters
+    assert "weight_ih" not in cell._parameters
     before = buffers(cell, "weight_ih")
     trained(cell, x, 1)
     cell(x)
@@ -380,10 +385,13 @@ def test_removal_keeps_the_output_and_the_layer_can_be_normalised_again(training
         else:
             remove_spectral_norm(layer)
         torch.testing.assert_close(layer(x).detach(), out)
-        assert not parametrize.is_parametrized(layer) and not hasattr(layer, "parametrizations")
+        assert not parametrize.is_parametrized(layer)
+        assert not hasattr(layer, "parametrizations")
         assert layer._parameters["weight"] is parameter
-        assert isinstance(layer, modules) and set(layer.state_dict()) == {"weight", "bias"}
-        assert not layer._forward_pre_hooks and not layer._forward_hooks
+        assert isinstance(layer, modules)
+        assert set(layer.state_dict()) == {"weight", "bias"}
+        assert not layer._forward_pre_hooks
+        assert not layer._forward_hooks
 
 
 @pytest.mark.parametrize("leave", [True, False])
@@ -439,12 +447,15 @@ def test_a_deep_copy_is_equal_and_independent(place: str) -> None:
     twin = copy.deepcopy(layer)
     assert twin.__dict__.keys() == layer.__dict__.keys()
     a, b = layer.parametrizations.weight.original, twin.parametrizations.weight.original
-    assert torch.equal(a, b) and a is not b
-    assert torch.equal(layer(x), twin(x)) and same(buffers(layer), buffers(twin))
+    assert torch.equal(a, b)
+    assert a is not b
+    assert torch.equal(layer(x), twin(x))
+    assert same(buffers(layer), buffers(twin))
     before = buffers(layer)
     trained(twin, x, 2)
     twin(x)
-    assert same(buffers(layer), before) and not same(buffers(twin), before)
+    assert same(buffers(layer), before)
+    assert not same(buffers(twin), before)
     assert torch.equal(a, layer.parametrizations.weight.original)
 
 
@@ -511,7 +522,8 @@ def test_conversions_are_no_change(place: str) -> None:
     trained(layer, x, 2)
     out, before = layer(x).detach(), buffers(layer)
     layer.double().float().to("cpu").requires_grad_(True)
-    assert torch.equal(layer(x), out) and same(buffers(layer), before)
+    assert torch.equal(layer(x), out)
+    assert same(buffers(layer), before)
     assert "original" in layer.parametrizations.weight._parameters
     trained(layer, x, 1)
     layer.double()  # a change is pending
@@ -627,7 +639,9 @@ def test_weights_of_fewer_than_two_axes_are_refused(layer, name: str, says: str,
     with pytest.raises(ValueError, match=says) as raised:
         sn_fast.spectral_norm(module, name, mode="scale", operator=operator)
     message = str(raised.value)
-    assert "\n" not in message and "name=" in message and "leave" in message
+    assert "\n" not in message
+    assert "name=" in message
+    assert "leave" in message
     assert not parametrize.is_parametrized(module)
 
 
@@ -639,7 +653,8 @@ def test_complex_weights_are_refused(make, dtype: torch.dtype, operator: str) ->
     with pytest.raises(TypeError, match=rf"{type(module).__name__}\.weight .*weight has dtype {dtype};") as raised:
         sn_fast.spectral_norm(module, mode="scale", operator=operator)
     message = str(raised.value)
-    assert "\n" not in message and "torch.nn.utils.parametrizations.spectral_norm" in message
+    assert "\n" not in message
+    assert "torch.nn.utils.parametrizations.spectral_norm" in message
     assert not parametrize.is_parametrized(module)
     theirs.spectral_norm(module)  # what the message names takes it
 
