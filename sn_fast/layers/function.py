@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .operators import OwnOperator, as_batch, checked_shape, maps_batches, probe, visible
+from .applying import maps_batches, probe, visible
+from .operators import OwnOperator, as_batch, checked_shape
 
 _SCALES = (1.0, 1e3, 1e-3)  # of the inputs that show whether a function is linear
 

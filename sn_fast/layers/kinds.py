@@ -67,13 +67,13 @@ class LayerKind:
             )
         return op
 
-    def why_not_exact(self, module: nn.Module) -> str | None:
+    def why_not_exact(self, module: nn.Module, *, hooks: bool = True) -> str | None:
         """Why a module is not exactly the map of its kind, with its weight in use; None if it is.
 
-        Its class, attributes, or hooks may change what it computes.
+        Its class, attributes, or (unless ``hooks`` is False) hooks may change what it computes.
         """
         known = next(c for c in type(module).__mro__ if c in self.classes)
-        reason = why_not_its_class(module, known=known)
+        reason = why_not_its_class(module, hooks=hooks, known=known)
         return self.why_not(module) if reason is None and self.why_not is not None else reason
 
     def reshaped(self, weight: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def register_layer(
     input_shape: Callable[[nn.Module, Size], Size] | None = None,
     nominal_size: Callable[[nn.Module], Size] | None = None,
 ) -> ModuleClass:
-    """Register a layer class: from now on ``operator_of``, ``sn-fast norms``, ``spectral_norm`` and
-    ``apply_spectral_norm`` know its linear map.
+    """Register how the linear map of a layer class is made, for ``operator_of``, ``sn-fast norms``, ``spectral_norm``
+    and ``apply_spectral_norm``.
 
     >>> class ScaledConv(nn.Conv2d):  # a convolution with a fixed gain, which torch's own class does not have
     ...     def forward(self, x):
@@ -158,9 +158,9 @@ def register_layer(
     ...     operator=lambda m, weight, size: ConvOperator(m.gain * weight, size, stride=m.stride, padding=m.padding),
     ... )
 
-    The layer can be measured whatever its operator is. It can be normalised where its map is the operator of the
-    parameter itself, since the parametrization divides that; ``spectral_norm`` refuses other layers with the reason
-    (docs/layers.md).
+    The layer can be measured whatever its operator is. It can be normalised where that has the parameter, or a linear
+    function of it, for its weight, since the parametrization divides the parameter; ``spectral_norm`` refuses other
+    layers with the reason (docs/layers.md).
 
     Args:
         cls: a subclass of torch.nn.Module, served with its subclasses. Registering it again replaces what was said.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..reference.geometry import Geometry
+from .applying import apply, probe, visible
+from .composed import unscaled
 from .exact import computes_weight
 from .kinds import LayerKind, conv_operator, kind_of, nominal_size, whole_window_size
-from .operators import LinearOperator, apply, probe, visible
+from .operators import LinearOperator
 from .traced import NotLinear, table_operator, traced_operator
 from .undisturbed import undisturbed
 from .weighted import (
@@ -66,15 +70,26 @@ def operator_of(
         ValueError: the input size of a convolution is not known, or the layer's map is not linear, or not known to be.
         TypeError: the module has no such weight.
     """
-    weight = raw_weight(module) if raw else weight_in_use(module)
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
+    below = raw and parametrize.is_parametrized(module, "weight")
+    weight = raw_weight(module) if below else weight_in_use(module)
     name = type(module).__name__
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} has no weight tensor; give a Linear, convolution or Embedding layer")
+    if is_lazy(weight):
+        raise ValueError(f"{name}.weight is a lazy parameter without a shape; run one forward first")
     kind = kind_of(module)
     geometry = _known_geometry(module) if input_size is None else None
     reason = f"{name} is no class that sn_fast knows" if kind is None else kind.why_not_exact(module)
     if reason is None and kind is not None:
-        return LayerOperator(weight, geometry) if geometry is not None else kind.operator(module, weight, input_size)
+        if geometry is not None:
+            if not kind.of_user:
+                return LayerOperator(weight, geometry)
+            input_size = geometry.input_size
+        op = kind.operator(module, weight, input_size)
+        if kind.of_user and not raw:
+            _check_declared(module, op)
+        return op
     if kind is None and (weight.ndim != 2 or type(module).forward is nn.Module.forward):
         return MatrixOperator(weight)
     size = input_size if geometry is None else geometry.input_size
@@ -83,13 +98,35 @@ def operator_of(
     except NotLinear as error:
         raise ValueError(
             f"this {name} has a map of its own ({reason}) that cannot be measured: {error}; "
-            "register_layer tells its operator, MatrixOperator(module.weight) is that of a matrix alone"
+            "define its operator with register_layer, or measure the matrix alone, MatrixOperator(module.weight)"
         ) from error
     if raw and kind is not None:
         if not is_of_weight(op, kind.operator(module, weight_in_use(module), size)):
             raise ValueError(f"raw=True: this {name} has a map of its own ({reason}), which is not that of its weight")
         return kind.operator(module, weight, size)
     return op
+
+
+def _check_declared(module: nn.Module, op: LinearOperator) -> None:
+    """Raise where a registered operator is visibly not the linear map of the layer's forward, if that can be run."""
+    device = torch.device(op.device)
+    x = probe(1, tuple(op.in_shape), op.dtype, device, seed=7)
+    with undisturbed(module), torch.no_grad():
+        try:
+            image, double, offset = (module(v) for v in (x, -2 * x, 0 * x))
+            steps = [image - offset, double - offset]
+        except Exception:  # its input may be something else than one tensor
+            return
+        rounding = visible(op.dtype, device) * max(float(image.abs().max()), float(double.abs().max()))
+        if float((steps[1] + 2 * steps[0]).abs().max()) > rounding:
+            return  # not linear: the registered operator is a part of it
+        wanted = apply(op, x)
+        fits = wanted.shape == image.shape and float((wanted - steps[0]).abs().max()) <= rounding
+    if not fits:
+        raise ValueError(
+            f"the operator registered for {type(module).__name__} is not the linear map of its forward: they differ on "
+            f"a random input of shape {tuple(op.in_shape)}"
+        )
 
 
 def _measured(
@@ -111,10 +148,13 @@ def _measured(
     return traced_operator(module, shape, weight.dtype, weight.device)
 
 
-def why_not_divisible(module: nn.Module, weight: Tensor, input_size: Sequence[int] | None) -> str | None:
+def why_not_divisible(
+    module: nn.Module, weight: Tensor, input_size: Sequence[int] | None, *, mapped: bool = False
+) -> str | None:
     """Why dividing this parameter does not divide the layer's map in proportion; None if it does.
 
-    Where the map is not simply that of the layer's kind, it is looked at with W, with 2 W and with a random weight.
+    Where the map is not simply that of the layer's kind, it is looked at with W, with 2 W and with a random weight: it
+    has to be the operator of each. With ``mapped`` the weight of a registered operator may be a linear function of W.
     """
     kind = kind_of(module)
     if kind is None:
@@ -125,23 +165,46 @@ def why_not_divisible(module: nn.Module, weight: Tensor, input_size: Sequence[in
     w = weight.detach()
     random = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
     try:
-        maps = [(t, _with_weight(module, kind, t, input_size, own is not None)) for t in (w, 2 * w, random)]
+        maps = [(t, _with_weight(module, kind, t, input_size, own is not None)) for t in (w, 2 * w, random, w + random)]
     except ValueError as error:
         return f"{own}: {error}" if own else str(error)
+    declared = own is None
     own = own or f"the operator registered for {type(module).__name__}"
-    (_, one), (_, two), _ = maps
-    if _is_twice(one, two) is False:
+    if not _is_twice(maps[0][1], maps[1][1]):
         return f"{own}: its map is not proportional to the weight, that of 2 W is not twice that of W"
+    layers = [(t, layer_operator(unscaled(op)[1])) for t, op in maps]
+    if any(layer is None or len(layer.geometry.axes) != kind.axes for _, layer in layers):
+        return f"{own}: its map is not one convolution or matrix of the weight"
+    if mapped and declared:
+        return None if _is_linear([op for _, op in maps]) else f"{own}: its weight is not linear in the parameter"
     for t, op in maps:
         layer = layer_operator(op)
-        if layer is None or len(layer.geometry.axes) != kind.axes:
-            return f"{own}: its map is not one convolution or matrix of the weight"
-        same = [u for u in (layer.weight, layer.weight.T if not kind.axes else layer.weight) if u.shape == t.shape]
-        if not any(torch.equal(u, t) for u in same):
+        same = [] if layer is None else [u for u in (layer.weight, layer.weight.T if not kind.axes else layer.weight)]
+        if layer is None or not any(u.shape == t.shape and torch.equal(u, t) for u in same):
             return f"{own}: its map has another weight than the parameter itself"
         if not kind.of_user and not kind.table_size and layer.geometry != _declared(module, kind, t, input_size):
             return f"{own}: its map is another convolution than that of its class"
     return None
+
+
+def weight_of(op: LinearOperator) -> Tensor | None:
+    """The weight of a layer's operator, or of a multiple of one; None of an operator without a weight."""
+    factors, core = unscaled(op)
+    layer = layer_operator(core)
+    return None if layer is None else layer.weight * math.prod(factors) if factors else layer.weight
+
+
+def _is_linear(ops: list[LinearOperator]) -> bool:
+    """Whether the weights of the operators of W, 2 W, R and W + R add up, for one geometry."""
+    weights = [weight_of(op) for op in ops]
+    geometries = {getattr(unscaled(op)[1], "geometry", None) for op in ops}
+    one, _, random, both = weights
+    if one is None or random is None or both is None or len(geometries) > 1:
+        return False
+    if not one.shape == random.shape == both.shape:
+        return False
+    rounding = visible(both.dtype, both.device) * (one.abs().max() + random.abs().max())
+    return bool((both - one - random).abs().max() <= rounding)
 
 
 def _declared(module: nn.Module, kind: LayerKind, weight: Tensor, size: Sequence[int] | None) -> Geometry | None:

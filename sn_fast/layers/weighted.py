@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..reference import linear_map
 from ..reference.geometry import PADDING_MODES, Axis, Geometry
-from .operators import LinearOperator, OwnOperator, as_batch, parts_of
+from .composed import parts_of
+from .operators import LinearOperator, OwnOperator, as_batch
 
 Padding = int | str | Sequence[int | tuple[int, int]]
 

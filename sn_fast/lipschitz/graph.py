@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,52 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from .rules import find, is_parametrized_class, kind_of
+from ..layers.exact import is_parametrized_class, why_not_its_class
+from .rules import find
 
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Untraceable(Exception):
     """torch.fx cannot write the model as a graph, or not one that computes what the model computes."""
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+class _Faithful:
+    """A stand-in for a tensor of which a graph shows all that is done to it.
+
+    It takes no attributes, as a graph would not show ``x.data = y``; and ``y += x`` writes into y, where torch.fx makes
+    a sum of it that other names of y do not see.
+    """
+
+    _own = ("tracer", "node", "root", "attr", "_node")
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return _Attribute(self, name)  # type: ignore[arg-type]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._own:
+            raise TypeError(f"the attribute {name!r} of a tensor is set")
+        super().__setattr__(name, value)
+
+    __iadd__, __isub__, __imul__ = _in_place(operator.iadd), _in_place(operator.isub), _in_place(operator.imul)
+    __itruediv__, __imatmul__ = _in_place(operator.itruediv), _in_place(operator.imatmul)
+    __ipow__, __ifloordiv__, __imod__ = map(_in_place, (operator.ipow, operator.ifloordiv, operator.imod))
+
+
+class _Proxy(_Faithful, fx.Proxy):  # type: ignore[misc]
+    """The stand-in for a value."""
+
+
+class _Attribute(_Faithful, fx.proxy.Attribute):  # type: ignore[misc]
+    """The stand-in for an attribute of one."""
 
 
 class Tracer(fx.Tracer):
@@ -26,56 +65,60 @@ class Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a call of this module is one node of the graph."""
+    """Whether a call of this module is one node of the graph: not where other code replaces that of its class."""
     if isinstance(module, parametrize.ParametrizationList) or find(module) is not None:
         return True
     own = next(c for c in type(module).__mro__ if not is_parametrized_class(c))
-    return own.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, _CONTAINERS)
+    of_torch = own.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, _CONTAINERS)
+    ours = own.__module__.startswith("torch.ao.") or why_not_its_class(module, hooks=False, statistics=False) is None
+    return of_torch and ours
 
 
-def graph_of_layer(layer: nn.Module, n_arguments: int) -> tuple[nn.Module, fx.Graph]:
-    """A model that is itself one layer, as a module that holds it, and its graph."""
-    graph = fx.Graph()
-    arguments = tuple(graph.placeholder(f"x{i}") for i in range(n_arguments))
-    name = kind_of(layer)
-    graph.output(graph.call_module(name, arguments))
-    return nn.ModuleDict({name: layer}), graph
+def trace(model: nn.Module, n_arguments: int) -> tuple[nn.Module, fx.Graph]:
+    """A module that holds the model as ``model``, and its graph when called with so many positional arguments.
 
-
-def trace(model: nn.Module, n_arguments: int) -> tuple[fx.Graph, dict[str, Any]]:
-    """The graph of a model called with so many positional arguments, and the constants that the graph refers to.
+    The call of the model is traced, not its forward: with its hooks, and with the forward that the instance has.
 
     Raises:
         Untraceable: with the reason.
     """
-    tracer = Tracer()
-    with _attributes_restored(model):
+    names = ", ".join(f"x{i}" for i in range(n_arguments))
+    # torch.fx reads the arguments off the code of a function.
+    forward = eval(f"lambda self, {names}: self.model({names})")
+    holder = type("Holder", (nn.Module,), {"forward": forward})()
+    holder.model = model
+    with attributes_restored(model):
         try:
-            graph = tracer.trace(model, concrete_args=_defaults(model, n_arguments))
+            return holder, Tracer().trace(holder)
         except Exception as error:  # tracing runs the model's own code on stand-ins: anything can be raised
             raise Untraceable(_first_line(error)) from error
-        constants = {
-            str(node.target): getattr(model, str(node.target))
-            for node in graph.nodes
-            if node.op == "get_attr" and str(node.target).startswith(("_tensor_constant", "_torchbind_obj"))
-        }
-    return graph, constants
+
+
+def own_name(path: str) -> str:
+    """The path below the model of what is in the holder."""
+    return path.removeprefix("model").removeprefix(".")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
+    """The model inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper, unless that has hooks."""
+    while not (model._forward_hooks or model._forward_pre_hooks):
+        if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel) and "forward" not in vars(model):
+            inner = model.module
+        elif type(model).__name__ == "OptimizedModule" and type(model).__module__.startswith("torch._dynamo"):
+            inner = model._orig_mod
         else:
-            return model
+            break
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
 
 
 @contextmanager
@@ -87,7 +130,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=sorted({d.index for d in gpus})), torch.inference_mode(False), torch.no_grad():
         try:
             model.eval()
-            with _no_autocast(kinds):
+            with _no_autocast(kinds), attributes_restored(model):
                 yield
         finally:
             for m, flag in training.items():
@@ -105,25 +148,22 @@ def _no_autocast(kinds: set[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Tracing runs the model's code on stand-ins; what it stored in attributes meanwhile is taken away again."""
-    before = {m: dict(vars(m)) for m in model.modules()}
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """What the model's code stores in attributes and buffers meanwhile is taken away again."""
+    before = [(m, dict(vars(m)), {k: dict(vars(m)[k]) for k in _REGISTRIES}) for m in model.modules()]
+    values = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     try:
         yield
     finally:
-        for m, attributes in before.items():
+        for m, attributes, registries in before:
             vars(m).clear()
             vars(m).update(attributes)
-
-
-def _defaults(model: nn.Module, n_arguments: int) -> dict[str, Any]:
-    """Arguments that are not given, at their defaults, so that ``if mask is None`` can be traced."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters: Sequence[inspect.Parameter] = list(inspect.signature(model.forward).parameters.values())
-    given = [p.name for p in parameters if p.kind in positional][:n_arguments]
-    # torch.fx would take containers apart.
-    plain = (type(None), bool, int, float, str)
-    return {p.name: p.default for p in parameters if p.name not in given and isinstance(p.default, plain)}
+            for name, entries in registries.items():
+                vars(m)[name].clear()
+                vars(m)[name].update(entries)
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..layers.kinds import classes_of, spatial_axes
-from ..layers.linear import operator_of
+from ..layers.exact import BATCH_STATISTICS, why_not_its_class
+from ..layers.kinds import classes_of, kind_of, spatial_axes
+from ..layers.linear import operator_of, weight_in_use
 from ..layers.operators import LinearOperator
 from ..layers.weighted import ConvOperator, LayerOperator, MatrixOperator, layer_operator
 from ..norms import operator_norm_bound
-from .rounding import loosened, next_up, root, times
-from .rules import Call, Constant, Depends, no_bound, rule
-
-_BATCH_STATISTICS = "without running statistics it divides by the deviation of its own input: no useful bound"
+from .rounding import loosened, times
+from .rules import BadWeights, Call, Constant, Depends, no_bound, rule
+from .sums import inverse, magnitude
 
 
 @rule("linear", nn.Linear)
@@ -32,7 +29,7 @@ def linear_layer(call: Call) -> Constant:
 def batch_norm(call: Call) -> float | Constant:
     # diagonal: gamma / sqrt(variance + eps) per channel
     scale = _scale(call)
-    return no_bound(_BATCH_STATISTICS) if scale is None else loosened(float(scale.abs().max()))
+    return no_bound(f"{BATCH_STATISTICS}: no useful bound") if scale is None else loosened(float(scale.abs().max()))
 
 
 def folded(layer: Call, norm: Call) -> Constant | None:
@@ -53,23 +50,28 @@ def _certificate(call: Call, scale: Tensor | None, norm: nn.Module | None) -> Co
     """The bound of a linear layer whose outputs are scaled; one layer at one size is bounded once."""
     operator = _operator(call)
     if not isinstance(operator, LayerOperator):
-        constant = _bounded(call, operator)
+        constant = bounded(call, operator)
         factor = 1.0 if scale is None else loosened(float(scale.abs().max()))
         return Constant(times(constant.value, factor), constant.how, constant.reason)
-    holder = call.module if call.module is not None else call.get("weight", 1)
-    key = (id(holder), operator.geometry, id(norm))
+    holder = call.module if call.module is not None else call.get("weight")
+    tensors = [*holder.parameters(), *holder.buffers()] if isinstance(holder, nn.Module) else [holder]
+    key = (id(holder), tuple(t._version for t in tensors), operator.geometry, id(norm))
     reusable = scale is None or norm is not None
     if not (reusable and key in call.cache):
         operator = operator if scale is None else _scaled(operator, scale)
         # What the ids stand for is kept, so that they stay theirs.
-        call.cache[key] = (_bounded(call, operator), holder, norm)
-    found: Constant = call.cache[key][0]
-    return found
+        call.cache[key] = (bounded(call, operator), holder, norm)
+    constant = call.cache[key][0]
+    outputs = tuple(call.out.shape[-len(operator.out_shape) :])
+    if operator.geometry.axes and outputs != operator.out_shape:
+        return no_bound(f"{call.kind} with an output of size {outputs[1:]}: no rule")
+    return constant
 
 
-def _bounded(call: Call, operator: LinearOperator) -> Constant:
+def bounded(call: Call, operator: LinearOperator) -> Constant:
+    """The certified norm of a linear map."""
     if isinstance(operator, LayerOperator) and not bool(torch.isfinite(operator.weight).all()):
-        raise ValueError(f"layer {call.name!r} ({call.kind}): its weight has NaN or infinite elements")
+        raise BadWeights(f"layer {call.name!r} ({call.kind}): its weight has NaN or infinite elements")
     bound, info = operator_norm_bound(operator, return_info=True)
     if not info.certified or info.confidence < 1:
         return no_bound("its linear map is known by its products alone, which certify nothing")
@@ -77,20 +79,23 @@ def _bounded(call: Call, operator: LinearOperator) -> Constant:
 
 
 def _operator(call: Call) -> LinearOperator:
+    call.allows("bias", "output_size")
     if call.module is not None:
         axes = spatial_axes(call.module)
-        operator = operator_of(call.module, tuple(call.x.shape[call.x.ndim - axes :]) if axes else None)
+        size = tuple(call.x.shape[call.x.ndim - axes :]) if axes else None
+        kind = kind_of(call.module)
+        if kind is not None and kind.why_not_exact(call.module, hooks=False) is None:  # hooks are seen in the graph
+            operator = kind.operator(call.module, weight_in_use(call.module), size)
+        else:
+            operator = operator_of(call.module, size)
         layer = layer_operator(operator)
         return operator if layer is None else LayerOperator(layer.weight.detach(), layer.geometry)
-    weight = call.get("weight", 1).detach()
+    weight = call.get("weight").detach()
     if call.kind == "linear":
         return MatrixOperator(weight if weight.ndim == 2 else weight[None])
     transposed = "transpose" in call.kind
     order = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
-    settings = {
-        name: call.get(name, 3 + i, 0 if "padding" in name else 1)
-        for i, name in enumerate(("stride", "padding", *order))
-    }
+    settings = {name: call.get(name, 0 if "padding" in name else 1) for name in ("stride", "padding", *order)}
     return ConvOperator(weight, tuple(call.x.shape[2 - weight.ndim :]), transposed=transposed, **settings)
 
 
@@ -106,72 +111,27 @@ def _scaled(operator: LayerOperator, scale: Tensor) -> LayerOperator:
 
 def _scale(call: Call) -> Tensor | None:
     """gamma / sqrt(variance + eps) of an evaluated normalisation; None where it uses the statistics of its input."""
-    if call.target is torch.batch_norm:  # its arguments are in another order than those of F.batch_norm
+    call.allows("running_mean", "bias", "momentum", "cudnn_enabled")
+    if call.module is not None and why_not_its_class(call.module, hooks=False) is not None:
         return None
-    variance = call.get("running_var", 2)
-    if variance is None or call.get("training", 5, False):
+    variance = call.get("running_var")
+    if variance is None or call.get("training", False):
         return None
-    weight = call.get("weight", 3, None)
+    weight = call.get("weight", None)
     gamma = torch.ones_like(variance) if weight is None else weight
-    scale: Tensor = gamma.detach().double() / (variance.double() + call.get("eps", 7, 1e-5)).sqrt()
+    scale: Tensor = gamma.detach().double() / (variance.double() + call.get("eps", 1e-5)).sqrt()
     return scale
 
 
 @rule("mul", "imul", "multiply", depends=Depends.ONE)
 def _mul(call: Call) -> float:
     # diagonal, times the copies that broadcasting makes
-    x, factor = _operands(call)
-    return times(_largest(factor), call.repeated(x))
+    x, factor = call.factors("input", "other")
+    return times(magnitude(call.get(factor)), call.repeated(call.get(x)))
 
 
 @rule("div", "truediv", "itruediv", "divide", "true_divide")
 def _div(call: Call) -> float | Constant:
-    if call.get("rounding_mode", 2, None) is not None:
+    if call.get("rounding_mode", None) is not None:
         return no_bound("division with rounding jumps")
-    smallest = _smallest(call.get("other", 1))
-    if smallest == 0:
-        return no_bound("division by zero")
-    return times(next_up(1 / smallest), call.repeated(call.x))
-
-
-@rule("matmul", "imatmul", "mm", "bmm", "mv", "dot", depends=Depends.ONE)
-def _matmul(call: Call) -> Constant:
-    return _product(call, *_operands(call))
-
-
-@rule("addmm", "baddbmm", "addmv", depends=Depends.ONE)
-def _addmm(call: Call) -> float | Constant:
-    # beta * input + alpha * a @ b
-    if call.x_bound:
-        return times(abs(float(call.get("beta", 3, 1))), call.repeated(call.x))
-    a, b = (v for v in [*call.args, *call.kwargs.values()][1:] if isinstance(v, Tensor))
-    a_bound, _ = ([*call.bounds, *call.keyword_bounds.values()])[1:3]
-    product = _product(call, *((a, b) if a_bound else (b, a)))
-    return Constant(times(product.value, abs(float(call.get("alpha", 4, 1)))), product.how)
-
-
-def _product(call: Call, x: Tensor, matrix: Tensor) -> Constant:
-    """The constant of x @ matrix, or of matrix @ x."""
-    batch = math.prod(torch.broadcast_shapes(x.shape[:-2], matrix.shape[:-2]))
-    copies = root(batch / max(math.prod(x.shape[:-2]), 1))
-    if matrix.ndim > 2:  # the largest of the stack
-        norms = torch.linalg.matrix_norm(matrix.detach().double(), 2)
-        return Constant(times(loosened(float(norms.max())), copies), "dense")
-    constant = _bounded(call, MatrixOperator(matrix.detach().reshape(1, -1) if matrix.ndim == 1 else matrix.detach()))
-    return Constant(times(constant.value, copies), constant.how)
-
-
-def _operands(call: Call) -> tuple[Any, Any]:
-    """The factor that depends on the input, and the other."""
-    a, b = [*call.args, *call.kwargs.values()][:2]
-    return (a, b) if call.x_bound else (b, a)
-
-
-def _largest(factor: Any) -> float:
-    if isinstance(factor, Tensor):
-        return float(factor.detach().double().abs().max()) if factor.numel() else 0.0
-    return abs(float(factor))
-
-
-def _smallest(divisor: Any) -> float:
-    return float(divisor.detach().abs().min()) if isinstance(divisor, Tensor) else abs(float(divisor))
+    return times(inverse(call.get("other")), call.repeated(call.x))

@@ -5,20 +5,36 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from . import activations, layout, products, reductions, refusals, sums, windows  # noqa: F401 - they register rules
-from .graph import Untraceable, evaluating, graph_of_layer, is_leaf, trace, unwrapped
+from ..layers.exact import why_not_its_class
+from . import (  # noqa: F401 - they register rules
+    activations,
+    contractions,
+    layout,
+    products,
+    reductions,
+    refusals,
+    sums,
+    windows,
+)
+from .graph import Untraceable, evaluating, is_leaf, own_name, trace, unwrapped
+from .hooks import observed_call, silent
+from .origins import joint_bound
 from .report import LayerBound, LipschitzReport
-from .rounding import root_of_squares
 from .rules import Call, Outcome, apply_rule, find, kind_of, leaves, no_bound, outcome_of
+from .tracking import Tracking, copied, tensors, writes_in_place
+from .verify import refuted, same_values
 
 _INTEGERS_JUMP = "integers computed from the input jump: no finite bound"
-_HOOKED = "a forward hook changes its input or output: no rule"
+_HOOKED = "a forward hook may change its input or output: no rule"
+_UNANNOUNCED = "it writes into an argument: no rule"
+_BROKEN = "its graph refers to values that it does not have"
+_STATE = "the model writes what depends on its input into its own tensors"
 _ALIASED = "written in place through a view: no rule"
 
 
@@ -30,10 +46,16 @@ def lipschitz_bound(
     The model is written as a graph by torch.fx. Each node carries a bound of the map from the network's input to it:
     layers multiply it by their constant, sums add, concatenations take the root of the squares.
     The constants are certified: computed in float64 and rounded up. They are those of the exact function; the rounding
-    of the network's own arithmetic is not in them.
+    of the network's own arithmetic, and of casts between floating-point dtypes, is not in them.
+    A call has a finite constant only if a rule covers it with all its arguments. A layer whose forward, class or
+    methods were replaced is bounded by the code that it runs. ``detach`` and ``data`` cut gradients, not slopes: they
+    count as the identity. At the end the graph is run beside the model at two more inputs; a slope above the bound, or
+    another result, makes it infinite.
 
     Args:
-        model: is run once in eval mode, without gradients; training flags, weights and attributes stay as they are.
+        model: is run a few times in eval mode, without gradients; training flags, buffers and attributes stay as they
+            are. Forward hooks that only look on see two of these calls; where one may change what a layer computes,
+            there is no bound.
         example_input: a tensor, or a tuple of arguments; batch size 1 is enough. Convolutions and pooling are bounded
             for its spatial size. With several tensors the bound is with respect to all of them together,
             |(x1, x2)|_2, also those of integers (masks, indices), for which there is no finite one.
@@ -63,80 +85,86 @@ def lipschitz_bound(
     with evaluating(model):
         try:
             propagation = _Propagation(model, len(args), fold_batchnorm)
-            output = propagation.run(*_copied(args))
-            bound = propagation.output_bound
-            if math.isfinite(bound) and not _equal(output, model(*_copied(args))):
-                raise Untraceable("the traced graph computes something else than the model")
+            output = propagation.run(*copied(args))
+            bound, reason = propagation.output_bound, propagation.output_reason
+            if math.isfinite(bound):
+                if not same_values(output, expected := model(*copied(args))):
+                    raise Untraceable("the traced graph computes something else than the model")
+                with silent(propagation.onlookers):
+                    reason = refuted(bound, propagation.plain(), model, args, expected)
+                bound = math.inf if reason else bound
         except Untraceable as error:
             reason = f"the model could not be traced by torch.fx ({error})"
             warnings.warn(f"lipschitz_bound: {reason}; the report has layers only, and no bound", stacklevel=2)
-            return LipschitzReport(math.inf, tuple(_layers_alone(model, _copied(args))), reason)
-    return LipschitzReport(bound, tuple(propagation.rows.values()), propagation.output_reason)
+            return LipschitzReport(math.inf, tuple(_layers_alone(model, copied(args))), reason)
+    return LipschitzReport(bound, tuple(propagation.rows.values()), reason)
 
 
 class _Propagation(fx.Interpreter):
     """Runs the graph, and beside each value computes the bound of the map from the input to it."""
 
     def __init__(self, model: nn.Module, n_arguments: int, fold: bool) -> None:
-        if is_leaf(model):
-            root, graph = graph_of_layer(model, n_arguments)
-            self.constants: dict[str, Any] = {}
-        else:
-            root = model
-            graph, self.constants = trace(model, n_arguments)
-        super().__init__(root, graph=graph)
+        holder, graph = trace(model, n_arguments)
+        super().__init__(holder, graph=graph)
         self.extra_traceback = False
         self.fold = fold
-        self.bounds: dict[fx.Node, float] = {}
+        self.onlookers: list[nn.Module] = []  # layers whose hooks do not change what they compute
+        self.tracking = Tracking(model)
+        self.bounds = self.tracking.bounds
         self.rows: dict[fx.Node, LayerBound] = {}
         self.output_bound = 0.0
         self.output_reason = ""
         self.cache: dict[Any, Any] = {}
         self.waiting: dict[fx.Node, Call] = {}  # a normalisation, and the layer before it that it is folded into
-        self.tainted: set[int] = set()  # storages that were overwritten with what depends on the input
+
+    def plain(self) -> fx.Interpreter:
+        """The graph on its own."""
+        interpreter = fx.Interpreter(self.module, graph=self.graph)
+        interpreter.extra_traceback = False
+        return interpreter
 
     def run_node(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        self.hooked = False  # whether hooks changed what this node computes
-        versions = [(t, t._version) for t in _tensors((args, kwargs))]
+        try:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+        except RuntimeError as error:  # a stand-in was copied, with the graph that it is in
+            raise Untraceable(_BROKEN) from error
+        self.hooked = False  # whether hooks may change what this node computes
+        versions = [(t, t._version) for t in tensors((args, kwargs))]
+        # A rule needs the arguments as they were.
+        before = copied((args, kwargs)) if writes_in_place(n, self._module(n)) else (args, kwargs)
         try:
             value = super().run_node(n)
         except Exception as error:  # the model itself fails on this input, or only its trace: the fallback finds out
-            raise Untraceable(f"its graph fails at {n.name}: {type(error).__name__}") from error
+            raise Untraceable(f"its graph fails at {own_name(n.name)}: {type(error).__name__}") from error
         if n.op == "placeholder":
-            self.bounds[n] = 1.0 if list(_tensors(value)) else 0.0
+            self.bounds[n] = 1.0 if list(tensors(value)) else 0.0
         elif n.op == "get_attr":
-            owned = any(t.untyped_storage().data_ptr() in self.tainted for t in _tensors(value))
-            self.bounds[n] = math.inf if owned else 0.0
+            self.tracking.is_state(value)
+            self.bounds[n] = 0.0
         elif n.op == "output":
             self._finish(n)
         else:
-            self.bounds[n] = self._bound_of(n, args, kwargs, value)
             written = [t for t, version in versions if t._version != version]
-            self._spread_in_place(n, written)
+            unannounced = bool(written) and before[0] is args and not self.hooked
+            self.bounds[n] = self._bound_of(n, before[0], before[1], value, unannounced)
+            for other in self.tracking.spread(n, value, written, self.env):
+                self.rows[other] = LayerBound(_function_name(other), "view", None, math.inf, "none", _ALIASED)
         return value
-
-    def fetch_attr(self, target: str) -> Any:
-        return self.constants[target] if target in self.constants else super().fetch_attr(target)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(str(target))
-        if not (module._forward_hooks or module._forward_pre_hooks):
+        if why_not_its_class(module, statistics=False) is None or not find(module):
             return module(*args, **kwargs)
-        given, seen = _copied((args, kwargs)), []
-        handles = [
-            module.register_forward_pre_hook(lambda m, a, k: seen.append(_copied((a, k))), with_kwargs=True),
-            module.register_forward_hook(lambda m, a, out: seen.append(_copied((out,))), prepend=True),
-        ]
-        try:
-            out = module(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.hooked = not _equal(seen, [given, (out,)])
+        out, self.hooked = observed_call(module, args, kwargs)
+        self.onlookers.append(module)
         return out
 
-    def _bound_of(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> float:
+    def _module(self, n: fx.Node) -> nn.Module | None:
+        return self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+
+    def _bound_of(
+        self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, unannounced: bool
+    ) -> float:
         if not any(self.bounds[i] for i in n.all_input_nodes):
             return 0.0
         call = self._call(n, args, kwargs, value)
@@ -146,20 +174,35 @@ class _Propagation(fx.Interpreter):
         layer = self.waiting.pop(n, None)
         if layer is not None:
             return self._fold(n, layer, call)
-        outcome = self._outcome(call)
-        if isinstance(value, Tensor) and outcome.bound and not (value.is_floating_point() or value.is_complex()):
-            outcome = Outcome(math.inf, math.inf, "none", outcome.reason or _INTEGERS_JUMP)
+        outcome = outcome_of(call, no_bound(_UNANNOUNCED), 1.0) if unannounced else self._outcome(call)
+        outcome = replace(outcome, bound=self.tracking.follow(n, call, outcome))
         self._add_row(n, call, outcome)
         return outcome.bound
 
     def _call(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Call:
+        module = self._module(n)
+        name = (own_name(str(n.target)) or kind_of(module)) if module is not None else _function_name(n)
+
+        def origin(argument: Any) -> Any:
+            return self.tracking.origin(argument, self.env.get(argument)) if isinstance(argument, fx.Node) else None
+
         def bound(argument: Any) -> Any:
             return self.bounds[argument] if isinstance(argument, fx.Node) else 0.0
 
-        bounds, keyword_bounds = (fx.node.map_aggregate(a, bound) for a in (n.args, n.kwargs))
-        target = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
-        name = str(n.target) if n.op == "call_module" else _function_name(n)
-        return Call(name, target, args, kwargs, bounds, keyword_bounds, value, self.cache)  # type: ignore[arg-type]
+        trees: list[Any] = [fx.node.map_aggregate(a, f) for f in (bound, origin) for a in (n.args, n.kwargs)]
+        bounds, keyword_bounds, origins, keyword_origins = trees
+        return Call(
+            name,
+            module if module is not None else n.target,
+            args,
+            kwargs,
+            bounds,
+            keyword_bounds,
+            value,
+            self.cache,
+            origins,
+            keyword_origins,
+        )
 
     def _normalisation_after(self, n: fx.Node) -> fx.Node | None:
         """The batch normalisation that alone uses the result of this linear layer."""
@@ -174,18 +217,20 @@ class _Propagation(fx.Interpreter):
     def _entry(self, n: fx.Node) -> Any:
         if n.op not in ("call_module", "call_function", "call_method"):
             return None
-        return find(self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target)
+        return find(self._module(n) if n.op == "call_module" else n.target)
 
     def _outcome(self, call: Call) -> Outcome:
         return outcome_of(call, no_bound(_HOOKED), 1.0) if self.hooked else apply_rule(call)
 
     def _fold(self, n: fx.Node, layer: Call, norm: Call) -> float:
         linear = not (self.hooked or any(layer.other_bounds() + norm.other_bounds()))
+        linear = linear and layer.slots is not None and norm.slots is not None
         constant = products.folded(layer, norm) if linear else None
-        if constant is None:
+        before = layer.bound("input"), norm.bound("input")
+        if constant is None or not all(before) or layer.left_over() or norm.left_over():
             alone = apply_rule(layer)
             self._add_row(n.all_input_nodes[0], layer, alone)
-            norm.bounds = (alone.bound, *norm.bounds[1:])
+            norm.put_bound("input", alone.bound)
             outcome = self._outcome(norm)
             self._add_row(n, norm, outcome)
             return outcome.bound
@@ -209,27 +254,14 @@ class _Propagation(fx.Interpreter):
         row = LayerBound(call.name, call.kind, outcome.constant, outcome.bound, outcome.how, outcome.reason)
         self.rows[n] = row
 
-    def _spread_in_place(self, n: fx.Node, written: list[Tensor]) -> None:
-        """Give every other name of a tensor that was overwritten the bound of what is in it now."""
-        for t in written:
-            storage = t.untyped_storage().data_ptr()
-            if self.bounds[n]:
-                self.tainted.add(storage)
-            for other, value in self.env.items():
-                if any(v.untyped_storage().data_ptr() == storage for v in _tensors(value)):
-                    same = isinstance(value, Tensor) and _place(value) == _place(t)
-                    self.bounds[other] = self.bounds[n] if same else math.inf
-                    if not same and self._used_after(other, n):
-                        self.rows[other] = LayerBound(_function_name(other), "view", None, math.inf, "none", _ALIASED)
-
-    def _used_after(self, node: fx.Node, now: fx.Node) -> bool:
-        order = {m: i for i, m in enumerate(self.graph.nodes)}
-        return any(order[user] > order[now] for user in node.users)
-
     def _finish(self, output: fx.Node) -> None:
-        parts = [n for n in output.all_input_nodes if self.bounds[n]]
-        self.output_bound = root_of_squares(self.bounds[n] for n in parts)
-        if any(not (t.is_floating_point() or t.is_complex()) for n in parts for t in _tensors(self.env[n])):
+        parts: list[fx.Node] = []  # each as often as it is returned
+        fx.node.map_arg(output.args, lambda n: parts.append(n) if self.bounds[n] else None)
+        origins = [self.tracking.origin(n, self.env[n]) for n in parts]
+        self.output_bound = joint_bound([self.bounds[n] for n in parts], origins)
+        if self.tracking.changed_state:
+            self.output_bound, self.output_reason = math.inf, _STATE
+        elif any(not (t.is_floating_point() or t.is_complex()) for n in parts for t in tensors(self.env[n])):
             self.output_bound, self.output_reason = math.inf, _INTEGERS_JUMP
         elif math.isinf(self.output_bound):
             self.output_reason = next((f"{r.name}: {r.reason}" for r in self.rows.values() if r.reason), "overflow")
@@ -276,22 +308,8 @@ def _check_tensors(model: nn.Module, args: tuple[Any, ...]) -> None:
         if t.is_floating_point() and bool(bad.any()):
             layer, _, own = name.rpartition(".")
             raise ValueError(f"layer {layer or type(model).__name__!r}: {own} has NaN or infinite elements")
-    if any(t.is_meta for t in _tensors(args)):
+    if any(t.is_meta for t in tensors(args)):
         raise ValueError("example_input is on the meta device; give a real tensor")
-
-
-def _tensors(nested: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in leaves(nested) if isinstance(leaf, Tensor))
-
-
-def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, tensors copied: the model may write in place."""
-    copied = fx.node.map_aggregate(args, lambda a: a.detach().clone() if isinstance(a, Tensor) else a)
-    return tuple(copied)
-
-
-def _place(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), tuple(t.shape), t.stride()
 
 
 def _used_once(n: fx.Node, user: fx.Node) -> bool:
@@ -309,20 +327,5 @@ def _used_once(n: fx.Node, user: fx.Node) -> bool:
 def _function_name(n: fx.Node) -> str:
     """The node's name, below the module whose forward has the call."""
     stack = n.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
+    path = own_name(next(reversed(stack.values()))[0]) if stack else ""
     return f"{path}.{n.name}".lstrip(".")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two nested values of the same computation agree up to rounding."""
-    ours, theirs = list(_tensors(a)), list(_tensors(b))
-    return len(ours) == len(theirs) and all(_close(x, y) for x, y in zip(ours, theirs))
-
-
-def _close(x: Tensor, y: Tensor) -> bool:
-    if x.shape != y.shape or x.dtype != y.dtype or x.numel() == 0:
-        return x.shape == y.shape and x.dtype == y.dtype
-    if not x.is_floating_point():
-        return torch.equal(x, y)
-    size = float(y.nan_to_num().abs().max())
-    return torch.allclose(x.double(), y.double(), rtol=0, atol=64 * torch.finfo(x.dtype).eps * size, equal_nan=True)

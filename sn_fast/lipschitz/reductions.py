@@ -1,15 +1,15 @@
-"""Constants of reductions over whole dimensions: mean, sum, largest element."""
+"""Constants of reductions over whole dimensions: mean, sum, norms; of sorting, and of the largest elements."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .rounding import loosened, root, root_of_squares, times
+from .rounding import loosened, root
 from .rules import Call, Constant, joint_rule, no_bound, rule
+from .sums import elementwise_choice
 
 Dims = int | tuple[int, ...] | list[int] | None
 
@@ -27,35 +27,89 @@ def _sum(call: Call) -> float | Constant:
     return count if isinstance(count, Constant) else root(count)
 
 
-@rule("amax", "amin")
-def _amax(call: Call) -> float | Constant:
-    # |max x - max y| <= max |x - y| in each set of elements, and the sets are disjoint
-    count = _reduced(call)
+@rule("amax", "amin", "logsumexp", "special_logsumexp")
+@rule("median", "nanmedian", "kthvalue")
+def _one_of_each_set(call: Call) -> float | Constant:
+    # |max x - max y| <= max |x - y| in each set of elements, and the sets are disjoint; so has every other order
+    # statistic, and log-sum-exp, whose gradient is a softmax
+    call.allows("k")
+    count = _reduced(call, default=-1 if "kthvalue" in call.kind else None)
     return count if isinstance(count, Constant) else 1.0
 
 
-@joint_rule("max", "min", "maximum", "minimum")
-def _max(call: Call) -> float | Constant:
-    other = call.get("other", 1, None)
-    if isinstance(other, Tensor):
-        # each element of the result is one of the two
-        pairs = ((call.x, call.x_bound), (other, call.bound("other", 1)))
-        return root_of_squares(times(call.repeated(t), bound) for t, bound in pairs)
+@rule("aminmax")
+def _aminmax(call: Call) -> float | Constant:
+    # two elements of the sorted set, the same one if there is one only
     count = _reduced(call)
-    return count if isinstance(count, Constant) else call.x_bound
+    return count if isinstance(count, Constant) else root(2) if count == 1 else 1.0
 
 
-def _reduced(call: Call) -> int | Constant:
-    """How many elements go into one."""
-    dims = call.get("dim", 1, call.get("axis", 1, None))
-    if isinstance(dims, torch.dtype) or _touches_batch(call.x, dims):
+@rule("sort", "msort", "topk")
+def _sort(call: Call) -> float:
+    # |sort x - sort y| <= |x - y| (rearrangement inequality)
+    call.allows("dim", "k", "largest", "sorted", "stable", "descending")
+    return 1.0
+
+
+@rule("cummax", "cummin")
+def _cummax(call: Call) -> float | Constant:
+    # each element of the result is one before it: at most n times the same
+    count = _reduced(call)
+    return count if isinstance(count, Constant) else root(count)
+
+
+@joint_rule("max", "min")
+def _max(call: Call) -> float | Constant:
+    if isinstance(call.get("other", None), Tensor):
+        return elementwise_choice(call)
+    count = _reduced(call)
+    return count if isinstance(count, Constant) else call.bound("input")
+
+
+@rule("norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm", "frobenius_norm")
+def _norm(call: Call) -> float | Constant:
+    # the largest |y|_p with |y|_2 = 1
+    name = call.kind.strip("_")
+    dims = call.get("dim", (-2, -1) if name == "linalg_matrix_norm" else None)
+    order = call.get("p", call.get("ord", "fro" if name in ("norm", "linalg_matrix_norm") else None))
+    if touches_batch(call.x, dims):
         return no_bound(f"{call.kind} runs over the batch dimension: no bound per sample")
-    return max(math.prod(call.x.shape[d] for d in _listed(dims)), 1)
+    sizes = [call.x.shape[d] for d in _listed(dims)]
+    # torch.norm means vectors also over two dimensions.
+    of_matrices = len(sizes) == 2 and name in ("linalg_norm", "linalg_matrix_norm") and order is not None
+    if order in (None, "fro"):
+        return 1.0
+    if order == "nuc":
+        return root(min(sizes)) if len(sizes) == 2 else no_bound(f"no rule for {call.kind} with p={order!r}")
+    p = float(order)
+    constant = _matrix_norm_constant(p, *sizes) if of_matrices else _norm_constant(p, math.prod(sizes))
+    return no_bound(f"no rule for {call.kind} with p={order!r}") if constant is None else constant
 
 
-def _touches_batch(x: Tensor, dims: Dims) -> bool:
+def _norm_constant(p: float, n: int) -> float | None:
+    """The largest |y|_p of a vector of n elements with |y|_2 = 1."""
+    if p >= 2 or p == -math.inf:  # the smallest |y| too changes no more than y
+        return 1.0
+    return loosened(max(n, 1) ** (1 / p - 0.5)) if p >= 1 else None
+
+
+def _matrix_norm_constant(p: float, rows: int, columns: int) -> float | None:
+    """The same of a matrix norm: the largest singular value, column sum or row sum; for -p the smallest."""
+    return {2: 1.0, 1: root(rows), math.inf: root(columns)}.get(abs(p))
+
+
+def touches_batch(x: Tensor, dims: Dims) -> bool:
+    """Whether these dimensions, all of them for None, have the first among them."""
     listed = _listed(dims)
     return not listed or any(d % max(x.ndim, 1) == 0 for d in listed)
+
+
+def _reduced(call: Call, default: Any = None) -> int | Constant:
+    """How many elements go into one."""
+    dims = call.get("dim", default)
+    if touches_batch(call.x, dims):
+        return no_bound(f"{call.kind} runs over the batch dimension: no bound per sample")
+    return max(math.prod(call.x.shape[d] for d in _listed(dims)), 1)
 
 
 def _listed(dims: Any) -> list[int]:

@@ -59,33 +59,44 @@ class LipschitzReport:
     layers: tuple[LayerBound, ...]
     reason: str = ""
 
-    def certified_radius(self, logits: Tensor, y: Tensor | None = None) -> Tensor:
-        """l2 distance within which no input changes the prediction: margin / (sqrt(2) L).
+    def certified_radius(self, logits: Tensor, y: Any = None) -> Tensor:
+        """l2 distance within which no input changes the prediction: margin / (sqrt(2) L), or |z| / L for one logit z.
 
-        Each difference of two logits is sqrt(2) L-Lipschitz (Tsuzuku, Sato, Sugiyama 2018, Lipschitz-margin training).
+        Each difference of two logits is sqrt(2) L-Lipschitz (Tsuzuku, Sato, Sugiyama 2018, Lipschitz-margin training);
+        a single logit is L-Lipschitz itself.
 
         Args:
-            logits: (B, classes), outputs of the network.
-            y: (B,) true classes; None: the network's own prediction.
+            logits: (B, classes), outputs of the network; of a binary classifier with one logit (B, 1) or (B,), whose
+                prediction is 1 where it is positive and 0 where it is negative.
+            y: B true classes, as a tensor, array or list of integers; None: the network's own prediction.
 
         Returns:
-            (B,) in float64, in the units of the input; 0 where the prediction is not ``y``, and where the bound is
-            infinite.
+            (B,) in float64, in the units of the input; 0 where the prediction is not ``y``, where a logit is infinite
+            or NaN, and where the bound is infinite.
+
+        Raises:
+            TypeError: ``logits`` is no floating-point tensor.
+            ValueError: ``logits`` or ``y`` has another shape, or a class in ``y`` does not exist.
         """
-        if logits.ndim != 2 or logits.shape[1] < 2:
-            raise ValueError(f"logits has shape {tuple(logits.shape)}; give (B, classes), at least two classes")
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits is a {type(logits).__name__}; give a floating-point tensor")
+        if logits.ndim not in (1, 2) or logits.shape[1:] == (0,):
+            raise ValueError(f"logits has shape {tuple(logits.shape)}; give (B, classes), or (B,) of one logit each")
         if not logits.is_floating_point():
             raise TypeError(f"logits has dtype {logits.dtype}; give a floating-point tensor")
         scores = logits.detach().double()
-        if y is None:
-            y = scores.argmax(dim=1)
-        if y.shape != scores.shape[:1] or y.is_floating_point():
-            raise ValueError(f"y has shape {tuple(y.shape)}, {y.dtype}; give {scores.shape[0]} class indices")
-        chosen = scores.gather(1, y[:, None].long())[:, 0]
-        margin = chosen - scores.scatter(1, y[:, None].long(), -math.inf).amax(dim=1)
+        binary = scores.ndim == 1 or scores.shape[1] == 1
+        if binary:  # z against 0: a margin of two logits of which one does not move
+            scores = torch.stack((torch.zeros_like(scores.reshape(-1)), scores.reshape(-1)), dim=1)
+        chosen = scores.nan_to_num().argmax(dim=1) if y is None else _classes(y, scores, binary)
+        own = scores.gather(1, chosen[:, None])[:, 0]
+        others = scores.scatter(1, chosen[:, None], -math.inf).amax(dim=1)
+        half_margin = own / 2 - others / 2  # the whole one may overflow
+        slope = self.bound / (2 if binary else math.sqrt(2))
         # The quotient of two rounded numbers: an ulp or two, the other way.
-        radius = margin / (math.sqrt(2) * self.bound) * (1 - 1e-12) if self.bound else margin * math.inf
-        return torch.where(margin > 0, radius, 0.0)
+        radius = half_margin / slope * (1 - 1e-12) if self.bound else half_margin * math.inf
+        radius = radius.clamp(max=torch.finfo(torch.float64).max) if self.bound else radius
+        return torch.where((half_margin > 0) & scores.isfinite().all(dim=1), radius, 0.0)
 
     def __str__(self) -> str:
         rows = [_HEAD, *(_cells(layer) for layer in self.layers)]
@@ -149,6 +160,27 @@ class LipschitzReport:
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if right < 1000 * left else (1,), numticks=8))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _classes(y: Any, scores: Tensor, binary: bool) -> Tensor:
+    """Class indices, checked, as an int64 tensor beside the scores."""
+    rows, count = scores.shape
+    expected = f"give {rows} class indices, integers from 0 to {count - 1}"
+    try:
+        given = torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"y={y!r} is no list of integers; {expected}") from error
+    if given.shape == (rows, 1) and binary:
+        given = given[:, 0]
+    if given.numel() == 0 and rows == 0:
+        given = given.long()
+    if given.shape != (rows,) or given.is_floating_point() or given.is_complex():
+        raise ValueError(f"y has shape {tuple(given.shape)}, {given.dtype}; {expected}")
+    given = given.to(scores.device, torch.int64)
+    wrong = given[(given < 0) | (given >= count)]
+    if wrong.numel():
+        raise ValueError(f"y has the class {int(wrong[0])}; {expected}")
+    return given
 
 
 def _label(layer: LayerBound) -> str:

@@ -24,10 +24,11 @@ _COLUMNS = 256  # of a larger matrix at a time
 def _max_pool(call: Call) -> float:
     # |max x - max y|^2 <= sum of (x - y)^2 in the window, and an element counts once for each of its windows
     n = _axes(call)
-    kernels = _per_axis(call.get("kernel_size", 1), n)
-    strides = _per_axis(call.get("stride", 2, None) or kernels, n)
-    paddings = _per_axis(call.get("padding", 3, 0), n)
-    dilations = _per_axis(call.get("dilation", 4, 1), n)
+    call.allows("ceil_mode")
+    kernels = _per_axis(call.get("kernel_size"), n)
+    strides = _per_axis(call.get("stride", None) or kernels, n)
+    paddings = _per_axis(call.get("padding", 0), n)
+    dilations = _per_axis(call.get("dilation", 1), n)
     sizes, outs = call.x.shape[-n:], _first(call.out).shape[-n:]
     return _product(
         root(_largest_count(size, [[o * s + t * d - p for t in range(k)] for o in range(out)]))
@@ -41,6 +42,7 @@ def _max_pool(call: Call) -> float:
 def _adaptive_max_pool(call: Call) -> float:
     # as max pooling, with windows from floor(o n / m) to ceil((o + 1) n / m)
     n = _axes(call)
+    call.allows("output_size")
     return _product(
         root(_largest_count(size, [list(range(o * size // out, -(-(o + 1) * size // out))) for o in range(out)]))
         for size, out in zip(call.x.shape[-n:], _first(call.out).shape[-n:])
@@ -52,11 +54,11 @@ def _adaptive_max_pool(call: Call) -> float:
 @rule("avg_pool3d", nn.AvgPool3d)
 def _avg_pool(call: Call) -> float:
     n = _axes(call)
-    kernels = _per_axis(call.get("kernel_size", 1), n)
-    strides = _per_axis(call.get("stride", 2, None) or kernels, n)
-    paddings = _per_axis(call.get("padding", 3, 0), n)
-    ceil_mode, include = call.get("ceil_mode", 4, False), call.get("count_include_pad", 5, True)
-    divisor = call.get("divisor_override", 6, None)
+    kernels = _per_axis(call.get("kernel_size"), n)
+    strides = _per_axis(call.get("stride", None) or kernels, n)
+    paddings = _per_axis(call.get("padding", 0), n)
+    ceil_mode, include = call.get("ceil_mode", False), call.get("count_include_pad", True)
+    divisor = call.get("divisor_override", None)
     norms = (
         _avg_pool_norm(size, k, s, p, bool(ceil_mode), bool(include), divisor is not None)
         for size, k, s, p in zip(call.x.shape[-n:], kernels, strides, paddings)
@@ -81,6 +83,7 @@ def _avg_pool_norm(size: int, k: int, s: int, p: int, ceil_mode: bool, include: 
 @rule("adaptive_avg_pool3d", nn.AdaptiveAvgPool3d)
 def _adaptive_avg_pool(call: Call) -> float:
     n = _axes(call)
+    call.allows("output_size")
     return _product(_adaptive_norm(size, out) for size, out in zip(call.x.shape[-n:], call.out.shape[-n:]))
 
 
@@ -91,18 +94,19 @@ def _adaptive_norm(size: int, out: int) -> float:
 
 @rule("interpolate", "upsample", nn.Upsample)
 def _interpolate(call: Call) -> float | Constant:
-    mode = call.get("mode", 3, "nearest")
+    call.allows("size", "scale_factor", "align_corners", "recompute_scale_factor", "antialias")
+    mode = call.get("mode", "nearest")
     x, out = call.x, call.out
     n = x.ndim - 2
     if mode == "area":
         return _product(_adaptive_norm(size, m) for size, m in zip(x.shape[2:], out.shape[2:]))
     if mode not in ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "bicubic"):
         return no_bound(f"no rule for interpolation with mode={mode!r}")
-    factor = call.get("scale_factor", 2, None)
+    factor = call.get("scale_factor", None)
     # PyTorch samples at steps of 1 / scale_factor, not of size / out, when it is given the factor.
-    use_factor = factor is not None and not call.get("recompute_scale_factor", 5, None)
+    use_factor = factor is not None and not call.get("recompute_scale_factor", None)
     factors: Sequence[float | None] = _per_axis(factor, n) if use_factor else (None,) * n
-    align, antialias = call.get("align_corners", 4, None), bool(call.get("antialias", 6, False))
+    align, antialias = call.get("align_corners", None), bool(call.get("antialias", False))
     return _product(
         _interpolation_norm(size, m, scale, mode, align, antialias)
         for size, m, scale in zip(x.shape[2:], out.shape[2:], factors)

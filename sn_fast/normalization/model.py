@@ -19,8 +19,9 @@ from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from .checks import check_has_norm
 from .hooks import check_once_per_forward, observe_input, remove_hooks
+from .mapped import MappedSpectralNorm
 from .options import Options
-from .parametrization import SpectralNorm, refresh, spectral_norms
+from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
 
 _LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
@@ -128,7 +129,7 @@ def apply_spectral_norm(
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
     if operator == "conv":
-        _check_layers({n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()})
+        _check_layers({n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}, mapped=not bound)
     hashed = _is_large(layers.values())
     done: list[nn.Module] = []
     try:
@@ -168,15 +169,13 @@ def frozen_sigma(model: nn.Module) -> Iterator[None]:
 
     For many forwards with one weight, such as the steps of an attack. A change of weight inside is not seen.
     """
-    frozen: list[SpectralNorm] = []
+    members = spectral_norms(model)
+    with torch.inference_mode(False), torch.no_grad():
+        freeze(members)
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            for m in spectral_norms(model):
-                m.freeze()
-                frozen.append(m)
         yield
     finally:
-        for m in frozen:
+        for m in members:
             m.thaw()
 
 
@@ -232,10 +231,15 @@ def _register(
         )
     size = None if as_matrix else _input_size(module, weight.ndim - 2, input_size)
     every_size = not as_matrix and input_size == "any" and _depends_on_size(module)
+    own = kind.why_not_exact(module) if kind is not None and input_size == "any" else None
+    if own is not None:
+        raise ValueError(f"input_size='any': {own}, so its map is known at one input size at a time; give that")
     if every_size:
         options = replace(options, bound=True)
+    mapped = False
     if options.operator == "conv" and kind is not None:
-        reason = _why_not_divisible(module, size)
+        reason = _why_not_divisible(module, size, mapped=not options.bound)
+        mapped = reason is None and _why_not_divisible(module, size, mapped=False) is not None
         if reason is not None:
             raise ValueError(
                 f"{type(module).__name__} cannot be normalised by its weight: {reason}; it can be measured"
@@ -244,7 +248,8 @@ def _register(
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
     known = kind_of(module)
     rows = known.matrix_dim if known is not None else 0
-    parametrization = SpectralNorm(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
+    cls = MappedSpectralNorm if mapped else SpectralNorm
+    parametrization = cls(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
     parametrization.train(module.training)
     parametrization.sizes.update(used_at)
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
@@ -267,9 +272,9 @@ def _is_large(modules: Iterable[nn.Module], name: str = "weight") -> bool:
     return sum(sizes) > _LARGEST_COPIES
 
 
-def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]) -> None:
+def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]], *, mapped: bool) -> None:
     """Raise where dividing the weights does not divide the layers' maps, naming all such layers."""
-    reasons = {name: _why_not_divisible(module, size) for name, (module, size) in layers.items()}
+    reasons = {name: _why_not_divisible(module, size, mapped=mapped) for name, (module, size) in layers.items()}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if refused:
         names = ", ".join(map(repr, refused))
@@ -282,7 +287,7 @@ def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]
         )
 
 
-def _why_not_divisible(module: nn.Module, size: Sequence[int] | None) -> str | None:
+def _why_not_divisible(module: nn.Module, size: Sequence[int] | None, *, mapped: bool) -> str | None:
     weight = raw_weight(module)
     kind = kind_of(module)
     if kind is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
@@ -293,7 +298,7 @@ def _why_not_divisible(module: nn.Module, size: Sequence[int] | None) -> str | N
     sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
     reason = None
     for trial in sizes:
-        reason = why_not_divisible(module, weight, trial)
+        reason = why_not_divisible(module, weight, trial, mapped=mapped)
         if reason is None:
             break
     return reason

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..reference.power import sigma_through_last_iteration
 from . import checkpoint
 from .certify import certify
 from .foreign import normalize_foreign
-from .refresh import LOCK, advance, readable, refresh_model, restart, snapshots
+from .refresh import LOCK, advance, readable, refresh_model, restart, snapshots, with_ready_weights
 from .state import Snapshot, State, is_current, is_exporting
 
 
@@ -115,18 +115,6 @@ class SpectralNorm(State):
 
     # -- frozen -------------------------------------------------------------------------------------------------------
 
-    def freeze(self) -> None:
-        """Keep the normalised weight, detached, and the state, until as many calls of ``thaw``."""
-        if not self.freezes:
-            self._freeze_weight()
-        self.freezes += 1
-
-    def _freeze_weight(self) -> None:
-        # What a hook computes before each forward (a pruned weight) cannot be kept from here.
-        for _, weight in [] if self.is_computed else readable([self]):
-            (state,) = snapshots([(self, weight)])
-            self._frozen = self.normalize(weight, state).detach()
-
     def thaw(self) -> None:
         self.freezes -= 1
         if not self.freezes:
@@ -147,7 +135,7 @@ class SpectralNorm(State):
                     self.start(size)
                 if self.freezes:
                     freezes, self.freezes = self.freezes, 0
-                    self._freeze_weight()
+                    freeze([self])
                     self.freezes = freezes
         elif not (self._warned or torch.compiler.is_compiling() or self.covers(size)):
             self._warned = True
@@ -278,6 +266,18 @@ def spectral_norms(model: nn.Module) -> list[SpectralNorm]:
     return list(found)
 
 
+def freeze(members: Sequence[SpectralNorm]) -> None:
+    """Keep the normalised weights, all computed in one call, and the states, until as many calls of ``thaw``."""
+    # What a hook computes before each forward (a pruned weight) cannot be kept from here.
+    pairs = readable([m for m in members if m._home and not m.is_computed])
+    states = with_ready_weights(pairs, snapshots(pairs))
+    given = {member: (weight, state) for (member, weight), state in zip(pairs, states)}
+    frozen = {member: member.normalize(*given[member]).detach() for member in members if member in given}
+    for member in members:
+        member._frozen = frozen.get(member, member._frozen)
+        member.freezes += 1
+
+
 def refresh(model: nn.Module) -> None:
     """Advance every normalised layer below ``model`` whose raw weight has moved."""
     refresh_model(spectral_norms(model))
@@ -295,7 +295,7 @@ def _untraced() -> Iterator[None]:
 
 
 def _popped(ready: list[Tensor]) -> Tensor | None:
-    if torch.compiler.is_compiling() or not ready:
+    if torch.compiler.is_compiling():  # it makes none ready, and torch 2.7 compiles no such exception
         return None
     try:
         return ready.pop()

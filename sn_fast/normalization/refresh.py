@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -19,23 +20,38 @@ from ..ops.prepared_step import PreparedStep, prepare
 from ..ops.refresh import LOCK
 from ..ops.singular_vectors import POWER_STEPS
 from .certify import certified, certify
-from .state import Snapshot, State
+from .state import Snapshot, State, is_wrapped, moment
 
 Pair: TypeAlias = "tuple[State, Tensor]"  # a parametrization, and the weight that it is given
 
 
-def snapshots(pairs: Sequence[Pair]) -> list[Snapshot]:
-    """Refresh those whose weight has moved, and copy the states for one forward."""
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """One thread at a time, outside autograd and outside transforms of torch.func, which forbid writes to a state."""
+    with LOCK, torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+        yield
+
+
+def _check_started(pairs: Iterable[Pair]) -> None:
     for member, _ in pairs:
         if member.record is None and torch.compiler.is_compiling():
             raise RuntimeError(
                 "spectral_norm: the weights were loaded or replaced since sigma was computed, and torch.compile cannot "
                 "start it anew; run one eager forward, or call update_spectral_norm(model), first"
             )
+
+
+def snapshots(pairs: Sequence[Pair]) -> list[Snapshot]:
+    """Refresh those whose weight has moved, and copy the states for one forward."""
+    _check_started(pairs)
     vectors = torch.is_grad_enabled() or _transforms_active()
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # these see operators, or fakes, alone
+        if not torch.compiler.is_compiling():
+            restart([(m, w) for m, w in pairs if m.record is None and type(w) is nn.Parameter])
         return _by_operator(pairs, vectors)
-    with LOCK, torch.inference_mode(False), torch.no_grad():
+    with _undisturbed():
+        # What other parametrizations make within a transform is the transform's own.
+        pairs = [(member, member.incoming() if is_wrapped(weight) else weight) for member, weight in pairs]
         refresh(pairs)
         return [member.snapshot(weight, vectors=vectors) for member, weight in pairs]
 
@@ -45,7 +61,7 @@ def refresh(pairs: Iterable[Pair]) -> None:
     moved: list[Pair] = []
     replaced: list[Pair] = []
     unsure: list[Pair] = []
-    with LOCK, torch.inference_mode(False), torch.no_grad():
+    with _undisturbed():
         for member, weight in pairs:
             if member.settings_changed():
                 start_again(member, weight)
@@ -82,7 +98,7 @@ def start_again(member: State, weight: Tensor) -> None:
 
 def restart(pairs: Sequence[Pair]) -> None:
     """Find u, v, sigma anew, for weights that have nothing to do with the ones at hand."""
-    with LOCK, torch.inference_mode(False), torch.no_grad():
+    with _undisturbed():
         for member, weight in pairs:
             member.allocate(weight)
             if not weight.is_meta:
@@ -94,7 +110,7 @@ def restart(pairs: Sequence[Pair]) -> None:
 def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None) -> None:
     """Advance u, v, sigma, all that share a device, options and a number of iterations in one call."""
     batches = _batches(pairs, n_power_iterations)
-    with LOCK, torch.inference_mode(False), torch.no_grad():
+    with _undisturbed():
         for (_, n, full, precision), batch in batches.items():
             step = None if full else _prepared(batch, resolved(precision))
             if step is None:
@@ -110,9 +126,16 @@ def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None) -> Non
 
 
 def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
-    """``advance``, also in compiled code."""
+    """``advance`` now, from a new start where there is none that fits; also in compiled code."""
+    pairs = list(pairs)
+    _check_started(pairs)
     if not torch.compiler.is_compiling():
-        advance(pairs, n_power_iterations)
+        with _undisturbed():
+            for member, weight in pairs:
+                if member.settings_changed():
+                    start_again(member, weight)
+            restart([(member, weight) for member, weight in pairs if _is_replaced(member, weight)])
+            advance(pairs, n_power_iterations)
         return
     with torch.no_grad():
         for (device, n, _, precision), batch in _batches(pairs, n_power_iterations).items():
@@ -174,20 +197,20 @@ def _batch_by_operator(batch: list[Pair], vectors: bool, n_iterations: int, prec
     n = len(batch)
     grouped = iter(fresh[3 * n : 3 * n + len(groups)])
     results = []
-    for i, (member, _) in enumerate(batch):
+    for i, (member, weight) in enumerate(batch):
         sigma, estimate = fresh[i], None
         if member.options.bound:
             sigma, estimate = certified(member, weights[i], changed, i), fresh[i]
         u, v = (fresh[n + i], fresh[2 * n + i]) if len(fresh) > n else (None, None)
         group = next(grouped) if len(fresh) > n and member.known_geometry.groups > 1 else None
         start = fresh[3 * n + len(groups) + i] if previous else None
-        results.append(Snapshot(sigma, estimate, u, v, group, start, 0, []))
+        results.append(Snapshot(sigma, estimate, u, v, group, start, moment(weight), []))
     return results
 
 
 def _record(member: State, weight: Tensor) -> Tensor:
     if member.record is None:  # under a FakeTensorMode, say: nothing has run yet
-        member.record = record_of(member.operand(weight), hashed=member.hashed)
+        member.record = record_of(member.operand(weight), hashed=member.is_hashed_on(weight.device))
     return member.record
 
 
@@ -207,7 +230,7 @@ def with_ready_weights(pairs: Sequence[Pair], states: Sequence[Snapshot]) -> lis
         return list(states)
     by_device: dict[torch.device, list[int]] = {}
     for i, (member, weight) in enumerate(pairs):
-        if not member.options.full and type(weight) is nn.Parameter:
+        if not (member.options.full or member.is_cached) and type(weight) is nn.Parameter:
             by_device.setdefault(weight.device, []).append(i)
     result = list(states)
     for device, index in by_device.items():

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..layers.linear import chain, conv_operator
 from ..ops.fingerprint import is_hashed, record_of, same_content, update_record
+from ..ops.library import stream_of
 from ..reference.geometry import Geometry
 from ..reference.linear_map import compute_dtype
 from .options import Options
@@ -34,7 +35,7 @@ class Snapshot(NamedTuple):
     v: Tensor | None
     group: Tensor | None
     previous: Tensor | None
-    version: int
+    moment: tuple[int, ...]  # the weight's version, and the stream on which the tensors are made
     ready: list[Tensor]
 
     def to(self, device: torch.device) -> Snapshot:
@@ -132,6 +133,13 @@ class State(nn.Module):
         found = self.siblings
         return found._parameters.get("original") is None or "original" in found.__dict__
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether torch.nn.utils.parametrize.cached() holds the weight, so that no use computes it."""
+        assert self._home is not None
+        module, name = self._home
+        return bool(parametrize._cache_enabled) and (id(module), name) in parametrize._cache
+
     def incoming(self) -> Tensor:
         """The weight that this parametrization is given, as it would be now."""
         weight = self.raw
@@ -153,7 +161,7 @@ class State(nn.Module):
         compiling = torch.compiler.is_compiling() and not exporting
         if not compiling and "original" in found.__dict__:
             # A plain attribute, made from parameters of another name: a pruned weight, a view of FSDP1's.
-            return not _is_wrapped(found.__dict__["original"]) and not _within_functional_call()
+            return not is_wrapped(found.__dict__["original"]) and not _within_functional_call()
         if raw is None:
             return False
         if weight is not raw and found._modules["0"] is self:
@@ -174,7 +182,7 @@ class State(nn.Module):
             return True
         if is_traceable_wrapper_subclass(weight):
             return False
-        return not weight.numel() or weight.untyped_storage().size() > 0
+        return not weight.numel() or is_wrapped(weight) or weight.untyped_storage().size() > 0
 
     def operand(self, weight: Tensor) -> Tensor:
         """The weight as the operators take it: as it is, or as a matrix, rows first."""
@@ -288,7 +296,8 @@ class State(nn.Module):
         """
         names = "sigma", "estimate", "u", "v", "top_group", self.previous_name
         buffers = [self._buffers.get(name) for name in names]
-        versions = [None if b is None else b._version for b in buffers]
+        now = moment(weight)
+        versions = [None if b is None else b._version for b in buffers], now[1:]  # with the stream
         kept = self._kept
         if kept is None or kept.versions != versions or any(a is not b for a, b in zip(kept.buffers, buffers)):
             kept = None
@@ -297,9 +306,9 @@ class State(nn.Module):
             copies = [b.clone() if b is not None and n else None for b, n in zip(buffers, needed)]
             sigma, estimate, u, v, group, previous = copies
             assert sigma is not None
-            kept = _Kept(Snapshot(sigma, estimate, u, v, group, previous, 0, []), buffers, versions)
+            kept = _Kept(Snapshot(sigma, estimate, u, v, group, previous, now, []), buffers, versions)
             self.__dict__["_kept"] = kept
-        return kept.snapshot._replace(version=_version(weight), ready=[])
+        return kept.snapshot._replace(moment=now, ready=[])
 
 
 class _Kept(NamedTuple):
@@ -307,7 +316,7 @@ class _Kept(NamedTuple):
 
     snapshot: Snapshot
     buffers: list[Tensor | None]
-    versions: list[int | None]
+    versions: tuple[list[int | None], tuple[int, ...]]
 
 
 def is_exporting() -> bool:
@@ -317,8 +326,13 @@ def is_exporting() -> bool:
 
 
 def is_current(snapshot: Snapshot, weight: Tensor) -> bool:
-    """Whether a weight is, as far as its version tells, still the one of the snapshot."""
-    return torch.compiler.is_compiling() or snapshot.version == _version(weight)
+    """Whether a weight is, as far as its version tells, still the one of the snapshot, and in use on its stream."""
+    return torch.compiler.is_compiling() or snapshot.moment == moment(weight)
+
+
+def moment(weight: Tensor) -> tuple[int, ...]:
+    """A weight's version, and the current stream: on another one nothing waits for what is made on this."""
+    return () if torch.compiler.is_compiling() else (_version(weight), *stream_of(weight.device))
 
 
 def _version(weight: Tensor) -> int:
@@ -329,7 +343,7 @@ def _identity(weight: Tensor) -> tuple[object, ...]:
     return id(weight), _version(weight), weight.data_ptr(), weight.stride()
 
 
-def _is_wrapped(t: Tensor) -> bool:
+def is_wrapped(t: Tensor) -> bool:
     """Whether a tensor is that of a torch.func transform."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 

@@ -127,7 +127,7 @@ def _operator(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ..
         )
     kind = kind_of(module)
     if kind is None:
-        raise TypeError(f"{type(module).__name__} is no layer whose map is known; see sn_fast.register_layer")
+        return MatrixOperator(weight.detach())  # raises
     if input_size is None and kind.nominal_size is not None:
         input_size = kind.nominal_size(module)  # with zero padding the bound is the same for all
     op = layer_operator(kind.operator(module, weight.detach(), input_size))

@@ -8,7 +8,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..layers.operators import LinearOperator, apply, unscaled
+from ..layers.applying import apply
+from ..layers.composed import unscaled
+from ..layers.operators import LinearOperator
 from ..layers.weighted import LayerOperator, in_precision, layer_operator
 from .bound import tightest_bound
 from .estimate import ConvergenceWarning, check_operator, check_tolerance, operator_norm, without_autocast

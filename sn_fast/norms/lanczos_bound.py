@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..layers.operators import LinearOperator
-from .estimate import flattened
+from .flat import flattened
 
 _ROUNDING = 1e-9  # of float64 Lanczos with full reorthogonalisation, generously
 

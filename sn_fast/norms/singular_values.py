@@ -10,19 +10,15 @@ from torch import Tensor
 from ..layers.operators import LinearOperator
 from ..layers.weighted import as_int
 from .estimate import (
-    DENSE_LIMIT,
     ConvergenceWarning,
-    FlatOperator,
     check_operator,
     check_tolerance,
     combine,
-    dense_matrices,
-    flattened,
     orthonormal,
     ritz_rotation,
-    unit,
     without_autocast,
 )
+from .flat import DENSE_LIMIT, FlatOperator, dense_matrices, flattened, unit
 
 _SMALL = 1 << 20  # elements of a matrix whose SVD is sooner done than an iteration
 _SPARE = 4  # vectors beyond k: they speed up the last of the k

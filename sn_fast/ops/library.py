@@ -104,7 +104,7 @@ def dtype_code(t: Tensor) -> int | None:
 
 def stream_of(device: torch.device) -> tuple[int, int]:
     """The current stream of a device, as the compiled module takes it: handle and device index."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # no CUDA yet: a fake tensor's
         return 0, 0
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch._C._cuda_getCurrentRawStream(index), index

@@ -28,7 +28,11 @@ def random_starts(weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> 
 
 
 def _singular_vectors(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], geometry: Sequence[int], precision: str
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    geometry: Sequence[int],
+    precision: str = "fp32",
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Leading singular vectors of each weight from Lanczos steps that start at the given ones, which are not changed.
 
@@ -48,7 +52,11 @@ def _singular_vectors(
 
 
 def _fake(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], geometry: Sequence[int], precision: str
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    geometry: Sequence[int],
+    precision: str = "fp32",
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     found_u = [w.new_empty(u.shape, dtype=compute_dtype(w)) for w, u in zip(weights, us)]
     found_v = [w.new_empty(v.shape, dtype=compute_dtype(w)) for w, v in zip(weights, vs)]
@@ -70,7 +78,7 @@ def _batched(
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     geometry: Sequence[int],
-    precision: str,
+    precision: str = "fp32",
 ) -> tuple[tuple[list[Tensor], ...], tuple[list[int], ...]]:
     """Rule of torch.func.vmap: every sample is an operator of its own, all in one call."""
     size: int = info.batch_size  # type: ignore[attr-defined]

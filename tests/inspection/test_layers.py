@@ -9,8 +9,10 @@ from torch.nn.utils import parametrizations
 
 import sn_fast
 from sn_fast.errors import UserError
-from sn_fast.inspection import Inspection, LayerNorm, inspect_model
+from sn_fast.inspection import Inspection, LayerNorm, inspect_model, table
 from sn_fast.layers import LinearOperator, operator_of
+
+from ..layers.own_maps import BY_PRODUCTS, NOT_LINEAR, OF_ONE_WEIGHT, norm_of
 
 ULP = 1e-12
 
@@ -202,3 +204,32 @@ def test_properties_of_rows_without_a_norm():
     assert (row.width, row.reshaped_error) == (None, None)
     assert Inspection((row,)).largest() is None
     assert LayerNorm("a", "Linear", "3x3", lower=0.0, upper=1.0).width == math.inf
+
+
+def test_layers_with_a_forward_of_their_own() -> None:
+    torch.manual_seed(0)
+
+    def made(variant: str, *args: object, **options: object) -> nn.Module:
+        return {**OF_ONE_WEIGHT, **BY_PRODUCTS}[variant](nn.Conv2d, *args, **options)
+
+    model = nn.Sequential(
+        made("standardised", 2, 3, 3, padding=1),
+        made("adapter", 3, 3, 3, padding=1),
+        NOT_LINEAR["gate"][0](nn.Conv2d, 3, 2, 3),
+        made("weight_norm by hook", 2, 2, 2),
+    )
+    found = inspect_model(model, (2, 8, 7)).layers
+    rows = {row.name: row for row in found}
+    for name, shape in (("0", (2, 8, 7)), ("1", (3, 8, 7)), ("3", (2, 6, 5))):
+        truth = norm_of(model[int(name)], *shape)
+        row = rows[name]
+        assert row.lower is not None
+        assert row.upper is not None
+        assert row.lower * (1 - 1e-6) <= truth <= row.upper * (1 + 1e-6)
+        assert row.upper <= 1.02 * truth
+        assert row.certificate is not None
+        assert row.certificate.certified
+    assert rows["2"].upper is None
+    assert "not measured: sigmoid of its input" in rows["2"].note
+    assert "not measured" in table(inspect_model(model, (2, 8, 7)))
+    assert rows["0"].reshaped != pytest.approx(float(torch.linalg.matrix_norm(model[0].weight.flatten(1), 2)), rel=0.1)

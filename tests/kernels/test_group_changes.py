@@ -12,22 +12,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sn_fast import apply_spectral_norm, frozen_sigma, remove_spectral_norm, sigmas, spectral_norm, update_spectral_norm
+from sn_fast import (
+    apply_spectral_norm,
+    frozen_sigma,
+    operator_norm,
+    operator_of,
+    remove_spectral_norm,
+    sigmas,
+    spectral_norm,
+    update_spectral_norm,
+)
 
-from ..normalization.models import X, network, step
+from ..normalization.models import X, network, states, step, unchanged
 from .whole_models import (
     Calls,
     Chosen,
     agree,
     assert_close,
     gradients,
+    interrupt,
+    kept,
     layers,
-    leave_ready,
     move_in_place,
     moved,
     normalised,
     plain_pytorch,
-    ready,
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -35,6 +44,17 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 def optimizer_step(kind: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.Sequential], None]:
     return lambda model: kind(model.parameters(), lr=0.05, **options).step()  # type: ignore[call-arg]
+
+
+def write_through_data(model: nn.Module) -> None:
+    """No version tells."""
+    for p in model.parameters():
+        p.data.copy_(moved(p))
+
+
+def write_one_element(model: nn.Module) -> None:
+    for m in layers(model):
+        m.raw.data.view(-1)[-1] += 1.0
 
 
 def write_through_data_and_update(model: nn.Module) -> None:
@@ -93,7 +113,7 @@ def replace_sigma(model: nn.Module) -> None:
 
 
 def step_with_a_hook(model: nn.Module) -> None:
-    """Fused optimizers write without a new version."""
+    """The refresh comes before the next forward, which has none."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05, fused=True)
     optimizer.register_step_post_hook(lambda *_: update_spectral_norm(model))
     optimizer.step()
@@ -108,6 +128,8 @@ CHANGES: dict[str, Callable[[nn.Sequential], None]] = {
     "adamw_fused": optimizer_step(torch.optim.AdamW, fused=True),
     "fused_with_a_hook": step_with_a_hook,
     "in_place": move_in_place,
+    "data": write_through_data,
+    "one_element": write_one_element,
     "data_and_update": write_through_data_and_update,
     "replaced_data": replace_data,
     "swapped_data": swap_data,
@@ -134,86 +156,108 @@ MOVES: dict[str, Callable[[nn.Sequential], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("when", ["after_a_whole_forward", "while_weights_are_ready"])
+@pytest.mark.parametrize("when", ["after_a_whole_forward", "after_a_forward_that_failed"])
 def test_a_change_is_seen(change: str, when: str) -> None:
     model = normalised()
     before = agree(model)
     before.square().mean().backward()
-    if when == "while_weights_are_ready":
-        leave_ready(model)
+    if when == "after_a_forward_that_failed":
+        interrupt(model)
     CHANGES[change](model)
     with Calls() as calls:
         after = agree(model)
     assert calls.normalize[0] == 4
-    assert ready(model) == 0
+    assert kept(model) == 0
     if change != "update":
         assert not torch.allclose(after, before, rtol=1e-3, atol=1e-4)
+    if not change.startswith("sigma"):
+        for m in layers(model):
+            exact = operator_norm(operator_of(m.module, m.known_geometry.input_size or None, raw=True), method="dense")
+            torch.testing.assert_close(m.sigma, exact.detach(), rtol=0.1, atol=0)
     after.square().mean().backward()
     assert all(bool(g.isfinite().all()) for g in gradients(model))
 
 
 @pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("when", ["after_a_whole_forward", "while_weights_are_ready"])
+@pytest.mark.parametrize("when", ["after_a_whole_forward", "after_a_forward_that_failed"])
 def test_what_is_no_change_makes_none(move: str, when: str) -> None:
     model = normalised()
     before = agree(model)
-    if when == "while_weights_are_ready":
-        leave_ready(model)
+    sigma = sigmas(model)
+    if when == "after_a_forward_that_failed":
+        interrupt(model)
     MOVES[move](model)
     dtype = model[0].weight.dtype
-    torch.testing.assert_close(agree(model, X.to(dtype)).float(), before, rtol=0.05, atol=0.05)
+    with Calls() as calls:
+        after = agree(model, X.to(dtype)).float()
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)
+    if move != "to_half_and_back":
+        assert calls.power == 0
+        assert sigmas(model) == sigma
 
 
 def test_a_change_in_the_middle_of_a_forward() -> None:
-    """Of the weight of a layer to come, of its sigma, and of a layer that was used already."""
-    for change in (move_in_place, write_sigma):
-        model = normalised()
-        agree(model)
-        hook = model[2].register_forward_hook(lambda *_, model=model, change=change: change(model[4:]))
+    """Of the weight of a layer to come it is seen at once, of a layer that was used already by the next forward."""
+    model = normalised()
+    before = agree(model)
+    hook = model[2].register_forward_hook(lambda *_: move_in_place(model[4:]))
+    with Calls() as calls:
         found = model(X)
+    hook.remove()
+    assert calls.normalize == [4, 1, 1]  # those that were ready were of the weights before
+    assert calls.power == 2
+    with plain_pytorch():
+        assert torch.equal(found, model(X))
+    assert not torch.allclose(found, before, rtol=1e-2, atol=1e-3)
+    model = normalised()
+    before = agree(model)
+    hook = model[4].register_forward_hook(lambda *_: move_in_place(model[:2]))
+    assert torch.equal(model(X), before)
+    hook.remove()
+    assert not torch.allclose(agree(model), before, rtol=1e-2, atol=1e-3)
+
+
+def test_a_forward_has_one_sigma() -> None:
+    """What is written into a buffer in the middle of a forward counts from the next one on."""
+    model = normalised()
+    before = agree(model)
+    for i in (2, 7):
+        hook = model[i].register_forward_pre_hook(lambda *_: write_sigma(model[4:]))
+        assert torch.equal(model(X), before)
         hook.remove()
-        with plain_pytorch():
-            assert torch.equal(found, model(X))
-        model = normalised()
-        agree(model)
-        hook = model[4].register_forward_hook(lambda *_, model=model, change=change: change(model[:2]))
-        model(X)
-        hook.remove()
-        agree(model)
+        after = agree(model)
+        assert not torch.allclose(after, before, rtol=1e-2, atol=1e-3)
+        before = after
 
 
 def test_a_weight_transposed_in_place() -> None:
     """Its memory and version stay."""
     x = torch.randn(4, 6)
     model = apply_spectral_norm(Chosen(), x, beta=0.5)
-    model(x, "c")  # the others are ready
+    before = model(x, "c")
     for p in model.parameters():
         if p.dim() == 2:
             p.data = p.data.T
-    found = model(x)
+    with Calls() as calls:
+        found = model(x)
+    assert (calls.normalize, calls.power) == ([3], 1)
     with plain_pytorch():
         assert torch.equal(found, model(x))
+    assert not torch.allclose(model(x, "c"), before, rtol=1e-2, atol=1e-3)
 
 
 def test_another_weight_than_the_layers_own() -> None:
-    """A parametrization called on a parameter of one's own."""
+    """A parametrization called on a parameter of one's own: it has a sigma of its own, and the layer's stays."""
     model = normalised()
+    expected, before = agree(model), states(model)
     member = layers(model)[-1]
-    other = nn.Parameter(moved(member.raw))
-    leave_ready(model)
+    other = nn.Parameter(8.0 * moved(member.raw))
     found = member(other)
+    torch.testing.assert_close(torch.linalg.matrix_norm(found, 2), torch.tensor(0.5), rtol=1e-3, atol=0)
     with plain_pytorch():
-        assert torch.equal(found, member(other))
-    assert ready(model) == 3
-
-
-def test_ready_weights_serve_the_next_use_if_nothing_has_changed() -> None:
-    model = normalised()
-    expected = agree(model)
-    leave_ready(model)
-    with Calls() as calls:
-        assert torch.equal(model(X), expected)
-    assert calls.normalize == [4]  # at the last layer, whose weight was used
+        torch.testing.assert_close(found, member(other))
+    assert unchanged(model, before)
+    assert torch.equal(agree(model), expected)
 
 
 def test_a_layer_used_twice_or_skipped() -> None:
@@ -232,8 +276,12 @@ def test_a_layer_used_twice_or_skipped() -> None:
             model(x, names).square().mean().backward()
         assert_close(used, gradients(model), 1e-5)
         optimizer.step()
-    model(x)
-    assert ready(model) == 0
+        assert kept(model) == 0
+    for names, launches in (("abc", [3]), ("abbc", [3, 1]), ("aaa", [3, 1, 1]), ("b", [3])):
+        with Calls() as calls:
+            model(x, names)
+        assert calls.normalize == launches
+        assert kept(model) == 0
 
 
 def test_frozen_sigma() -> None:
@@ -247,30 +295,61 @@ def test_frozen_sigma() -> None:
     assert calls.normalize == [4]
     with frozen_sigma(model):
         move_in_place(model)
-        kept = model[0].weight
+        kept_weight = model[0].weight
         model(X)
-        assert model[0].weight is kept
-    assert ready(model) == 0
+        assert model[0].weight is kept_weight
+    assert kept(model) == 0
     agree(model)
     with frozen_sigma(model[:3]):  # a part: the others are computed without it
-        move_in_place(model)
+        for p in model.parameters():
+            p.data.mul_(1.2)
         with Calls() as calls:
             model(X)
-        assert calls.normalize == [2]
+        assert (calls.normalize, calls.power) == ([2], 1)
     agree(model)
     with frozen_sigma(model), contextlib.suppress(KeyError):
         raise KeyError
     agree(model)
 
 
-def test_a_copy_has_a_group_of_its_own() -> None:
+def test_frozen_sigma_right_after_a_step_is_one_refresh_and_one_launch() -> None:
     model = normalised()
-    leave_ready(model)
     twin = copy.deepcopy(model)
-    assert (ready(model), ready(twin)) == (3, 0)
+    for m in (model, twin):
+        step(m, X, torch.optim.SGD(m.parameters(), 0.5))
+    with Calls() as calls, frozen_sigma(model):
+        frozen = model(X)
+    assert (calls.normalize, calls.power) == ([4], 1)
+    assert torch.equal(frozen, agree(twin))
+    assert unchanged(model, states(twin))
+
+
+def test_frozen_sigma_that_fails_freezes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = normalised()
+    with monkeypatch.context() as patch:
+        last = layers(model)[-1]
+        patch.setattr(last, "normalize", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), frozen_sigma(model):
+            pytest.fail("frozen")
+    move_in_place(model)
+    assert model[0].weight is not model[0].weight
+    agree(model).sum().backward()
+
+
+def test_a_copy_is_independent_also_of_a_forward_that_is_under_way() -> None:
+    model = normalised()
+    twins: list[nn.Module] = []
+    hook = model[0].register_forward_hook(lambda *_: twins.append(copy.deepcopy(model)))
+    model(X)
+    hook.remove()
+    (twin,) = twins
+    assert isinstance(twin, nn.Sequential)
+    assert (kept(model), kept(twin)) == (0, 0)
+    twin[0]._forward_hooks.clear()
     move_in_place(twin)
     expected = agree(model)
     assert not torch.equal(agree(twin), expected)
+    assert torch.equal(agree(model), expected)
     with Calls() as calls:
         model(X)
         twin(X)
@@ -281,12 +360,10 @@ def test_a_saved_state_continues_bit_by_bit() -> None:
     model = normalised()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     step(model, X, optimizer)
-    leave_ready(model)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
     twin = normalised()
-    leave_ready(twin)
     twin.load_state_dict(torch.load(file))
     assert torch.equal(agree(twin), agree(model))
     for m in (model, twin):
@@ -297,18 +374,16 @@ def test_a_saved_state_continues_bit_by_bit() -> None:
 def test_removal_in_the_middle() -> None:
     model = normalised()
     expected = agree(model)
-    leave_ready(model)
     remove_spectral_norm(model[2])
     torch.testing.assert_close(agree(model), expected)
     with Calls() as calls:
         model(X)
     assert calls.normalize == [3]
-    leave_ready(model)
     remove_spectral_norm(model)
     torch.testing.assert_close(model(X), expected)
 
 
-def test_layers_with_groups_of_their_own() -> None:
+def test_layers_that_were_normalised_one_by_one() -> None:
     model = network()
     for layer, size in ((model[0], (8, 8)), (model[2], None), (model[7], None)):
         spectral_norm(layer, input_size=size, beta=0.25)
@@ -327,10 +402,8 @@ def test_tied_weights() -> None:
     with Calls() as calls:
         agree(model, x)
     assert calls.normalize[0] == 3
-    leave_ready(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     model(x).sum().backward()
-    leave_ready(model)
     optimizer.step()
     agree(model, x)
     assert torch.equal(model[0].weight, model[2].weight)

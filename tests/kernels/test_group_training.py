@@ -13,39 +13,55 @@ import torch
 from torch import Tensor, nn
 
 from sn_fast import apply_spectral_norm, update_spectral_norm
-from sn_fast.normalization import group as groups
+from sn_fast.normalization import refresh
 
 from ..normalization.models import X, states
-from .whole_models import agree, assert_close, layers, leave_ready, normalised, plain_pytorch
+from .whole_models import agree, assert_close, interrupt, layers, normalised, plain_pytorch
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-@pytest.mark.parametrize("weights_ready", [False, True])
-def test_replaced_layers_and_models_are_freed(weights_ready: bool) -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_replaced_layers_and_models_are_freed(interrupted: bool) -> None:
     model = normalised()
     model(X).sum().backward()
-    if weights_ready:
-        leave_ready(model)
+    update_spectral_norm(model)  # the step that is found for the first layer is kept
+    if interrupted:
+        interrupt(model)
     first, parameter = weakref.ref(model[0]), weakref.ref(layers(model)[0].raw)
+    gc.collect()
+    steps = len(refresh._steps)
     model[0] = nn.Conv2d(2, 6, 3, stride=2, padding=1)
     gc.collect()
     assert first() is None
     assert parameter() is None
+    assert len(refresh._steps) == steps - 1
     agree(model)
-    if weights_ready:
-        leave_ready(model)
+    if interrupted:
+        model[2].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(X)
     references = [weakref.ref(m) for m in layers(model)]
     del model
     gc.collect()
     assert not any(r() for r in references)
 
 
+def test_a_parameter_that_was_replaced_is_freed_by_the_next_forward() -> None:
+    model = normalised()
+    model(X)
+    before = weakref.ref(layers(model)[0].raw)
+    model[0].parametrizations.weight.original = nn.Parameter(torch.randn(6, 2, 3, 3))
+    model(X)
+    gc.collect()
+    assert before() is None
+
+
 def test_a_forward_frees_its_weights() -> None:
     """Outside autograd each is freed as soon as its layer has run, and none is there twice."""
     model = normalised()
     alive: list[weakref.ref[Tensor]] = []
-    real = groups.normalize_all
+    real = refresh.normalize_all
 
     def watched(*args: Any) -> list[Tensor]:
         values = real(*args)
@@ -54,7 +70,7 @@ def test_a_forward_frees_its_weights() -> None:
 
     counts = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(groups, "normalize_all", watched)
+        patch.setattr(refresh, "normalize_all", watched)
         hooks = [
             m.module.register_forward_hook(lambda *_: counts.append(sum(r() is not None for r in alive)))
             for m in layers(model)

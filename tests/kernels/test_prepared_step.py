@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sn_fast
-from sn_fast.normalization import group
+from sn_fast.normalization import refresh
 from sn_fast.ops.prepared_step import PreparedStep
 
 from ..attacks.models import same_bits
-from .whole_models import Calls, every_kind, layers, move_in_place, plain_pytorch
+from .whole_models import every_kind, layers, move_in_place, plain_pytorch
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -41,8 +42,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One element for every step that was prepared."""
     found: list[int] = []
-    prepare = group.prepare
-    monkeypatch.setattr(group, "prepare", lambda *args: found.append(1) or prepare(*args))
+    prepare = refresh.prepare
+    monkeypatch.setattr(refresh, "prepare", lambda *args: found.append(1) or prepare(*args))
     return found
 
 
@@ -55,11 +56,23 @@ def state(model: nn.Module) -> list[Tensor]:
     return [b.clone() for m in layers(model) for name in STATES if (b := m.buffer(name)) is not None]
 
 
+class Operators(TorchDispatchMode):
+    """Sees the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **kwargs or {})
+
+
 def by_operator(model: nn.Module, n: int | None = None) -> None:
     """The same refresh, by the operator: a dispatch mode has to see it."""
-    with Calls() as calls:
+    with Operators() as operators:
         sn_fast.update_spectral_norm(model, n)
-    assert calls.power
+    assert operators.seen.count("sn_fast::power_step") == 1
 
 
 def agree(model: nn.Module, runs: list[int], n: int | None = None, in_place: bool = True) -> None:
@@ -98,7 +111,8 @@ def test_weights_without_a_norm_keep_their_vectors(runs: list[int], value: float
 def test_what_is_found_once_is_used_again_and_again(runs: list[int], made: list[int]) -> None:
     model = network()
     for _ in range(4):
-        move_in_place(model)
+        for p in model.parameters():
+            p.data.add_(0.01 * torch.randn_like(p))
         sn_fast.update_spectral_norm(model)
     assert (len(runs), len(made)) == (4, 1)
 
@@ -187,8 +201,9 @@ def test_parts_that_are_trained_in_turn(runs: list[int], made: list[int]) -> Non
     members = layers(model)
     for n in range(2, len(members) + 1):
         for last in members[1:]:
-            group.advance([members[0], *[m for m in members[1:n] if m is not last], last])
-    assert len(group._steps[members[0]]) == group._MOST_BATCHES
+            chosen = [members[0], *[m for m in members[1:n] if m is not last], last]
+            refresh.advance([(m, m.raw) for m in chosen])
+    assert len(refresh._steps[members[0]]) == refresh._MOST_BATCHES
 
 
 def test_float64_goes_to_the_operator(runs: list[int]) -> None:
@@ -197,16 +212,46 @@ def test_float64_goes_to_the_operator(runs: list[int]) -> None:
 
 
 def test_writes_are_told_to_autograd(runs: list[int]) -> None:
-    """A graph that was made before cannot be gone through any more, which is better than a wrong gradient."""
+    """A graph that one makes of the buffers cannot be gone through any more, better than a wrong gradient."""
     model = network(beta=0.1)
-    loss = model(torch.randn(1, 2, 7, 7)).square().sum()
-    states = [b for m in layers(model) for name in STATES if (b := m.buffer(name)) is not None]
-    before = [b._version for b in states]
+    members = layers(model)
+    buffers = [b for m in members for name in STATES if (b := m.buffer(name)) is not None]
+    factor = torch.ones((), requires_grad=True)
+    of_buffers = sum((factor * m.sigma).square() for m in members)
+    before = [b._version for b in buffers]
     sn_fast.update_spectral_norm(model)
-    assert [b._version for b in states] == [v + 1 for v in before]
+    assert [b._version for b in buffers] == [v + 1 for v in before]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        of_buffers.backward()  # type: ignore[union-attr]
     assert runs == [1]
+
+
+def test_a_forward_before_it_goes_backward_with_its_own_state(runs: list[int]) -> None:
+    model, x = network(beta=0.1), torch.randn(1, 2, 7, 7)
+    model(x).square().sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss = model(x).square().sum()
+    sn_fast.update_spectral_norm(model, 3)
+    loss.backward()
+    assert runs == [3]
+    assert all(map(torch.equal, [p.grad for p in model.parameters()], wanted))
+
+
+def test_a_forward_after_a_step_takes_it(runs: list[int], made: list[int]) -> None:
+    """All that have moved at once, in place, whichever way they moved."""
+    model, x = network(), torch.randn(1, 2, 7, 7)
+    model(x)
+    for n in range(1, 4):
+        for p in model.parameters():
+            p.data.add_(0.01 * torch.randn_like(p))
+        model(x)
+        model(x)
+        assert runs == [1] * n
+    assert len(made) == 1
+    model[0].parametrizations.weight.original.data.mul_(1.5)
+    model(x)
+    assert (runs, len(made)) == ([1] * 4, 2)
 
 
 def test_models_are_copied_and_saved_as_before(runs: list[int]) -> None:

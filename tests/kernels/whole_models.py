@@ -6,32 +6,64 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sn_fast.normalization import parametrization, refresh
 from sn_fast.normalization.parametrization import SpectralNorm
 from sn_fast.ops import library
+from sn_fast.ops import normalize as normalize_ops
+from sn_fast.ops import refresh as refresh_ops
+from sn_fast.ops.prepared_step import PreparedStep
 
 from ..normalization import models
 from ..normalization.models import X, states, unchanged
 from ..on_device import DEVICE
 
 
-class Calls(TorchDispatchMode):
-    """Counts calls of the operators; of normalize, the weights of each call."""
+class Calls:
+    """Counts calls of the operators; of normalize, the weights of each call.
+
+    It stands in their callers' place: a dispatch mode, which sees operators too, has the refresh take another way.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.normalize: list[int] = []
         self.backward = self.power = 0
+        self._patch = pytest.MonkeyPatch()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.sn_fast.normalize.default:
-            self.normalize.append(len(args[0]))
-        self.backward += func is torch.ops.sn_fast.normalize_backward.default
-        self.power += func is torch.ops.sn_fast.power_step.default
-        return func(*args, **kwargs or {})
+    def __enter__(self) -> Calls:
+        normalize, backward = normalize_ops._normalize, normalize_ops._normalize_backward
+        advance, run = refresh_ops.advance, PreparedStep.run
+
+        def of_weights(weights: list[Tensor], *args: Any) -> list[Tensor]:
+            self.normalize.append(len(weights))
+            return normalize(weights, *args)
+
+        def of_a_gradient(*args: Any) -> Tensor:
+            self.backward += 1
+            return backward(*args)
+
+        def by_operator(*args: Any) -> None:
+            self.power += 1
+            advance(*args)
+
+        def in_place(step: PreparedStep, n_iterations: int) -> None:
+            self.power += 1
+            run(step, n_iterations)
+
+        callers = (refresh, "normalize_all"), (parametrization, "normalize_all"), (normalize_ops, "_normalize")
+        for module, name in callers:
+            assert getattr(module, name) is normalize
+            self._patch.setattr(module, name, of_weights)
+        self._patch.setattr(normalize_ops, "_normalize_backward", of_a_gradient)
+        self._patch.setattr(refresh_ops, "advance", by_operator)
+        self._patch.setattr(PreparedStep, "run", in_place)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._patch.undo()
 
 
 @contextlib.contextmanager
@@ -70,9 +102,9 @@ def layers(model: nn.Module) -> list[SpectralNorm]:
     return [m for m in model.modules() if isinstance(m, SpectralNorm)]
 
 
-def ready(model: nn.Module) -> int:
-    """Normalised weights that wait for their layers."""
-    return len(layers(model)[0]._group._ready)
+def kept(model: nn.Module) -> int:
+    """Layers that still have the state, or the normalised weight, of a forward."""
+    return sum(m.current is not None for m in layers(model))
 
 
 def agree(model: nn.Module, *inputs: Tensor) -> Tensor:
@@ -85,10 +117,22 @@ def agree(model: nn.Module, *inputs: Tensor) -> Tensor:
     return out
 
 
-def leave_ready(model: nn.Sequential) -> None:
-    """Use the last layer alone: the others' normalised weights stay behind, for whoever comes next."""
-    assert model[-1].weight is not None
-    assert ready(model) == len(layers(model)) - 1
+class Interrupted(Exception):
+    """Of ``interrupt``."""
+
+
+def interrupt(model: nn.Sequential) -> None:
+    """A forward that ends after the first layer, when the others' normalised weights are ready."""
+
+    def fail(*_: object) -> None:
+        assert kept(model) == len(layers(model))
+        raise Interrupted
+
+    hook = model[0].register_forward_hook(fail)
+    with pytest.raises(Interrupted):
+        model(X)
+    hook.remove()
+    assert kept(model) == 0
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

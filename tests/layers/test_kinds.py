@@ -74,6 +74,16 @@ class Gain(nn.Module):
         return self.gain * x @ self.weight
 
 
+class Masked(nn.Conv2d):
+    """A convolution with a mask and a gain."""
+
+    def mask(self, w: Tensor) -> Tensor:
+        return w * (torch.arange(w[0].numel()).reshape(w[0].shape) % 3 > 0) * 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.mask(self.weight), self.bias)
+
+
 class Blur(nn.Module):
     """Two convolutions: its operator is a product."""
 
@@ -90,6 +100,10 @@ def conv(m: Any, weight: Tensor, size: tuple[int, ...]) -> LinearOperator:
     return ConvOperator(weight, size, stride=m.stride, padding=m.padding)
 
 
+def masked(m: Any, weight: Tensor, size: tuple[int, ...]) -> LinearOperator:
+    return ConvOperator(m.mask(weight), size, stride=m.stride, padding=m.padding, groups=m.groups)
+
+
 def blurred(m: Any, weight: Tensor, size: tuple[int, ...]) -> LinearOperator:
     return ConvOperator(m.blur, size, groups=3) @ ConvOperator(weight, size, padding=1)
 
@@ -100,9 +114,10 @@ def registered() -> Iterator[None]:
     register_layer(StdConv, operator=lambda m, w, size: conv(m, m.standardised(w), size))
     register_layer(QuantisedLinear, operator=lambda m, w, _: MatrixOperator(m.quantised(w)))
     register_layer(Gain, operator=lambda m, w, _: m.gain * MatrixOperator(w.T))
+    register_layer(Masked, operator=masked)
     register_layer(Blur, operator=blurred, spatial_axes=2)
     yield
-    for cls in (PlainConv, StdConv, QuantisedLinear, Gain, Blur):
+    for cls in (PlainConv, StdConv, QuantisedLinear, Gain, Masked, Blur):
         kinds.unregister_layer(cls)
 
 
@@ -111,6 +126,8 @@ LAYERS = {
     "standardised": (lambda: StdConv(3, 4, 3, padding=1), (3, 7, 8)),
     "quantised": (lambda: QuantisedLinear(7, 5), (7,)),
     "gain": (lambda: Gain(6, 4, 5.0), (6,)),
+    "masked": (lambda: Masked(3, 4, 3, padding=1), (3, 7, 8)),
+    "masked, groups": (lambda: Masked(4, 4, 3, groups=2), (4, 6, 5)),
     "product": (Blur, (2, 7, 6)),
 }
 
@@ -158,12 +175,49 @@ def test_without_an_input_size() -> None:
     assert dense_norm(layer, 3, 8, 7) <= 1
 
 
+@pytest.mark.parametrize("name", ["gain", "masked", "masked, groups"])
+@pytest.mark.parametrize("gradient", ["detached", "full"])
+@pytest.mark.parametrize("mode", ["cap", "scale"])
+def test_linear_functions_of_the_weight_are_normalised(name: str, gradient: str, mode: str) -> None:
+    torch.manual_seed(2)
+    make, shape = LAYERS[name]
+    layer = make().double()
+    cls, before, raw = type(layer), dense_norm(layer, *shape), layer.weight.detach().clone()
+    beta = 0.3 * before
+    x = torch.randn(2, *shape).double()
+    model = nn.Sequential(layer)
+    apply_spectral_norm(model, x, include=cls, beta=beta, gradient=gradient, mode=mode, n_power_iterations=30)
+    assert dense_norm(layer, *shape) == pytest.approx(beta, rel=1e-3)
+    assert sn_fast.sigmas(model)["0"] == pytest.approx(before, rel=1e-3)
+    assert float(spectral_norm_summary(model).splitlines()[1].split()[-1]) == pytest.approx(beta, rel=2e-2)
+    # The gradient is that of W / (sigma(W) / beta): orthogonal to W, as the layer does not change with its length.
+    model(x).square().sum().backward()
+    grad = layer.parametrizations.weight.original.grad
+    assert float((grad * raw).sum()) == pytest.approx(0, abs=1e-3 * float(grad.norm() * raw.norm()))
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(3)
+    assert dense_norm(layer, *shape) == pytest.approx(beta, rel=1e-3)
+    twin = make().double()
+    apply_spectral_norm(nn.Sequential(twin), x, include=cls, beta=beta, gradient=gradient, mode=mode)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    assert float(operator_norm(operator_of(layer))) == pytest.approx(beta, rel=1e-3)
+    sn_fast.remove_spectral_norm(layer)
+    assert dense_norm(layer, *shape) == pytest.approx(beta, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gain", "masked"])
+def test_bound_wants_the_parameter_itself(name: str) -> None:
+    make, shape = LAYERS[name]
+    with pytest.raises(ValueError, match="another weight than the parameter itself"):
+        spectral_norm(make(), input_size=shape[1:] or None, bound=True)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("standardised", "not proportional to the weight"),
         ("quantised", "not proportional to the weight|another weight"),
-        ("gain", "not one convolution or matrix of the weight"),
         ("product", "not one convolution or matrix of the weight"),
     ],
 )
@@ -224,17 +278,39 @@ def test_arguments_of_register_layer() -> None:
         operator_of(Gain(3, 4, 1.0))
 
 
+def test_an_operator_that_is_not_the_forwards_map() -> None:
+    register_layer(PlainConv, operator=lambda m, w, size: 2 * conv(m, w, size))
+    with pytest.raises(ValueError, match="registered for PlainConv is not the linear map of its forward"):
+        operator_of(PlainConv(3, 4, 3, padding=1), (8, 7))
+    register_layer(PlainConv, operator=lambda m, w, size: ConvOperator(w, size))  # without the padding
+    with pytest.raises(ValueError, match="is not the linear map of its forward"):
+        operator_of(PlainConv(3, 4, 3, padding=1), (8, 7))
+
+    class Fused(PlainConv):  # a registered operator may be the linear part of a layer
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(super().forward(x))
+
+    register_layer(Fused, operator=conv)
+    assert operator_of(Fused(3, 4, 3, padding=1), (8, 7)).out_shape == (4, 8, 7)
+    kinds.unregister_layer(Fused)
+
+
 def test_subclasses_and_replacement() -> None:
     class Sub(PlainConv):
         pass
 
-    layer = Sub(3, 4, 3)
-    assert kinds.kind_of(layer) is kinds.kind_of(PlainConv(3, 4, 3))
-    register_layer(Sub, operator=lambda m, w, size: 2 * conv(m, w, size))
+    class Twice(PlainConv):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    assert kinds.kind_of(Sub(3, 4, 3)) is kinds.kind_of(PlainConv(3, 4, 3))
+    layer = Twice(3, 4, 3)
+    assert float(operator_norm(operator_of(layer, (8, 8)))) == pytest.approx(dense_norm(layer, 3, 8, 8), rel=1e-5)
+    register_layer(Twice, operator=lambda m, w, size: 2 * conv(m, w, size))
     assert float(operator_norm(operator_of(layer, (8, 8)))) == pytest.approx(
         2 * float(operator_norm(conv(layer, layer.weight, (8, 8)))), rel=1e-5
     )
-    kinds.unregister_layer(Sub)
+    kinds.unregister_layer(Twice)
 
 
 def test_classes_of_layers_are_named_in_the_registry_alone() -> None:
@@ -244,3 +320,19 @@ def test_classes_of_layers_are_named_in_the_registry_alone() -> None:
     files = [p for room in rooms for p in room.glob("*.py") if p.name != "kinds.py"]
     found = [p.name for p in files if named.search(p.read_text())]
     assert not found
+
+
+def test_the_page_on_layers_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    try:
+        for block in blocks:
+            exec(compile(block, "layers.md", "exec"), namespace)
+        truth = dense_norm(namespace["layer"], 3, 12, 12)
+        lower, upper = operator_norm_interval(operator_of(namespace["layer"], (12, 12)))
+        assert float(lower) <= truth * (1 + 1e-6)
+        assert truth <= float(upper) * (1 + 1e-6)
+    finally:
+        kinds.unregister_layer(namespace["WeightStandardisedConv"])

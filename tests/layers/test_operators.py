@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sn_fast import ConvOperator, LinearOperator, MatrixOperator, operator_norm, operator_of
-from sn_fast.layers.operators import dense
+from sn_fast.layers.applying import dense
 
 from .geometries import Case, cases
 

@@ -122,6 +122,20 @@ def test_global_hooks(kind: str, pre: bool) -> None:
     assert float(operator_norm(operator_of(module, shape[1:] or None))) == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_map_of_its_own_is_known_at_one_input_size() -> None:
+    module, _ = make(OF_ONE_WEIGHT["the same"], "conv2d")
+    with pytest.raises(ValueError, match="input_size='any': Own overrides 'forward' of Conv2d"):
+        spectral_norm(module, input_size="any")
+
+
+def test_compiled_layers() -> None:
+    layer = nn.Conv2d(2, 3, 3).double()
+    truth = norm_of(layer, 2, 6, 6)
+    assert float(operator_norm(operator_of(torch.compile(layer), (6, 6)))) == pytest.approx(truth, rel=1e-5)
+    layer.compile()
+    assert float(operator_norm(operator_of(layer, (6, 6)))) == pytest.approx(truth, rel=1e-5)
+
+
 def test_padding_by_hand_is_part_of_the_convolution() -> None:
     class Same(nn.Conv2d):  # pads at the end first, as TensorFlow does
         def forward(self, x: Tensor) -> Tensor:
@@ -348,3 +362,12 @@ def test_a_class_that_was_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(operator_norm(operator_of(module))) == pytest.approx(3 * plain, rel=1e-5)
     with pytest.raises(ValueError, match=r"Linear\.forward was replaced"):
         spectral_norm(module)
+
+
+def test_a_lazy_layer_has_no_operator_yet() -> None:
+    for lazy in (nn.LazyLinear(3), nn.LazyConv2d(3, 3)):
+        with pytest.raises(ValueError, match="lazy parameter without a shape"):
+            operator_of(lazy, (8, 8) if isinstance(lazy, nn.LazyConv2d) else None)
+    lazy = nn.LazyLinear(3)
+    lazy(torch.randn(2, 4))
+    assert operator_of(lazy).in_shape == (4,)

@@ -6,10 +6,11 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sn_fast.lipschitz import LipschitzReport, lipschitz_bound
 
@@ -97,10 +98,78 @@ def test_certified_radius_is_margin_over_root_two_times_bound() -> None:
     assert LipschitzReport(0.0, ()).certified_radius(logits).tolist() == [math.inf, 0.0]
 
 
-def test_certified_radius_refuses_nonsense(finite: LipschitzReport) -> None:
-    with pytest.raises(ValueError, match="classes"):
-        finite.certified_radius(torch.ones(3))
-    with pytest.raises(TypeError, match="floating-point"):
-        finite.certified_radius(torch.ones(3, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="class indices"):
-        finite.certified_radius(torch.ones(3, 2), torch.zeros(2, dtype=torch.int64))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_a_logit_that_is_no_number_certifies_nothing(value: float, place: int, classes: int) -> None:
+    logits = torch.randn(3, classes).abs() + 0.1
+    logits[1, place % classes] = value
+    for bound in (2.0, 0.0, math.inf):
+        for y in (None, logits.nan_to_num().argmax(1)):
+            radius = LipschitzReport(bound, ()).certified_radius(logits, y)
+            assert radius[1] == 0
+            assert not radius.isnan().any()
+
+
+@pytest.mark.parametrize("convert", [lambda y: y, list, Tensor.numpy, Tensor.tolist, lambda y: y.to(torch.int8)])
+def test_classes_in_any_form(finite: LipschitzReport, convert: Any) -> None:
+    logits, y = torch.randn(6, 4), torch.randint(4, (6,))
+    expected = finite.certified_radius(logits, y)
+    assert torch.equal(finite.certified_radius(logits, convert(y)), expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 3, 255])
+@pytest.mark.parametrize("convert", [lambda y: y, Tensor.numpy, Tensor.tolist])
+def test_classes_that_do_not_exist(finite: LipschitzReport, wrong: int, convert: Any) -> None:
+    with pytest.raises(ValueError, match=rf"class {wrong}\b.*from 0 to 2"):
+        finite.certified_radius(torch.randn(4, 3), convert(torch.tensor([0, 2, wrong, 1])))
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        finite.certified_radius(torch.randn(2), convert(torch.tensor([0, wrong])))
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 1)])
+def test_binary_classifiers(shape: tuple[int, ...]) -> None:
+    model = nn.Linear(4, 1).double()
+    x = torch.randn(40, 4, dtype=torch.float64)
+    logits, y = model(x).reshape(shape), torch.randint(2, (40,))
+    report = lipschitz_bound(model, x[:1])
+    distance = logits.detach().reshape(-1).abs() / model.weight.detach().norm()  # to the hyperplane
+    correct = (logits.reshape(-1) > 0) == y.bool()
+    radius = report.certified_radius(logits, y)
+    assert radius.shape == (40,)
+    assert bool((radius <= distance * correct).all())
+    torch.testing.assert_close(radius, distance * correct, rtol=1e-2, atol=0)
+    torch.testing.assert_close(report.certified_radius(logits), distance, rtol=1e-2, atol=0)
+    assert torch.equal(report.certified_radius(logits, y[:, None]), radius)
+    assert report.certified_radius(torch.zeros(1)).tolist() == [0.0]
+
+
+def test_certified_radius_at_the_ends_of_float64() -> None:
+    huge = torch.tensor([[1.7e308, -1.7e308]], dtype=torch.float64)
+    (radius,) = LipschitzReport(1.0, ()).certified_radius(huge).tolist()
+    assert radius == pytest.approx(1.7e308 * math.sqrt(2), rel=1e-9) or radius == pytest.approx(1.797e308, rel=1e-3)
+    assert math.isfinite(float(LipschitzReport(1e-320, ()).certified_radius(huge)))
+    assert LipschitzReport(1.0, ()).certified_radius(torch.zeros(0, 3), []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("logits", "y", "error", "says"),
+    [
+        (torch.ones(3, 2, 2), None, ValueError, "classes"),
+        (torch.ones(()), None, ValueError, "classes"),
+        (torch.ones(3, 0), None, ValueError, "classes"),
+        ([[1.0, 2.0]], None, TypeError, "logits is a list"),
+        (torch.ones(3, 2, dtype=torch.int64), None, TypeError, "floating-point"),
+        (torch.ones(3, 2), torch.zeros(2, dtype=torch.int64), ValueError, "3 class indices"),
+        (torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), ValueError, "3 class indices"),
+        (torch.ones(3, 2), torch.zeros(3), ValueError, "class indices"),
+        (torch.ones(3, 2), 1, ValueError, "class indices"),
+        (torch.ones(3, 2), ["a", "b", "c"], ValueError, "class indices"),
+        (torch.ones(3, 2), [[0], [1, 1], [0]], ValueError, "class indices"),
+    ],
+)
+def test_certified_radius_refuses_nonsense(
+    finite: LipschitzReport, logits: Any, y: Any, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        finite.certified_radius(logits, y)

@@ -50,3 +50,38 @@ def random_statistics(model: nn.Module) -> nn.Module:
             m.running_var.uniform_(0.2, 3)
             nn.init.normal_(m.weight)
     return model.double().eval()
+
+
+def largest_slope(function: Callable[[Tensor], Any], shape: tuple[int, ...], samples: int = 3) -> float:
+    """The largest slope seen: Jacobians, and differences of values at several distances (they see jumps)."""
+    best = 0.0
+    for scale in (0.3, 2.0):
+        for _ in range(samples):
+            x = scale * torch.randn(1, *shape, dtype=torch.float64)
+            jacobian = torch.autograd.functional.jacobian(lambda v: flat(function(v * 1.0)), x)
+            if jacobian.numel():
+                best = max(best, float(torch.linalg.matrix_norm(jacobian.reshape(-1, x.numel()), 2)))
+            best = max(best, difference(function, x, 1e-5), difference(function, x, 0.5))
+    return best
+
+
+@torch.no_grad()
+def difference(function: Callable[[Tensor], Any], x: Tensor, distance: float) -> float:
+    """|f(y) - f(x)| / |y - x| for a random y near ``x``."""
+    step = distance * torch.randn_like(x)
+    change = flat(function(x + step)) - flat(function(x.clone()))
+    return float(change.norm() / step.norm()) * (1 - 1e-7)
+
+
+def flat(values: Any) -> Tensor:
+    """The values of a tensor, or of several, as one vector."""
+    parts = values if isinstance(values, (tuple, list)) else [values]
+    return torch.cat([p.reshape(-1).double() for p in parts])
+
+
+@torch.no_grad()
+def numerical_norm(function: Callable[[Tensor], Any], x: Tensor, step: float = 1e-6) -> float:
+    """The 2-norm of the Jacobian from differences: also of what autograd does not see (out=, detach)."""
+    at = flat(function(x.clone()))
+    columns = [flat(function(x + step * e.reshape(x.shape))) - at for e in torch.eye(x.numel(), dtype=x.dtype)]
+    return float(torch.linalg.matrix_norm(torch.stack(columns, 1) / step, 2))
