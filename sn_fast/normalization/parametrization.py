@@ -227,7 +227,7 @@ class SpectralNorm(State):
         elif stored is checkpoint.Stored.NOTHING:
             if self.has_moved(weight) is not False:
                 restart([(self, weight)])
-        elif stored is checkpoint.Stored.VECTORS and checkpoint.are_unit(self):
+        elif stored is checkpoint.Stored.VECTORS and checkpoint.belongs(self, weight, with_sigma=False):
             advance([(self, weight)])
         elif stored is checkpoint.Stored.STATE and checkpoint.belongs(self, weight):
             with torch.no_grad():
