@@ -380,6 +380,30 @@ def test_partial_dictionaries_and_own_parameters(kind: str) -> None:
     assert norm_of(model, KINDS[kind].shape) == pytest.approx(1.0, rel=6e-3)
 
 
+@pytest.mark.parametrize("parameters", ["own", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_from_outside_keep_nothing_from_the_model(kind: str, parameters: str) -> None:
+    """A refresh written into them is lost after the call; the model still follows the change of its weight."""
+    for how in HOWS:
+        model = made(kind, how)
+        x, shape = KINDS[kind].batch(), KINDS[kind].shape
+        for write in (False, True):
+            if write:
+                raw_of(model).data.normal_()
+            buffers = {name: b.clone() for name, b in model.named_buffers()}
+            given = (dict(model.named_parameters()) if parameters == "own" else {}, buffers)
+            norm = norm_of(lambda z, model=model, given=given: functional_call(model, given, (z,)), shape)
+            assert norm == pytest.approx(1.0, rel=6e-3)
+            assert norm_of(model, shape) == pytest.approx(1.0, rel=6e-3)
+        raw_of(model).data.normal_()
+        stacked = {name: torch.stack([b, b]) for name, b in model.named_buffers()}
+        outputs = vmap(lambda b, model=model, x=x: functional_call(model, b, (x,)))(stacked)
+        expected = model(x)
+        for output in outputs:
+            torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-3)
+        assert norm_of(model, shape) == pytest.approx(1.0, rel=6e-3)
+
+
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +432,12 @@ def _check_compiled(backend: str) -> None:
         found = torch.autograd.grad(torch.compile(loss, backend=backend)(leaves), list(leaves.values()))
         assert_near(dict(zip(leaves, found)), grad(loss)(given), rel=1e-4)
     assert same_bits(full_state(model), before)
+    if backend == "aot_eager":  # own parameters, buffers from outside
+        raw_of(model).data.normal_()
+        given = {**dict(model.named_parameters()), **{name: b.clone() for name, b in model.named_buffers()}}
+        found = torch.compile(loss, backend=backend)(given)
+        assert_near(found, model(x).square().sum(), rel=1e-2)
+        assert norm_of(model[0], (2, 4, 4)) == pytest.approx(1.0, rel=6e-3)
 
 
 def test_compiled_transforms() -> None:
