@@ -98,8 +98,8 @@ def apply_spectral_norm(
     Args:
         model: changed in place and returned.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments; the model is run on it once, in
-            eval mode and without gradients, to learn every layer's input size (on shapes alone if it is on meta). Batch size 1 is enough. A layer used at several sizes is
-            normalised for the size with the largest norm.
+            eval mode and without gradients, to learn every layer's input size (on shapes alone if it is on meta). Batch
+            size 1 is enough. A layer used at several sizes is normalised for the size with the largest norm.
         beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
         include: module classes to normalise; None: Linear and all convolutions.
         exclude: regular expression; layers whose name matches (re.search) are left alone.
