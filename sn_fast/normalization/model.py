@@ -23,6 +23,7 @@ from .mapped import MappedSpectralNorm
 from .options import Options
 from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
+from .selection import betas_of, compiled_pattern, included_classes, is_chosen
 
 _LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
 _TRIAL_SIZES = (8, 16, 32, 64, 128, 256)  # at which the operator of a layer is looked at before its size is known
@@ -116,16 +117,16 @@ def apply_spectral_norm(
             f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
             "keyword arguments"
         )
-    classes = _classes(include)
-    excluded = _pattern("exclude", exclude) if exclude else None
+    classes = included_classes(include)
+    excluded = compiled_pattern("exclude", exclude) if exclude else None
     layers = {
         name: module
         for name, module in model.named_modules()
-        if _is_chosen(module, classes) and not (excluded and excluded.search(name))
+        if is_chosen(module, classes) and not (excluded and excluded.search(name))
     }
     if not layers:
         raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
-    betas = _betas(beta, layers)
+    betas = betas_of(beta, layers)
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
     if operator == "conv":
@@ -333,44 +334,6 @@ def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tu
         return tuple(map(max, zip(*distinct)))  # the norm grows with the size
     norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
     return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
-
-
-def _betas(beta: float | Mapping[str, float], layers: Mapping[str, nn.Module]) -> dict[str, float]:
-    if not isinstance(beta, Mapping):
-        return dict.fromkeys(layers, beta)
-    patterns = [(_pattern("beta", text), value) for text, value in beta.items()]
-    for pattern, _ in patterns:
-        if not any(map(pattern.search, layers)):
-            raise ValueError(f"beta: pattern {pattern.pattern!r} matches no layer; they are {', '.join(layers)}")
-    betas = {name: next((b for pattern, b in patterns if pattern.search(name)), None) for name in layers}
-    missing = [name for name, b in betas.items() if b is None]
-    if missing:
-        raise ValueError(f"beta: no pattern matches layer {missing[0]!r}; add one, e.g. '.*' as the last")
-    return {name: b for name, b in betas.items() if b is not None}
-
-
-def _classes(include: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[type[nn.Module], ...] | None:
-    if include is None:
-        return None
-    classes = (include,) if isinstance(include, type) else tuple(include)
-    if not all(isinstance(c, type) for c in classes):
-        raise TypeError(f"include={include!r} must be a module class, or several")
-    return classes
-
-
-def _is_chosen(module: nn.Module, classes: tuple[type[nn.Module], ...] | None) -> bool:
-    """Whether a module is of these classes, or, where there are none, of a kind that is normalised by default."""
-    if classes is not None:
-        return isinstance(module, classes)
-    kind = kind_of(module)
-    return kind is not None and kind.default
-
-
-def _pattern(argument: str, text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{argument}: {text!r} is no regular expression ({error})") from None
 
 
 def normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -440,6 +440,7 @@ def _check_compiled(backend: str) -> None:
         assert norm_of(model[0], (2, 4, 4)) == pytest.approx(1.0, rel=6e-3)
 
 
+@pytest.mark.slow
 def test_compiled_transforms() -> None:
     _check_compiled("aot_eager")
 
