@@ -17,7 +17,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HOST_CHUNK = 1 << 15  # words that stay in a core's cache while they are mixed
 _DEVICE_CHUNK = 1 << 24  # bounds the memory of the temporaries
 SAMPLE = 1024  # words that a hashed record keeps beside the hash, to tell a replaced weight from a trained one
-_REPLACED = 0.4  # share of a weight's norm, from which on it is another weight
+_REPLACED = 0.1  # share of a weight's norm, from which on one iteration from the old vectors would be far off
 
 # splitmix64 (Steele, Lea, Flood 2014), its constants as signed integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
