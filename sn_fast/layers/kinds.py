@@ -86,7 +86,10 @@ _KINDS: dict[type[nn.Module], LayerKind] = {}
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a layer, by its class or the nearest base class that has one."""
-    return next((_KINDS[c] for c in type(module).__mro__ if c in _KINDS), None)
+    for c in type(module).__mro__:  # a loop: torch 2.7 compiles no next() of a generator
+        if c in _KINDS:
+            return _KINDS[c]
+    return None
 
 
 def classes_of(*names: str) -> tuple[type[nn.Module], ...]:

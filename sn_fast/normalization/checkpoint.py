@@ -20,9 +20,10 @@ _MISMATCH = 5e-3
 
 
 class Stored(enum.Enum):
-    """What a checkpoint holds of a state: nothing, vectors without all that goes with them, or a whole state."""
+    """What a checkpoint holds of a state: nothing, some of it, vectors without all that goes with them, or all."""
 
     NOTHING = enum.auto()
+    PART = enum.auto()
     VECTORS = enum.auto()
     STATE = enum.auto()
 
@@ -40,7 +41,8 @@ def translate(p: State, state_dict: dict[str, Any], prefix: str, load: object) -
     if not foreign:
         stored = {name: state_dict.get(prefix + name) for name in ("u", "v")}
         if any(value is None for value in stored.values()):
-            return Stored.NOTHING
+            # With strict=False what there is is loaded, and then fits neither the rest nor the weight.
+            return Stored.PART if any(prefix + name in state_dict for name in p._buffers) else Stored.NOTHING
     u, v = stored["u"], stored["v"]
     if p.geometry is None and v.numel():
         _adopt_sizes(p, u, v)
@@ -89,11 +91,11 @@ def are_unit(p: State) -> bool:
     return True
 
 
-def belongs(p: State, weight: Tensor) -> bool:
+def belongs(p: State, weight: Tensor, *, with_sigma: bool = True) -> bool:
     """Whether the state is that of the weight: |A^T u - sigma v| = 0 (|A v - sigma u| for a matrix), with unit u and v.
 
     That is how an iteration leaves it, converged or not. False for NaN, and after an average of checkpoints: the
-    averages of u and v are no vectors of the averaged weight.
+    averages of u and v are no vectors of the averaged weight. ``with_sigma=False``: of u and v alone.
     """
     with torch.no_grad():
         if not are_unit(p):
@@ -104,7 +106,7 @@ def belongs(p: State, weight: Tensor) -> bool:
         start, end, back = (p.u, p.v, rmatvec) if geometry.axes else (p.v, p.u, matvec)
         image = back(start[None].to(operand.dtype), operand, geometry)
         directions, norms = normalized(image, end[None].to(operand.dtype), geometry.groups)
-        sigma = p.state(p.iterated_name).to(operand.dtype)
+        sigma = p.state(p.iterated_name).to(operand.dtype) if with_sigma else norms.amax()
         away = (directions[0] - end.to(operand.dtype)).reshape(geometry.groups, -1).norm(dim=1)
         # A group that hardly counts has vectors that rounding moves.
         away = away * (norms[0] > _MISMATCH * sigma)

@@ -12,7 +12,6 @@ from ..layers.kinds import spatial_axes
 from ..layers.linear import chain
 from .parametrization import SpectralNorm, spectral_norms
 from .refresh import readable, snapshots, with_ready_weights
-from .state import is_exporting
 
 
 def check_once_per_forward(model: nn.Module) -> None:
@@ -27,7 +26,8 @@ def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
 
     Layers whose weight cannot be read yet (a shard, offloaded, computed by another hook) check it themselves.
     """
-    if is_exporting() or torch.jit.is_tracing():
+    # Strict export forbids setting attributes; on torch 2.7 to 2.9 it cannot be told from torch.compile.
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return
     pairs = readable([m for m in spectral_norms(module) if not m.is_replica and m.is_plain])
     if not pairs:

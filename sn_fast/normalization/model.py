@@ -17,6 +17,7 @@ from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_siz
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
+from .checks import check_has_norm
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Options
@@ -151,9 +152,8 @@ def apply_spectral_norm(
 def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None) -> None:
     """Advance u, v and sigma of every layer now, in one call.
 
-    Eager code needs no call: a layer refreshes itself when its weight has changed. Compiled code, and code that writes
-    weights through ``.data``, calls this after ``optimizer.step()``, or once and for all
-    ``optimizer.register_step_post_hook(lambda *_: update_spectral_norm(model))``.
+    No code needs the call: a layer refreshes itself when the content of its weight has changed, however it was written.
+    It is for more iterations at one moment, such as after a new initialisation on a GPU or before an evaluation.
 
     Args:
         n_power_iterations: None: each layer's own number.
@@ -220,6 +220,7 @@ def _register(
     hashed: bool = False,
     used_at: Iterable[tuple[int, ...]] = (),
 ) -> SpectralNorm:
+    check_has_norm(module, name)
     weight = checked_weight(module, name, parametrized=True, on_meta=True)
     kind = kind_of(module) if name == "weight" else None
     as_matrix = options.operator == "reshape" or kind is None or not kind.axes

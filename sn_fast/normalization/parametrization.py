@@ -204,6 +204,7 @@ class SpectralNorm(State):
                     self._buffers[name] = buffer.to(moved.device) if _is_half(moved) else moved
             if self.record is not None and (self.record.is_meta or self.u.is_meta):
                 self.record = None  # there is nothing to compare any more
+            self.keep_buffers()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -215,6 +216,7 @@ class SpectralNorm(State):
         stored = checkpoint.translate(self, state_dict, prefix, load=args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._buffers.update({k: b.float() for k, b in self._buffers.items() if b is not None and _is_half(b)})
+        self.keep_buffers()
         if self.geometry is None:
             return
         # The raw weight is loaded before its parametrization.
@@ -227,7 +229,7 @@ class SpectralNorm(State):
         elif stored is checkpoint.Stored.NOTHING:
             if self.has_moved(weight) is not False:
                 restart([(self, weight)])
-        elif stored is checkpoint.Stored.VECTORS and checkpoint.are_unit(self):
+        elif stored is checkpoint.Stored.VECTORS and checkpoint.belongs(self, weight, with_sigma=False):
             advance([(self, weight)])
         elif stored is checkpoint.Stored.STATE and checkpoint.belongs(self, weight):
             with torch.no_grad():

@@ -86,6 +86,8 @@ class State(nn.Module):
         self._home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
         # In a tuple: no parameter of ours either, and no weak reference, which would forbid torch.utils.swap_tensors.
         self._own: tuple[Tensor, ...] = ()
+        # The buffers, to tell them from those that functional_call puts there.
+        self._own_buffers: tuple[Tensor | None, ...] = ()
         for name in ("u", "v", "sigma", *(["estimate"] if options.bound else [])):
             self.register_buffer(name, torch.empty(0))
 
@@ -159,6 +161,8 @@ class State(nn.Module):
         raw = found._parameters.get("original")
         exporting = is_exporting()
         compiling = torch.compiler.is_compiling() and not exporting
+        if not (exporting or self._has_own_buffers(compiling)):  # what is written there is lost, the record is not
+            return False
         if not compiling and "original" in found.__dict__:
             # A plain attribute, made from parameters of another name: a pruned weight, a view of FSDP1's.
             return not is_wrapped(found.__dict__["original"]) and not _within_functional_call()
@@ -173,6 +177,24 @@ class State(nn.Module):
         if not exporting:  # there it is a fake
             self._own = (raw,)
         return True
+
+    def _has_own_buffers(self, compiling: bool) -> bool:
+        kept, there = self._own_buffers, self._buffers
+        same = len(kept) == len(there)
+        if same:
+            for known, buffer in zip(kept, there.values()):
+                if known is not buffer:
+                    same = False
+        if same:
+            return True
+        if compiling or _within_functional_call():
+            return False
+        self.keep_buffers()
+        return True
+
+    def keep_buffers(self) -> None:
+        """Note that the buffers at hand are the module's own."""
+        self._own_buffers = tuple(self._buffers.values())
 
     def is_here(self, weight: Tensor) -> bool:
         """Whether a weight can be read: dense, in memory, and whole (not a shard, not offloaded, not on meta)."""
@@ -264,6 +286,7 @@ class State(nn.Module):
             there = self.buffer(name)
             if there is None or there.shape != size or there.dtype != kind or there.device != weight.device:
                 self.register_buffer(name, torch.zeros(size, dtype=kind, device=weight.device))
+        self.keep_buffers()
 
     @property
     def known_geometry(self) -> Geometry:

@@ -1,0 +1,44 @@
+"""Parameters that have no spectral norm to divide by, and what to do instead."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from ..layers.linear import raw_weight
+
+# Older ways to compute a weight before each forward: the entries that tell, what it is, and how it is undone.
+_COMPUTED = (
+    (("_orig", "_mask"), "pruned", "torch.nn.utils.prune.remove(module, {!r})"),
+    (
+        ("_orig", "_u"),
+        "made by torch.nn.utils.spectral_norm",
+        "torch.nn.utils.remove_spectral_norm(module, {!r})",
+    ),
+    (("_g", "_v"), "made by torch.nn.utils.weight_norm", "torch.nn.utils.remove_weight_norm(module, {!r})"),
+)
+
+
+def check_has_norm(module: nn.Module, name: str) -> None:
+    """Raise for a parameter without a spectral norm, saying what to do instead."""
+    if not isinstance(module, nn.Module):
+        return
+    label = f"{parametrize.type_before_parametrizations(module).__name__}.{name}"
+    entries = {*module._parameters, *module._buffers}
+    for endings, what, undo in _COMPUTED:
+        if name not in entries and all(name + ending in entries for ending in endings):
+            raise ValueError(f"{label} is {what} before each forward; undo that first, with {undo.format(name)}")
+    weight = raw_weight(module, name)
+    if not isinstance(weight, nn.Parameter) or is_lazy(weight):
+        return
+    if weight.ndim not in range(2, 6):
+        raise ValueError(
+            f"{label} has no spectral norm: weight has shape {tuple(weight.shape)}, expected are 2 to 5 dimensions; "
+            "give the name of such a weight with name=, or leave this one as it is (exclude= of apply_spectral_norm)"
+        )
+    if weight.is_complex():
+        raise TypeError(
+            f"{label} cannot be normalised: weight has dtype {weight.dtype}; real floating-point weights are "
+            "supported, torch.nn.utils.parametrizations.spectral_norm takes complex ones"
+        )
