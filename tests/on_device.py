@@ -21,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 DEVICE = torch.device(os.environ.get("SN_FAST_TEST_DEVICE") or "cpu")
 
 _HERE = Path(__file__).parent
-_MOVED = tuple(
-    str(_HERE / folder) + os.sep for folder in ("attacks", "certified", "kernels", "lipschitz", "operators", "spectral")
-)
+MOVED = ("attacks", "kernels", "layers", "lipschitz", "normalization", "norms")
+"""Folders of the tests whose tensors are moved."""
+
+_MOVED = tuple(str(_HERE / folder) + os.sep for folder in MOVED)
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _PYTEST = str(Path(_pytest.__file__).parent) + os.sep
 # What these do is their caller's: a layer's parameters, methods written in Python, approx, arrays read for a test.

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import LinearOperator, OwnOperator
+from .protocol import AbstractOperator, OwnProducts
 
 _CHUNK = 1 << 26  # elements of the batches that are multiplied at once
 
 
-def apply(op: LinearOperator, x: Tensor) -> Tensor:
+def apply(op: AbstractOperator, x: Tensor) -> Tensor:
     """A x for a batch (N, *in_shape); in the precision of ``x`` where the operator can, and with its dtype."""
     return _apply(op, x, op.matvec, "matvec", tuple(op.in_shape), tuple(op.out_shape))
 
 
-def apply_adjoint(op: LinearOperator, y: Tensor) -> Tensor:
+def apply_adjoint(op: AbstractOperator, y: Tensor) -> Tensor:
     """A^T y for a batch (N, *out_shape)."""
     return _apply(op, y, op.rmatvec, "rmatvec", tuple(op.out_shape), tuple(op.in_shape))
 
 
 def _apply(
-    op: LinearOperator,
+    op: AbstractOperator,
     x: Tensor,
     product: Callable[[Tensor], Tensor],
     name: str,
@@ -43,9 +43,9 @@ def _apply(
     return result.to(x.dtype)
 
 
-def takes_batches_of_any_dtype(op: LinearOperator) -> bool:
+def takes_batches_of_any_dtype(op: AbstractOperator) -> bool:
     """Whether this is an operator of this package, with the products that it came with."""
-    return isinstance(op, OwnOperator) and op.has_own_products()
+    return isinstance(op, OwnProducts) and op.has_own_products()
 
 
 def _checked(result: Any, what: str, shape: tuple[int, ...]) -> Tensor:
@@ -58,7 +58,7 @@ def _checked(result: Any, what: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _takes_batches(
-    op: LinearOperator,
+    op: AbstractOperator,
     product: Callable[[Tensor], Tensor],
     name: str,
     domain: tuple[int, ...],
@@ -111,7 +111,7 @@ def visible(dtype: torch.dtype, device: torch.device) -> float:
     return max(5e-3 if device.type == "cuda" else 1e-4, 50 * torch.finfo(dtype).eps)
 
 
-def dense(op: LinearOperator, dtype: torch.dtype | None = None) -> Tensor:
+def dense(op: AbstractOperator, dtype: torch.dtype | None = None) -> Tensor:
     """The matrix (m, n), by products with the unit vectors of the smaller side."""
     dtype = dtype or torch.promote_types(op.dtype, torch.float32)
     m, n = math.prod(op.out_shape), math.prod(op.in_shape)

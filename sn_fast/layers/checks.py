@@ -7,8 +7,8 @@ import math
 import torch
 
 from .applying import apply, apply_adjoint, probe, takes_batches_of_any_dtype, visible
-from .composed import leaves_of
-from .operators import LinearOperator, check_attributes
+from .operators import LinearOperator, leaves_of
+from .protocol import check_attributes
 
 
 def check_products(op: LinearOperator) -> None:

@@ -1,4 +1,4 @@
-"""The operator of a function: forward by the function, adjoint by autograd."""
+"""The products of a function: forward by the function, adjoint by autograd."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .applying import maps_batches, probe, visible
-from .operators import OwnOperator, as_batch, checked_shape
+from .protocol import OwnProducts, as_batch, checked_shape
 
 _SCALES = (1.0, 1e3, 1e-3)  # of the inputs that show whether a function is linear
 
 
-class FunctionOperator(OwnOperator):
-    """x -> f(x) - f(0); see ``LinearOperator.from_function``.
+class FunctionProducts(OwnProducts):
+    """The products of x -> f(x) - f(0); see ``LinearOperator.from_function``.
 
     Attributes:
         known_linear: whether every operation of f is known to be linear or affine; else random inputs show no other.

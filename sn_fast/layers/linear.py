@@ -13,10 +13,9 @@ from torch.nn.utils import parametrize
 
 from ..reference.geometry import Geometry
 from .applying import apply, probe, visible
-from .composed import unscaled
 from .exact import computes_weight
 from .kinds import LayerKind, conv_operator, kind_of, nominal_size, whole_window_size
-from .operators import LinearOperator
+from .operators import LinearOperator, unscaled
 from .traced import NotLinear, table_operator, traced_operator
 from .undisturbed import undisturbed
 from .weighted import (

@@ -1,24 +1,22 @@
-"""Linear operators: the protocol that every norm estimate and bound works on."""
+"""Linear operators: what every norm estimate and bound works on, their arithmetic, and what it makes."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..reference.geometry import Geometry
-
-if TYPE_CHECKING:
-    from .function import FunctionOperator
-
-_NEEDED = ("in_shape", "out_shape", "dtype", "device")
+from ..reference.linear_map import compute_dtype
+from .applying import apply, apply_adjoint, dense
+from .function import FunctionProducts
+from .protocol import AbstractOperator, OwnProducts, as_batch, check_attributes
 
 
-class LinearOperator(ABC):
+class LinearOperator(AbstractOperator):
     """A linear map between spaces of real tensors, given by its products: ``matvec`` and its adjoint ``rmatvec``.
 
     ``operator_norm``, ``singular_values``, ``operator_norm_interval`` and ``operator_norm_bound`` ("dense", "lanczos")
@@ -41,44 +39,13 @@ class LinearOperator(ABC):
 
     __array_ufunc__: ClassVar[None] = None  # NumPy scalars leave ``c * A`` to this class
 
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
     def __new__(cls, *args: Any, **kwargs: Any) -> LinearOperator:
-        # LinearOperator(weight, geometry) was a layer's operator before this class became abstract.
-        if cls is LinearOperator and any(isinstance(a, Geometry) for a in (*args, *kwargs.values())):
-            from .weighted import LayerOperator
-
-            return object.__new__(LayerOperator)
+        if cls is LinearOperator:
+            raise TypeError(
+                "LinearOperator is abstract: give a layer to operator_of, a weight to ConvOperator or MatrixOperator, "
+                "a function to LinearOperator.from_function, or define a subclass with matvec and rmatvec"
+            )
         return super().__new__(cls)
-
-    def __init__(
-        self,
-        in_shape: int | Sequence[int],
-        out_shape: int | Sequence[int],
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.in_shape = checked_shape("in_shape", in_shape)
-        self.out_shape = checked_shape("out_shape", out_shape)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype={dtype!r}: real floating-point operators are supported")
-        self.dtype = dtype
-        self.device = torch.device(device)
-
-    @abstractmethod
-    def matvec(self, x: Tensor) -> Tensor:
-        """A x for ``x`` of shape (..., *in_shape); returns (..., *out_shape).
-
-        A subclass may serve one vector (*in_shape) alone, or a batch (N, *in_shape) alone.
-        """
-
-    @abstractmethod
-    def rmatvec(self, y: Tensor) -> Tensor:
-        """A^T y for ``y`` of shape (..., *out_shape); returns (..., *in_shape)."""
 
     @staticmethod
     def from_function(
@@ -106,114 +73,206 @@ class LinearOperator(ABC):
         Warns:
             UserWarning: f takes batches and single tensors, with different results, and ``batched`` was not given.
         """
-        from .function import FunctionOperator
-
         return FunctionOperator(f, in_shape, dtype=dtype, device=device, batched=batched)
 
     def to_dense(self) -> Tensor:
         """The matrix of the operator, (prod(out_shape), prod(in_shape)), in its dtype."""
-        from .applying import dense
-
         return dense(self).to(self.dtype)
 
     @property
     def T(self) -> LinearOperator:
         """The adjoint operator."""
-        from . import composed
-
-        return composed.Transposed(self)
+        return Transposed(self)
 
     def __matmul__(self, other: LinearOperator) -> LinearOperator:
-        from . import composed
-
         if isinstance(other, Tensor):
             raise TypeError("A @ tensor: use A.matvec(x) for the product with x, and A @ MatrixOperator(m) to compose")
-        return composed.Product(self, other) if isinstance(other, LinearOperator) else NotImplemented
+        return Product(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
-        from . import composed
-
-        return composed.Sum(self, other) if isinstance(other, LinearOperator) else NotImplemented
+        return Sum(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __sub__(self, other: LinearOperator) -> LinearOperator:
-        from . import composed
-
-        return composed.Sum(self, -other) if isinstance(other, LinearOperator) else NotImplemented
+        return Sum(self, -other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, factor: float) -> LinearOperator:
-        from . import composed
-
         value = _real(factor)
-        return NotImplemented if value is None else composed.Scaled(self, value)
+        return NotImplemented if value is None else Scaled(self, value)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> LinearOperator:
-        from . import composed
-
         value = _real(divisor)
         if value == 0:
             raise ValueError("A / 0: give a divisor that is not zero")
-        return NotImplemented if value is None else composed.Scaled(self, 1 / value)
+        return NotImplemented if value is None else Scaled(self, 1 / value)
 
     def __neg__(self) -> LinearOperator:
-        from . import composed
-
-        return composed.Scaled(self, -1.0)
-
-    def __repr__(self) -> str:
-        shapes = (getattr(self, name, "?") for name in _NEEDED[:3])
-        return "{}({} -> {}, {})".format(type(self).__name__, *shapes)
+        return Scaled(self, -1.0)
 
 
-class OwnOperator(LinearOperator):
-    """An operator of this package: its products take any leading dimensions and every dtype.
+class FunctionOperator(FunctionProducts, LinearOperator):
+    """x -> f(x) - f(0); see ``LinearOperator.from_function``."""
 
-    A subclass, or an instance, that overrides one of ``_OWN`` is a user's operator.
-    """
 
-    _OWN: ClassVar[tuple[str, ...]] = ("matvec", "rmatvec")
+class _Composed(OwnProducts, LinearOperator):
+    """An operator made of others, whose products it forms in the precision of its argument, float32 at least."""
 
-    def has_own_products(self) -> bool:
-        own = next(c for c in type(self).__mro__ if c.__module__.startswith(f"{__package__}."))
-        return not any(
-            name in vars(self) or getattr(type(self), name, None) is not getattr(own, name, None) for name in self._OWN
+    parts: tuple[LinearOperator, ...]
+
+    def __init__(
+        self, parts: tuple[LinearOperator, ...], in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+    ) -> None:
+        for part in parts:
+            check_attributes(part)
+        devices = {torch.empty(0, device=part.device).device for part in parts}
+        if len(devices) > 1:
+            raise ValueError(f"operators on different devices do not compose: {', '.join(map(str, parts))}")
+        dtype = parts[0].dtype
+        for part in parts[1:]:
+            dtype = torch.promote_types(dtype, part.dtype)
+        super().__init__(in_shape, out_shape, dtype=dtype, device=devices.pop())
+        self.parts = parts
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return self._batched(x, "x", self.in_shape, self.out_shape, self._forward)
+
+    def rmatvec(self, y: Tensor) -> Tensor:
+        return self._batched(y, "y", self.out_shape, self.in_shape, self._adjoint)
+
+    def rebuilt(self, parts: tuple[LinearOperator, ...]) -> LinearOperator:
+        """The same composition of other parts."""
+        return type(self)(*parts)  # type: ignore[arg-type]
+
+    def _batched(
+        self,
+        x: Tensor,
+        name: str,
+        domain: tuple[int, ...],
+        codomain: tuple[int, ...],
+        function: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        batch, lead = as_batch(x, name, domain)
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        return (
+            function(batch.to(compute_dtype(batch, torch.empty(0, dtype=self.dtype))))
+            .reshape(*lead, *codomain)
+            .to(dtype)
         )
 
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
-def check_attributes(op: LinearOperator) -> None:
-    """Raise unless ``op`` has shapes, dtype and device."""
-    missing = [name for name in _NEEDED if not hasattr(op, name)]
-    if missing:
-        raise TypeError(
-            f"the operator {type(op).__name__} has no {', '.join(missing)}: call super().__init__(in_shape, out_shape, "
-            "dtype=..., device=...) or set the attributes"
-        )
-    checked_shape("in_shape", op.in_shape)
-    checked_shape("out_shape", op.out_shape)
+    def _adjoint(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-def checked_shape(name: str, value: Any) -> tuple[int, ...]:
-    """``value`` as a shape without zeros."""
-    try:
-        shape = tuple(int(n) for n in value) if isinstance(value, Sequence) else (int(value),)
-    except (TypeError, ValueError):
-        shape = (0,)
-    if any(n < 1 for n in shape):
-        raise ValueError(f"{name}={value!r}: give the shape of one vector, e.g. (3, 32, 32), without zeros")
-    return shape
+class Product(_Composed):
+    """B A, first A."""
+
+    def __init__(self, b: LinearOperator, a: LinearOperator) -> None:
+        if tuple(b.in_shape) != tuple(a.out_shape):
+            raise ValueError(
+                f"B @ A: outputs of A have shape {a.out_shape}, inputs of B {b.in_shape}; A is {a}, B is {b}"
+            )
+        super().__init__((b, a), a.in_shape, b.out_shape)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return apply(self.parts[0], apply(self.parts[1], x))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return apply_adjoint(self.parts[1], apply_adjoint(self.parts[0], y))
+
+    @property
+    def T(self) -> LinearOperator:
+        b, a = self.parts
+        return Product(a.T, b.T)
 
 
-def as_batch(x: Tensor, name: str, domain: tuple[int, ...]) -> tuple[Tensor, torch.Size]:
-    """(..., *domain) as (N, *domain), and the leading dimensions."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; give a tensor")
-    lead = x.shape[: max(0, x.ndim - len(domain))]
-    if tuple(x.shape[len(lead) :]) != tuple(domain):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, domain))})")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}; give a floating-point tensor")
-    return x.reshape(-1, *domain), lead
+class Sum(_Composed):
+    """A + B."""
+
+    def __init__(self, a: LinearOperator, b: LinearOperator) -> None:
+        if (tuple(a.in_shape), tuple(a.out_shape)) != (tuple(b.in_shape), tuple(b.out_shape)):
+            raise ValueError(f"A + B: the operators have different shapes; A is {a}, B is {b}")
+        super().__init__((a, b), a.in_shape, a.out_shape)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return apply(self.parts[0], x) + apply(self.parts[1], x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return apply_adjoint(self.parts[0], y) + apply_adjoint(self.parts[1], y)
+
+    @property
+    def T(self) -> LinearOperator:
+        a, b = self.parts
+        return Sum(a.T, b.T)
+
+
+class Scaled(_Composed):
+    """c A for a finite number c."""
+
+    def __init__(self, a: LinearOperator, factor: float) -> None:
+        if not math.isfinite(factor):
+            raise ValueError(f"c * A: c={factor!r} must be finite")
+        super().__init__((a,), a.in_shape, a.out_shape)
+        self.factor = factor
+
+    def rebuilt(self, parts: tuple[LinearOperator, ...]) -> LinearOperator:
+        return Scaled(parts[0], self.factor)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.factor * apply(self.parts[0], x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.factor * apply_adjoint(self.parts[0], y)
+
+    @property
+    def T(self) -> LinearOperator:
+        return Scaled(self.parts[0].T, self.factor)
+
+
+class Transposed(_Composed):
+    """A^T of an operator that is known by its products alone."""
+
+    def __init__(self, a: LinearOperator) -> None:
+        super().__init__((a,), a.out_shape, a.in_shape)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return apply_adjoint(self.parts[0], x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return apply(self.parts[0], y)
+
+    @property
+    def T(self) -> LinearOperator:
+        return self.parts[0]
+
+
+_COMPOSED = (Product, Sum, Scaled, Transposed)
+
+
+def parts_of(op: LinearOperator) -> tuple[LinearOperator, ...]:
+    """The operators that ``op`` is composed of; none if it is a leaf."""
+    return op.parts if type(op) in _COMPOSED else ()  # type: ignore[attr-defined]
+
+
+def leaves_of(op: LinearOperator) -> Iterator[LinearOperator]:
+    """The operators at the ends of the composition."""
+    parts = parts_of(op)
+    if not parts:
+        yield op
+    for part in parts:
+        yield from leaves_of(part)
+
+
+def unscaled(op: LinearOperator) -> tuple[list[float], LinearOperator]:
+    """The factors of c * (d * A), and A."""
+    factors: list[float] = []
+    while type(op) is Scaled:
+        factors.append(op.factor)
+        op = op.parts[0]
+    return factors, op
 
 
 def _real(value: Any) -> float | None:

@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .applying import probe, visible
-from .function import FunctionOperator
 from .linear_ops import FRESH, LEAKS, rule_of
-from .operators import LinearOperator
+from .operators import FunctionOperator, LinearOperator
 from .undisturbed import undisturbed
 from .weighted import ConvOperator, MatrixOperator
 

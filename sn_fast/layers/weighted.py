@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..reference import linear_map
 from ..reference.geometry import PADDING_MODES, Axis, Geometry
-from .composed import parts_of
-from .operators import LinearOperator, OwnOperator, as_batch
+from .operators import LinearOperator, parts_of
+from .protocol import OwnProducts, as_batch
 
 Padding = int | str | Sequence[int | tuple[int, int]]
 
 
-class LayerOperator(OwnOperator):
+class LayerOperator(OwnProducts, LinearOperator):
     """The linear map of a weight and a geometry: ``matvec`` and its adjoint ``rmatvec``.
 
     A subclass that overrides the products is measured by them, not by its weight.

@@ -10,9 +10,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..layers.composed import unscaled
 from ..layers.describe import times
-from ..layers.operators import LinearOperator
+from ..layers.operators import LinearOperator, unscaled
 from ..layers.weighted import LayerOperator, layer_operator, per_axis
 from ..reference.linear_map import compute_dtype
 from .definite import eigenvalue_bound

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layers.checks import check_products
-from ..layers.composed import leaves_of, unscaled
-from ..layers.operators import LinearOperator
+from ..layers.operators import LinearOperator, leaves_of, unscaled
 from ..layers.weighted import LayerOperator, as_int, layer_operator
 from ..ops.power_step import lanczos_start
 from ..reference.linear_map import compute_dtype

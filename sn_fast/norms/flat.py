@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layers.applying import apply, apply_adjoint
-from ..layers.composed import unscaled
-from ..layers.operators import LinearOperator
+from ..layers.operators import LinearOperator, unscaled
 from ..layers.weighted import LayerOperator, in_precision, layer_operator
 from ..reference.linear_map import compute_dtype
 from ..reference.power import normalized

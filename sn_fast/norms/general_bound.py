@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layers.applying import dense
-from ..layers.composed import Product, Scaled, Transposed, leaves_of, parts_of
-from ..layers.function import FunctionOperator
-from ..layers.operators import LinearOperator
+from ..layers.operators import FunctionOperator, LinearOperator, Product, Scaled, Transposed, leaves_of, parts_of
 from ..layers.weighted import in_precision, layer_operator
 from .definite import eigenvalue_bound
 from .lanczos_bound import lanczos_bound

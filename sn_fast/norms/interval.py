@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers.applying import apply
-from ..layers.composed import unscaled
-from ..layers.operators import LinearOperator
+from ..layers.operators import LinearOperator, unscaled
 from ..layers.weighted import LayerOperator, in_precision, layer_operator
 from .bound import tightest_bound
 from .estimate import ConvergenceWarning, check_operator, check_tolerance, operator_norm, without_autocast

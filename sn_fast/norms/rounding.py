@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..layers.composed import Product, Scaled, Sum, parts_of
-from ..layers.operators import LinearOperator
+from ..layers.operators import LinearOperator, Product, Scaled, Sum, parts_of
 from ..layers.weighted import LayerOperator, layer_operator
 from .grid import padding_norm
 from .problem import Problem

@@ -14,7 +14,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sn_fast import LinearOperator
+from sn_fast.layers import LayerOperator
 from sn_fast.ops import plan as plans
 from sn_fast.ops import power_step as ops
 from sn_fast.ops import units as dividing
@@ -28,7 +28,7 @@ from .small_operators import DTYPES, any_operator, conv, line, matrix
 
 KINDS = ("dot", "axpy", "direct", "gemm64", "gemm16")  # csrc/spectral/gather.h: TileKind
 
-CHOSEN: dict[str, Callable[[], LinearOperator]] = {
+CHOSEN: dict[str, Callable[[], LayerOperator]] = {
     "gemm64": lambda: line(70, 20, 70),
     "gemm64_split": lambda: conv(64, 128, (3, 3), (8, 8), padding=1),
     "gemm16": lambda: conv(40, 30, (3, 3), (4, 4), padding=1),
@@ -57,7 +57,7 @@ CHOSEN: dict[str, Callable[[], LinearOperator]] = {
 
 
 @st.composite
-def operators(draw: st.DrawFn, most_products: int = 1_000_000) -> LinearOperator:
+def operators(draw: st.DrawFn, most_products: int = 1_000_000) -> LayerOperator:
     """Any operator that is quick to run."""
     op = any_operator(draw, draw(st.sampled_from(DTYPES)), one_matrix_in=6, largest=300)
     assume(useful_products(Call([op], [], [])) <= most_products)
@@ -68,12 +68,12 @@ def operators(draw: st.DrawFn, most_products: int = 1_000_000) -> LinearOperator
 class Call:
     """The arguments of one call: operators and their start vectors."""
 
-    operators: Sequence[LinearOperator]
+    operators: Sequence[LayerOperator]
     us: list[Tensor]
     vs: list[Tensor]
 
     @staticmethod
-    def of(*operators: LinearOperator, seed: int = 0) -> Call:
+    def of(*operators: LayerOperator, seed: int = 0) -> Call:
         generator = torch.Generator().manual_seed(seed)
         us, vs = (
             [torch.randn(shape, generator=generator) for shape in shapes]
@@ -112,15 +112,15 @@ class Call:
         return found
 
 
-def check_top_group(op: LinearOperator, u: Tensor, v: Tensor, group: int) -> None:
+def check_top_group(op: LayerOperator, u: Tensor, v: Tensor, group: int) -> None:
     """``group`` must attain sigma, up to rounding."""
     weight, g = op.weight.double(), op.geometry
-    image = LinearOperator(weight, g).rmatvec(u) if g.axes else LinearOperator(weight, g).matvec(v)
+    image = LayerOperator(weight, g).rmatvec(u) if g.axes else LayerOperator(weight, g).matvec(v)
     norms = image.reshape(g.groups, -1).norm(dim=1)
     assert norms[group] >= norms.max() * (1 - 1e-5)
 
 
-def check_precision(op: LinearOperator, precision: str) -> None:
+def check_precision(op: LayerOperator, precision: str) -> None:
     """Each half step of its own, from the very input it had, with operands rounded as GEMM tiles round them."""
     call = Call.of(op)
     if precision in ("fp32", "3xtf32"):

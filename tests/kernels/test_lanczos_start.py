@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from sn_fast import ConvOperator, LinearOperator, MatrixOperator
+from sn_fast import ConvOperator, MatrixOperator
+from sn_fast.layers import LayerOperator
 from sn_fast.norms.estimate import start_vectors
 from sn_fast.ops import power_step as ops
 from sn_fast.reference.lanczos import lanczos_start as reference
@@ -18,19 +19,19 @@ from sn_fast.reference.lanczos import lanczos_start as reference
 from ..layers.geometries import Case, cases
 
 
-def start_of(op: LinearOperator, seed: int = 0) -> Tensor:
+def start_of(op: LayerOperator, seed: int = 0) -> Tensor:
     """Where the iteration of a convolution or a matrix starts."""
     return torch.randn(op.in_shape if op.geometry.axes else op.out_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def run(operators: list[LinearOperator], n: int, function=ops.lanczos_start) -> tuple[list[Tensor], list[Tensor]]:
+def run(operators: list[LayerOperator], n: int, function=ops.lanczos_start) -> tuple[list[Tensor], list[Tensor]]:
     code = [c for op in operators for c in op.geometry.encode()]
     return function([op.weight for op in operators], [start_of(op) for op in operators], code, n)
 
 
-def blocks(op: LinearOperator) -> Tensor:
+def blocks(op: LayerOperator) -> Tensor:
     """The dense matrices of the groups, (groups, m, n), in float64."""
-    exact = LinearOperator(op.weight.double(), op.geometry)
+    exact = LayerOperator(op.weight.double(), op.geometry)
     g = op.geometry.groups
     dense = exact.to_dense().reshape(g, math.prod(op.out_shape) // g, g, -1)
     return torch.stack([dense[i, :, i, :] for i in range(g)])
@@ -52,7 +53,7 @@ def best_in_krylov_space(matrix: Tensor, start: Tensor, n: int) -> float:
     return float(torch.linalg.matrix_norm(matrix @ torch.stack(basis, dim=1), 2))
 
 
-def check(op: LinearOperator, u: Tensor, v: Tensor, n: int, tolerance: float = 2e-5) -> None:
+def check(op: LayerOperator, u: Tensor, v: Tensor, n: int, tolerance: float = 2e-5) -> None:
     """Unit vectors of every group whose <u, A v> is what the Krylov space allows, no more and no less."""
     assert u.shape == op.out_shape
     assert v.shape == op.in_shape
@@ -152,7 +153,7 @@ def test_an_exhausted_space_gives_the_norm_itself(kernels: ModuleType, n: int) -
 def test_scales_of_weights(kernels: ModuleType, scale: float) -> None:
     for name in ("strided", "matrix"):
         op = OPERATORS[name]()
-        op = LinearOperator((op.weight * scale).contiguous(), op.geometry)
+        op = LayerOperator((op.weight * scale).contiguous(), op.geometry)
         (u,), (v,) = run([op], 4)
         check(op, u, v, 4, tolerance=1e-4 if scale > 1e-38 else 1e-2)
 

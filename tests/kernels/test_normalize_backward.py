@@ -10,7 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sn_fast import LinearOperator, MatrixOperator
+from sn_fast import MatrixOperator
+from sn_fast.layers import LayerOperator
 from sn_fast.ops.power_step import PRECISIONS
 
 from ..layers.geometries import Case, cases
@@ -85,7 +86,7 @@ def test_chosen_layers(ordered_kernels: ModuleType, name: str) -> None:
 def test_dtypes(kernels: ModuleType, weight_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     for name in ("conv", "grouped", "matrix"):
         op = CHOSEN[name]()
-        Call.of(LinearOperator(op.weight.to(weight_dtype), op.geometry), grad_dtype=grad_dtype).check()
+        Call.of(LayerOperator(op.weight.to(weight_dtype), op.geometry), grad_dtype=grad_dtype).check()
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -190,7 +191,7 @@ def test_scales_of_weights(kernels: ModuleType, scale: float) -> None:
     """sigma and beta go with the weight, as they do where a weight is small or large."""
     for name in ("conv", "matrix", "long_sum"):
         op = CHOSEN[name]()
-        call = Call.of(LinearOperator(op.weight * scale, op.geometry), sigma=1.7 * scale, beta=0.5 * scale)
+        call = Call.of(LayerOperator(op.weight * scale, op.geometry), sigma=1.7 * scale, beta=0.5 * scale)
         call.check()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sn_fast import ConvOperator, LinearOperator
+from sn_fast import ConvOperator
+from sn_fast.layers import LayerOperator
 from sn_fast.ops import normalize as ops
 
 from ..on_device import DEVICE
@@ -44,7 +45,7 @@ def test_gradients_in_float64_go_to_the_reference(kernels: ModuleType) -> None:
         setattr(call, chosen, getattr(call, chosen).double())
         assert same(call.run(), call.by_reference())
     op = CHOSEN["conv"]()
-    call = Call.of(LinearOperator(op.weight.double(), op.geometry))
+    call = Call.of(LayerOperator(op.weight.double(), op.geometry))
     assert same(call.run(), call.by_reference())
     call.grad = call.grad.float()
     assert same(call.run(), call.by_reference())

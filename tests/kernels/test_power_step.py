@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sn_fast import ConvOperator, LinearOperator
+from sn_fast import ConvOperator
+from sn_fast.layers import LayerOperator
 from sn_fast.ops import power_step as ops
 from sn_fast.reference.geometry import Axis, Geometry
 
@@ -27,7 +28,7 @@ from .small_operators import conv, line, matrix, properties
     order=st.sampled_from(THREAD_ORDERS),
     split=st.booleans(),
 )
-def test_every_geometry(kernels: ModuleType, mixture: list[LinearOperator], seed: int, order: int, split: bool) -> None:
+def test_every_geometry(kernels: ModuleType, mixture: list[LayerOperator], seed: int, order: int, split: bool) -> None:
     kernels.set_thread_order(order)
     with planning(split=split):
         Call.of(*mixture, seed=seed).check()
@@ -42,7 +43,7 @@ def test_every_geometry(kernels: ModuleType, mixture: list[LinearOperator], seed
     precision=st.sampled_from(["tf32", "3xtf32", "bf16"]),
 )
 def test_every_geometry_in_every_precision(
-    kernels: ModuleType, op: LinearOperator, order: int, narrow: bool, split: bool, precision: str
+    kernels: ModuleType, op: LayerOperator, order: int, narrow: bool, split: bool, precision: str
 ) -> None:
     kernels.set_thread_order(order)
     with planning(split=split, _DIRECT_MOST_ROWS=0, _NARROW_COST=0.1 if narrow else 1e9):
@@ -71,7 +72,7 @@ def test_dense_operators(kernels: ModuleType) -> None:
     call = Call.of(*chosen)
     us, vs, sigmas, groups = call.run()
     for i, op in enumerate(chosen):
-        dense = LinearOperator(op.weight.double(), op.geometry).to_dense()
+        dense = LayerOperator(op.weight.double(), op.geometry).to_dense()
         u, v = call.us[i].double().flatten(), call.vs[i].double().flatten()
         if op.geometry.axes:
             u = dense @ v
@@ -111,7 +112,7 @@ def test_one_window_that_reads_padding_is_no_matrix(kernels: ModuleType) -> None
     """Size 1 in, size 1 out, one slot: but it reads nothing, or a tap that is not the first."""
     nothing = ConvOperator(torch.randn(5, 3, 1), (1,), padding=((1, 0),), stride=2)
     assert nothing.to_dense().abs().sum() == 0
-    third = LinearOperator(torch.randn(15, 2, 4), Geometry((Axis(1, 1, 4, 4, 1, 2),)))
+    third = LayerOperator(torch.randn(15, 2, 4), Geometry((Axis(1, 1, 4, 4, 1, 2),)))
     call = Call.of(nothing, nothing.reduced(), third, ConvOperator(third.weight, (1,), padding=((2, 1),)))
     found = call.check()
     assert found[2][0] == 0
@@ -122,9 +123,9 @@ def test_one_window_that_reads_padding_is_no_matrix(kernels: ModuleType) -> None
 # -- what is hard on a norm -------------------------------------------------------------------------------------------
 
 
-def mixture_of_all_kinds(scale: float = 1.0) -> list[LinearOperator]:
+def mixture_of_all_kinds(scale: float = 1.0) -> list[LayerOperator]:
     names = ("gemm64", "gemm16", "direct", "depthwise", "grouped", "matrix")
-    return [LinearOperator(op.weight * scale, op.geometry) for op in (CHOSEN[name]() for name in names)]
+    return [LayerOperator(op.weight * scale, op.geometry) for op in (CHOSEN[name]() for name in names)]
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-38, 1e-30, 1e-10, 1e10, 1e30])

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from sn_fast import ConvOperator, LinearOperator, MatrixOperator
+from sn_fast import ConvOperator, MatrixOperator
+from sn_fast.layers import LayerOperator
 from sn_fast.ops.layout import Layout
 from sn_fast.reference.geometry import Axis, Geometry
 
@@ -82,7 +83,7 @@ def test_start_vectors_of_any_layout(kernels: ModuleType) -> None:
 def test_float64_goes_to_the_reference(kernels: ModuleType) -> None:
     for weight_dtype, dtype in ((torch.float64, torch.float64), (torch.float64, torch.float32), (torch.float32,) * 2):
         op = conv(5, 4, (3,), (7,))
-        call = Call.of(LinearOperator(op.weight.to(weight_dtype), op.geometry), matrix(3, 4))
+        call = Call.of(LayerOperator(op.weight.to(weight_dtype), op.geometry), matrix(3, 4))
         if weight_dtype == torch.float32:
             dtype = torch.float64
         call.us[0], call.vs[0] = call.us[0].to(dtype), call.vs[0].to(dtype)

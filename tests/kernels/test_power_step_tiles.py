@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from sn_fast import LinearOperator, MatrixOperator
+from sn_fast import MatrixOperator
+from sn_fast.layers import LayerOperator
 
 from .power_steps import CHOSEN, KINDS, Call, check_precision, kinds_of, planning
 from .small_operators import DTYPES, line, matrix
@@ -23,7 +24,7 @@ def test_chosen_shapes_hit_every_kind_of_tile_whole_and_split() -> None:
 def test_kinds_of_tiles(kernels: ModuleType, name: str) -> None:
     op = CHOSEN[name]()
     for dtype in DTYPES:
-        Call.of(LinearOperator(op.weight.to(dtype), op.geometry)).check()
+        Call.of(LayerOperator(op.weight.to(dtype), op.geometry)).check()
 
 
 @pytest.mark.parametrize("precision", ["tf32", "3xtf32", "bf16"])

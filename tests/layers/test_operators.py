@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from sn_fast import ConvOperator, LinearOperator, MatrixOperator, operator_norm, operator_of
 from sn_fast.layers.applying import dense
+from sn_fast.reference.geometry import Geometry
 
 from .geometries import Case, cases
 
@@ -142,9 +145,27 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert (MatrixOperator(random(3, 4)) @ a).dtype == torch.float64
 
 
-def test_the_protocol_is_abstract() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        LinearOperator((3,), (3,))  # type: ignore[abstract]
+@pytest.mark.parametrize(
+    ("positional", "named"),
+    [
+        (((3,), (3,)), {}),
+        ((torch.ones(3, 2), Geometry()), {}),  # a layer's operator is LayerOperator
+        ((), {"weight": torch.ones(3, 2), "geometry": Geometry()}),
+        ((), {}),
+    ],
+)
+def test_the_protocol_is_abstract(positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"LinearOperator is abstract.* operator_of.* ConvOperator or MatrixOperator"):
+        LinearOperator(*positional, **named)  # type: ignore[abstract]
+
+
+def test_a_subclass_without_an_adjoint_is_abstract() -> None:
+    class Half(LinearOperator):
+        def matvec(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(TypeError, match=r"Half.*rmatvec"):
+        Half((3,), (3,))  # type: ignore[abstract]
 
 
 def test_shapes_that_do_not_compose() -> None:

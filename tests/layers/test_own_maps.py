@@ -26,7 +26,7 @@ from sn_fast import (
 )
 from sn_fast.inspection import inspect_model
 from sn_fast.layers.exact import why_not_its_class
-from sn_fast.layers.function import FunctionOperator
+from sn_fast.layers.operators import FunctionOperator
 from sn_fast.layers.weighted import layer_operator
 
 from .own_maps import BY_PRODUCTS, KINDS, NOT_LINEAR, OF_ONE_WEIGHT, matrix_of, norm_of, subclass

@@ -87,12 +87,12 @@ def test_sigma_vectors_and_weight_after_each_run(name: str, published) -> None:
 @pytest.mark.parametrize("name", SN_FILES)
 def test_true_norm(name: str, published) -> None:
     from sn_fast import operator_norm, operator_of
-    from sn_fast.layers.linear import LinearOperator
+    from sn_fast.layers import LayerOperator
 
     case = Published(name, published(name + ".npz"))
     raw = case.state.operand(case.state.raw.detach()).double()
     truth = float(case.data["sigma_exact_f64"])
-    assert float(operator_norm(LinearOperator(raw, case.state.geometry))) == pytest.approx(truth, rel=1e-6)
+    assert float(operator_norm(LayerOperator(raw, case.state.geometry))) == pytest.approx(truth, rel=1e-6)
     if case.kind != "matrix_conv":
         assert float(operator_norm(operator_of(case.layer, raw=True))) == pytest.approx(truth, rel=1e-5)
 

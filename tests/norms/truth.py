@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from sn_fast import ConvOperator, LinearOperator
+from sn_fast import ConvOperator
+from sn_fast.layers import LayerOperator
 
 from ..layers.geometries import Case
 
@@ -15,9 +16,9 @@ CERTAIN = ("auto", "dense", "circulant", "fft", "gram", "rowsum")  # "lanczos" h
 SVD = 1e-13  # relative rounding of the truth itself
 
 
-def dense_norm(op: LinearOperator) -> float:
+def dense_norm(op: LayerOperator) -> float:
     """|A| of a weight whose squares neither under- nor overflow."""
-    exact = LinearOperator(op.weight.detach().double(), op.geometry)
+    exact = LayerOperator(op.weight.detach().double(), op.geometry)
     return float(torch.linalg.matrix_norm(exact.to_dense(), 2))
 
 
