@@ -119,8 +119,8 @@ _memcmp = _find_memcmp()
 def is_replaced(weight: Tensor, record: Tensor) -> bool:
     """Whether a weight on the host moved so far from its record that vectors of the one say little of the other.
 
-    By a sample: a step of training moves a weight by a few per cent of its norm, an initialisation by 140 %. Only the
-    start of the iteration depends on it. A change of scale alone leaves the vectors right.
+    By a sample: a step of training moves a weight by one to three per cent of its norm, an initialisation by 140 %.
+    Only the start of the iteration depends on it. A change of scale alone leaves the vectors right.
     """
     if is_hashed(record):
         now = _numbers(weight.detach().reshape(-1))
