@@ -31,9 +31,12 @@ from .state import Snapshot, State, is_current, is_exporting
 class SpectralNorm(State):
     """Parametrization W -> W / max(1, sigma / beta), or beta * W / sigma, of one weight."""
 
-    _frozen: Tensor | None = None
-    _warned = False
     is_replica = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._frozen: Tensor | None = None
+        self._warned = False
 
     # -- start --------------------------------------------------------------------------------------------------------
 
