@@ -134,3 +134,33 @@ def test_a_process_forked_while_a_thread_refreshes_can_use_the_model() -> None:
             os._exit(1)
     thread.join()
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv", "reshape", "bound"])
+def test_a_weight_of_another_shape_starts_anew(kind: str, full: bool) -> None:
+    torch.manual_seed(0)
+    options: dict = {"gradient": "full"} if full and kind != "bound" else {}
+    if kind in ("conv", "reshape"):
+        layer: nn.Module = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        options |= {"input_size": 5} if kind == "conv" else {"operator": "reshape"}
+        wider, x = torch.randn(6, 3, 3, 3), torch.randn(1, 3, 5, 5)
+    else:
+        layer = nn.Embedding(4, 8) if kind == "embedding" else nn.Linear(8, 4, bias=False)
+        options |= {"bound": True} if kind == "bound" else {}
+        wider, x = torch.randn(6, 8), torch.zeros(2, dtype=torch.long) if kind == "embedding" else torch.randn(2, 8)
+    spectral_norm(layer, mode="scale", **options)
+    layer(x)
+    layer.parametrizations.weight.original = nn.Parameter(4 * wider)
+    if kind == "conv":
+        eye = torch.eye(75, dtype=torch.double).reshape(75, 3, 5, 5)
+        truth = norm_of(nn.functional.conv2d(eye, 4 * wider.double(), padding=1).flatten(1))
+    else:
+        truth = norm_of(4 * wider.flatten(1))
+    assert sigmas(layer)[""] == pytest.approx(truth, rel=0.01)
+    layer(x).sum().backward()
+    assert layer.parametrizations.weight.original.grad.shape == wider.shape
+    torch.testing.assert_close(layer.weight.detach(), 4 * wider / truth, rtol=0.01, atol=1e-6)
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin.weight, layer.weight)
