@@ -16,9 +16,14 @@ from .state import State
 
 def certify(member: State, weight: Tensor) -> None:
     """Write into ``sigma`` a bound of the norm of this weight's operator, rounded up."""
+    certify_operand(member, member.operand(weight))
+
+
+def certify_operand(member: State, operand: Tensor) -> None:
+    """``certify`` for a weight in the form that the operators take."""
     sigma, geometries = member.state("sigma"), _geometries(member)
     member.bound_code = _code(geometries)
-    bound = certified_sigma(member.operand(weight), geometries, every_size=member.every_size)
+    bound = certified_sigma(operand, geometries, every_size=member.every_size)
     sigma.fill_(_rounded_up(bound, sigma.dtype))
 
 

@@ -22,7 +22,7 @@ from ..ops.normalize import normalize, normalize_all
 from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import sigma_through_last_iteration
 from . import checkpoint
-from .certify import certify
+from .certify import certify, certify_operand
 from .foreign import normalize_foreign
 from .refresh import LOCK, advance, readable, refresh_model, restart, snapshots, with_ready_weights
 from .state import Snapshot, State, is_current, is_exporting
@@ -192,14 +192,16 @@ class SpectralNorm(State):
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralNorm:
         with torch.no_grad():
             record, own = self.record, self._own[0] if self._own else None
+            before = after = None  # the operand that the state belongs to
             if record is not None and not is_hashed(record):
                 # What happens to the weight happens to its copy: a move is no change, and a pending one stays pending.
-                copied = fn(record)
-                self.record = record_of(copied, hashed=True) if self.is_hashed_on(copied.device) else copied
+                before, after = record, fn(record)
+                self.record = record_of(after, hashed=True) if self.is_hashed_on(after.device) else after
             elif record is not None and own is not None:
                 refresh_model([self])
-                moved = fn(self.operand(own.detach()))
-                self.record = record_of(moved, hashed=True)
+                before = self.operand(own.detach())
+                after = fn(before)
+                self.record = record_of(after, hashed=True)
             for name, buffer in self._buffers.items():
                 if buffer is not None:
                     moved = fn(buffer.flatten()).view(buffer.shape)  # flat: a memory format is for the weight alone
@@ -207,6 +209,8 @@ class SpectralNorm(State):
                     self._buffers[name] = buffer.to(moved.device) if _is_half(moved) else moved
             if self.record is not None and (self.record.is_meta or self.u.is_meta):
                 self.record = None  # there is nothing to compare any more
+            elif self.options.bound and before is not None and after is not None and _is_rounded(before, after):
+                certify_operand(self, after)  # a bound of the weight before says nothing certain of the rounded one
             self.keep_buffers()
         return self
 
@@ -306,6 +310,11 @@ def _popped(ready: list[Tensor]) -> Tensor | None:
         return ready.pop()
     except IndexError:  # another thread was first
         return None
+
+
+def _is_rounded(before: Tensor, after: Tensor) -> bool:
+    """Whether a conversion of dtype may have changed values."""
+    return torch.promote_types(before.dtype, after.dtype) != after.dtype
 
 
 def _is_half(t: Tensor) -> bool:

@@ -63,7 +63,7 @@ def refresh(pairs: Iterable[Pair]) -> None:
     unsure: list[Pair] = []
     with _undisturbed():
         for member, weight in pairs:
-            if member.settings_changed():
+            if member.settings_changed() or member.is_resized(weight):
                 start_again(member, weight)
                 continue
             has_moved = member.has_moved(weight)
@@ -132,7 +132,7 @@ def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
     if not torch.compiler.is_compiling():
         with _undisturbed():
             for member, weight in pairs:
-                if member.settings_changed():
+                if member.settings_changed() or member.is_resized(weight):
                     start_again(member, weight)
             restart([(member, weight) for member, weight in pairs if _is_replaced(member, weight)])
             advance(pairs, n_power_iterations)

@@ -198,13 +198,24 @@ class State(nn.Module):
 
     def is_here(self, weight: Tensor) -> bool:
         """Whether a weight can be read: dense, in memory, and whole (not a shard, not offloaded, not on meta)."""
-        if weight.is_meta or weight.shape != self.shape:
+        if weight.is_meta or (weight.shape != self.shape and not self.is_resized(weight)):
             return False
         if torch.compiler.is_compiling():
             return True
         if is_traceable_wrapper_subclass(weight):
             return False
         return not weight.numel() or is_wrapped(weight) or weight.untyped_storage().size() > 0
+
+    def is_resized(self, weight: Tensor) -> bool:
+        """Whether a whole weight of another shape took the place of the own one, as in a head with more classes.
+
+        Shards and offloaded weights are no plain parameters of as many dimensions.
+        """
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or self.shape is None:
+            return False
+        if type(weight) is not nn.Parameter or weight.shape == self.shape or not self.is_first:
+            return False
+        return weight.ndim == len(self.shape) and weight.numel() > 0
 
     def operand(self, weight: Tensor) -> Tensor:
         """The weight as the operators take it: as it is, or as a matrix, rows first."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +18,8 @@ _HOST_CHUNK = 1 << 15  # words that stay in a core's cache while they are mixed
 _DEVICE_CHUNK = 1 << 24  # bounds the memory of the temporaries
 SAMPLE = 1024  # words that a hashed record keeps beside the hash, to tell a replaced weight from a trained one
 _REPLACED = 0.1  # share of a weight's norm, from which on one iteration from the old vectors would be far off
+_SPREAD = 40507  # a prime, so no layer's sizes share a divisor with it
+_TINY = 1e-30  # squares below it may have lost numbers too small for float32
 
 # splitmix64 (Steele, Lea, Flood 2014), its constants as signed integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -54,7 +56,12 @@ def _signed(value: int) -> int:
 
 
 def _sample(flat: Tensor) -> Tensor:
-    return flat[:: max(1, -(-flat.numel() // SAMPLE))]
+    """At most SAMPLE elements, one of every stretch, at a place that differs: not all of one column or kernel tap."""
+    step = max(1, -(-flat.numel() // SAMPLE))
+    if step == 1:
+        return flat
+    starts = torch.arange(0, flat.numel(), step, device=flat.device)
+    return flat[(starts + starts // step * _SPREAD % step).clamp_(max=flat.numel() - 1)]
 
 
 fingerprint = define(
@@ -119,28 +126,38 @@ _memcmp = _find_memcmp()
 def is_replaced(weight: Tensor, record: Tensor) -> bool:
     """Whether a weight on the host moved so far from its record that vectors of the one say little of the other.
 
-    By a sample: a step of training moves a weight by one to three per cent of its norm, an initialisation by 140 %.
-    Only the start of the iteration depends on it. A change of scale alone leaves the vectors right.
+    A step of training moves a weight by one to three per cent of its norm, an initialisation by 140 %. Only the start
+    of the iteration depends on it. A change of scale alone leaves the vectors right. All elements count where there is
+    a copy, for a write to one row, column or place can be most of the norm; a hashed record has a sample alone.
     """
     if is_hashed(record):
-        now = _numbers(weight.detach().reshape(-1))
-        before = _numbers(record[1:].to(_WORDS[weight.element_size()]).view(weight.dtype))
+        now, before = _sample(weight.detach().reshape(-1)), record[1:].to(_WORDS[weight.element_size()])
+        before = before.view(weight.dtype)
     elif weight.stride() == record.stride() and _is_dense(weight):  # in the order of the memory, without a copy
-        now, before = (_numbers(t.detach().as_strided((t.numel(),), (1,))) for t in (weight, record))
+        now, before = (t.detach().as_strided((t.numel(),), (1,)) for t in (weight, record))
     else:
-        now, before = (_numbers(t.detach().reshape(-1)) for t in (weight, record))
+        now, before = (t.detach().reshape(-1) for t in (weight, record))
     if before.shape != now.shape:
         return True
-    if not np.isfinite(now).all():
-        return False  # vectors of such a weight would be no better
-    with np.errstate(all="ignore"):  # the weight before may have been NaN
-        square = before.dot(before)
-        away = now - (now.dot(before) / square if square > 0 else 0.0) * before
-        return not away.dot(away) <= _REPLACED**2 * now.dot(now)
+    squares = _products(now, before) if now.numel() > SAMPLE else None
+    if squares is None or not all(map(_is_normal, squares)):  # small, or out of the range of float32's squares
+        numbers, others = (t.double().numpy() for t in (now, before))
+        if not np.isfinite(numbers).all():
+            return False  # vectors of such a weight would be no better
+        with np.errstate(all="ignore"):  # the weight before may have been NaN
+            squares = tuple(float(a.dot(b)) for a, b in ((numbers, numbers), (numbers, others), (others, others)))
+    new, both, old = squares
+    # The part of the new weight that is no multiple of the old one.
+    away = new - (both * both / old if old > 0 else 0.0 if old == 0 else math.nan)
+    return not away <= _REPLACED**2 * new
 
 
-def _numbers(flat: Tensor) -> npt.NDArray[np.float64]:
-    """The sample of a flat tensor; by NumPy, which takes a fifth of PyTorch's time for small vectors."""
-    if flat.dtype in (torch.float32, torch.float64):
-        return flat.numpy()[:: max(1, -(-flat.numel() // SAMPLE))].astype(np.float64)
-    return _sample(flat).double().numpy()
+def _products(now: Tensor, before: Tensor) -> tuple[float, float, float]:
+    """now . now, now . before, before . before."""
+    if now.dtype not in (torch.float32, torch.float64):
+        now, before = now.float(), before.float()
+    return float(now.dot(now)), float(now.dot(before)), float(before.dot(before))
+
+
+def _is_normal(square: float) -> bool:
+    return _TINY < abs(square) < math.inf

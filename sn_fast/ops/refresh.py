@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ from .singular_vectors import LANCZOS_STEPS, POWER_STEPS, random_starts
 
 # Threads that use one model on the host: a state moves once, and nobody reads it while it moves.
 LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a process forked while another thread refreshes would wait for it for ever
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 def restart(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], geometry: Sequence[int]) -> None:
