@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..layers.linear import whole_window_size
-from ..ops.fingerprint import is_hashed, record_of
+from ..ops.fingerprint import is_hashed, record_of, same_content
 from ..ops.normalize import normalize, normalize_all
 from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import sigma_through_last_iteration
@@ -192,16 +192,18 @@ class SpectralNorm(State):
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralNorm:
         with torch.no_grad():
             record, own = self.record, self._own[0] if self._own else None
-            before = after = None  # the operand that the state belongs to
+            before: Tensor | None = None  # the operand that the state belongs to
             if record is not None and not is_hashed(record):
-                # What happens to the weight happens to its copy: a move is no change, and a pending one stays pending.
-                before, after = record, fn(record)
-                self.record = record_of(after, hashed=True) if self.is_hashed_on(after.device) else after
+                before = record
             elif record is not None and own is not None:
                 refresh_model([self])
                 before = self.operand(own.detach())
-                after = fn(before)
-                self.record = record_of(after, hashed=True)
+            # What happens to the weight happens to its copy: a move is no change, and a pending one stays pending.
+            after = None if before is None else fn(before)
+            if before is None or after is None or not _is_move(before, after):
+                self.record = None  # to_empty, say: memory holds anything, also what was there before
+            else:
+                self.record = record_of(after, hashed=True) if self.is_hashed_on(after.device) else after
             for name, buffer in self._buffers.items():
                 if buffer is not None:
                     moved = fn(buffer.flatten()).view(buffer.shape)  # flat: a memory format is for the weight alone
@@ -209,7 +211,7 @@ class SpectralNorm(State):
                     self._buffers[name] = buffer.to(moved.device) if _is_half(moved) else moved
             if self.record is not None and (self.record.is_meta or self.u.is_meta):
                 self.record = None  # there is nothing to compare any more
-            elif self.options.bound and before is not None and after is not None and _is_rounded(before, after):
+            elif self.options.bound and self.record is not None and before is not None and _is_rounded(before, after):
                 certify_operand(self, after)  # a bound of the weight before says nothing certain of the rounded one
             self.keep_buffers()
         return self
@@ -310,6 +312,13 @@ def _popped(ready: list[Tensor]) -> Tensor | None:
         return ready.pop()
     except IndexError:  # another thread was first
         return None
+
+
+def _is_move(before: Tensor, after: Tensor) -> bool:
+    """Whether one tensor is the other on another device or in another dtype."""
+    if before.is_meta or after.is_meta:
+        return False
+    return same_content(after.cpu(), before.to(after.dtype).cpu())
 
 
 def _is_rounded(before: Tensor, after: Tensor) -> bool:
