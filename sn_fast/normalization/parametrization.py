@@ -199,7 +199,7 @@ class SpectralNorm(State):
                 refresh_model([self])
                 before = self.operand(own.detach())
             # What happens to the weight happens to its copy: a move is no change, and a pending one stays pending.
-            after = None if before is None else fn(before)
+            after: Tensor | None = None if before is None else fn(before)
             if before is None or after is None or not _is_move(before, after):
                 self.record = None  # to_empty, say: memory holds anything, also what was there before
             else:
@@ -211,7 +211,8 @@ class SpectralNorm(State):
                     self._buffers[name] = buffer.to(moved.device) if _is_half(moved) else moved
             if self.record is not None and (self.record.is_meta or self.u.is_meta):
                 self.record = None  # there is nothing to compare any more
-            elif self.options.bound and self.record is not None and before is not None and _is_rounded(before, after):
+            elif self.options.bound and self.record is not None and _is_rounded(before, after):
+                assert after is not None
                 certify_operand(self, after)  # a bound of the weight before says nothing certain of the rounded one
             self.keep_buffers()
         return self
@@ -321,8 +322,10 @@ def _is_move(before: Tensor, after: Tensor) -> bool:
     return same_content(after.cpu(), before.to(after.dtype).cpu())
 
 
-def _is_rounded(before: Tensor, after: Tensor) -> bool:
+def _is_rounded(before: Tensor | None, after: Tensor | None) -> bool:
     """Whether a conversion of dtype may have changed values."""
+    if before is None or after is None:
+        return False
     return torch.promote_types(before.dtype, after.dtype) != after.dtype
 
 
