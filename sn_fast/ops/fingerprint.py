@@ -145,7 +145,7 @@ def is_replaced(weight: Tensor, record: Tensor) -> bool:
         if not np.isfinite(numbers).all():
             return False  # vectors of such a weight would be no better
         with np.errstate(all="ignore"):  # the weight before may have been NaN
-            squares = tuple(float(a.dot(b)) for a, b in ((numbers, numbers), (numbers, others), (others, others)))
+            squares = float(numbers.dot(numbers)), float(numbers.dot(others)), float(others.dot(others))
     new, both, old = squares
     # The part of the new weight that is no multiple of the old one.
     away = new - (both * both / old if old > 0 else 0.0 if old == 0 else math.nan)
