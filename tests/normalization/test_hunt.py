@@ -164,3 +164,18 @@ def test_a_weight_of_another_shape_starts_anew(kind: str, full: bool) -> None:
     twin = copy.deepcopy(layer)
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin.weight, layer.weight)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_weight_with_a_lazy_minus(hashed: bool) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(40, 40), mode="scale")
+    layer.parametrizations.weight[0].hashed = hashed
+    raw = nn.Parameter(torch.randn(40, 40, dtype=torch.cfloat).conj().imag)
+    assert raw.is_neg()
+    layer.parametrizations.weight.original = raw
+    assert norm_of(layer.weight.resolve_neg()) == pytest.approx(1, abs=0.01)
+    for _ in range(2):
+        with torch.no_grad():
+            raw[:, 3] = 30.0
+        assert norm_of(layer.weight.resolve_neg()) == pytest.approx(1, abs=0.01)
