@@ -58,8 +58,10 @@ def snapshots(pairs: Sequence[Pair]) -> list[Snapshot]:
 
 def refresh(pairs: Iterable[Pair]) -> None:
     """Advance the states whose weight has moved, in eager code."""
-    moved: list[Pair] = []
+    moved: list[Pair] = []  # with the record that of the new weight already
     replaced: list[Pair] = []
+    unknown: list[Pair] = []
+    early: list[Pair] = []
     unsure: list[Pair] = []
     with _undisturbed():
         for member, weight in pairs:
@@ -69,10 +71,20 @@ def refresh(pairs: Iterable[Pair]) -> None:
             has_moved = member.has_moved(weight)
             if has_moved is None:
                 unsure.append((member, weight))
+            elif has_moved and member.record is None:
+                unknown.append((member, weight))
             elif has_moved:
-                (replaced if _is_replaced(member, weight) else moved).append((member, weight))
-        restart(replaced)
-        advance(moved)
+                far = member.renew(weight)
+                (early if far is None else replaced if far else moved).append((member, weight))
+        try:
+            restart(unknown)
+            restart(replaced, marked=True)
+            advance(moved, marked=True)
+            advance(early)
+        except BaseException:
+            for member, _ in (*moved, *replaced):
+                member.record = None  # the state does not belong to the new weight
+            raise
         if unsure:
             _by_operator(unsure, vectors=False)
             for member, weight in unsure:
@@ -96,19 +108,25 @@ def start_again(member: State, weight: Tensor) -> None:
     restart([(member, weight)])
 
 
-def restart(pairs: Sequence[Pair]) -> None:
-    """Find u, v, sigma anew, for weights that have nothing to do with the ones at hand."""
+def restart(pairs: Sequence[Pair], *, marked: bool = False) -> None:
+    """Find u, v, sigma anew, for weights that have nothing to do with the ones at hand.
+
+    ``marked``: the records are those of the weights already.
+    """
     with _undisturbed():
         for member, weight in pairs:
             member.allocate(weight)
             if not weight.is_meta:
                 us, vs = [member.state("u")], [member.state("v")]
                 operators.restart([member.operand(weight.detach())], us, vs, member.code)
-        advance([(member, weight) for member, weight in pairs if not weight.is_meta], POWER_STEPS)
+        advance([(member, weight) for member, weight in pairs if not weight.is_meta], POWER_STEPS, marked=marked)
 
 
-def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None) -> None:
-    """Advance u, v, sigma, all that share a device, options and a number of iterations in one call."""
+def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None, *, marked: bool = False) -> None:
+    """Advance u, v, sigma, all that share a device, options and a number of iterations in one call.
+
+    ``marked``: the records are those of the weights already.
+    """
     batches = _batches(pairs, n_power_iterations)
     with _undisturbed():
         for (_, n, full, precision), batch in batches.items():
@@ -122,7 +140,8 @@ def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None) -> Non
             for member, weight in batch:
                 if member.options.bound:
                     certify(member, weight)
-                member.mark(weight)
+                if not marked:
+                    member.mark(weight)
 
 
 def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:

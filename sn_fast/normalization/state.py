@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, stateless
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..layers.linear import chain, conv_operator
-from ..ops.fingerprint import is_hashed, record_of, same_content, update_record
+from ..ops.fingerprint import is_hashed, record_of, renew_record, same_content, update_record
 from ..ops.library import stream_of
 from ..reference.geometry import Geometry
 from ..reference.linear_map import compute_dtype
@@ -247,6 +247,20 @@ class State(nn.Module):
         else:
             self.__dict__["record"] = update_record(record, operand)
         self.__dict__["_seen"] = _identity(weight)
+
+    def renew(self, weight: Tensor) -> bool | None:
+        """``mark``, and whether the weight is so far from the one before that the vectors say little of it.
+
+        None where the host cannot tell, and the record is left as it is.
+        """
+        record, operand = self.record, self.operand(weight)
+        if record is None or not operand.device.type == record.device.type == "cpu":
+            return None
+        self.__dict__["record"], far = renew_record(record, operand)
+        if is_hashed(record) != self.is_hashed_on(operand.device):  # it came from another device
+            self.__dict__["record"] = record_of(operand, hashed=self.is_hashed_on(operand.device))
+        self.saw(weight)
+        return far
 
     def is_hashed_on(self, device: torch.device) -> bool:
         """Whether the record on this device is a fingerprint: always where only the device can compare."""

@@ -19,6 +19,7 @@ _DEVICE_CHUNK = 1 << 24  # bounds the memory of the temporaries
 SAMPLE = 1024  # words that a hashed record keeps beside the hash, to tell a replaced weight from a trained one
 _REPLACED = 0.1  # share of a weight's norm, from which on one iteration from the old vectors would be far off
 _SPREAD = 40507  # a prime, so no layer's sizes share a divisor with it
+_STRETCH = 1 << 16  # elements, of two weights, that stay in a core's cache
 _TINY = 1e-30  # squares below it may have lost numbers too small for float32
 
 # splitmix64 (Steele, Lea, Flood 2014), its constants as signed integers.
@@ -73,7 +74,7 @@ fingerprint = define(
 
 def record_of(weight: Tensor, *, hashed: bool) -> Tensor:
     """What a later weight is compared with: a copy, or a fingerprint."""
-    return fingerprint(weight) if hashed else weight.detach().clone()
+    return fingerprint(weight) if hashed else weight.detach().resolve_neg().clone()
 
 
 def is_hashed(record: Tensor) -> bool:
@@ -97,7 +98,7 @@ def same_content(weight: Tensor, record: Tensor) -> bool:
         return torch.equal(fingerprint(weight), record)
     if weight.shape != record.shape or weight.dtype != record.dtype:
         return False
-    a, b = weight.detach().resolve_neg(), record.resolve_neg()
+    a, b = weight.detach().resolve_neg(), record
     dtype = _WORDS[a.element_size()]
     if a.stride() != b.stride() or not _is_dense(a) or _memcmp is None:
         return torch.equal(a.view(dtype), b.view(dtype))
@@ -123,41 +124,60 @@ def _find_memcmp() -> Callable[[int, int, int], int] | None:
 _memcmp = _find_memcmp()
 
 
-def is_replaced(weight: Tensor, record: Tensor) -> bool:
-    """Whether a weight on the host moved so far from its record that vectors of the one say little of the other.
+def renew_record(record: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
+    """The record of this weight, and whether the weight is so far from the one before that vectors of that say little.
 
     A step of training moves a weight by one to three per cent of its norm, an initialisation by 140 %. Only the start
     of the iteration depends on it. A change of scale alone leaves the vectors right. All elements count where there is
     a copy, for a write to one row, column or place can be most of the norm; a hashed record has a sample alone.
     """
-    weight, record = weight.resolve_neg(), record.resolve_neg()  # NumPy and views of the bits take no lazy minus
+    now = weight.detach().resolve_neg()  # NumPy and views of the bits take no lazy minus
     if is_hashed(record):
-        now, before = _sample(weight.detach().reshape(-1)), record[1:].to(_WORDS[weight.element_size()])
-        before = before.view(weight.dtype)
-    elif weight.stride() == record.stride() and _is_dense(weight):  # in the order of the memory, without a copy
-        now, before = (t.detach().as_strided((t.numel(),), (1,)) for t in (weight, record))
-    else:
-        now, before = (t.detach().reshape(-1) for t in (weight, record))
-    if before.shape != now.shape:
-        return True
-    squares = _products(now, before) if now.numel() > SAMPLE else None
-    if squares is None or not all(map(_is_normal, squares)):  # small, or out of the range of float32's squares
-        numbers, others = (t.double().numpy() for t in (now, before))
-        if not np.isfinite(numbers).all():
-            return False  # vectors of such a weight would be no better
-        with np.errstate(all="ignore"):  # the weight before may have been NaN
-            squares = float(numbers.dot(numbers)), float(numbers.dot(others)), float(others.dot(others))
-    new, both, old = squares
-    # The part of the new weight that is no multiple of the old one.
+        before = record[1:].to(_WORDS[weight.element_size()]).view(weight.dtype)
+        replaced = _is_replaced(_sample(now.reshape(-1)), before)
+        return update_record(record, weight), replaced
+    if now.shape != record.shape or now.dtype != record.dtype or now.device != record.device:
+        return update_record(record, weight), True
+    if now.stride() != record.stride() or not _is_dense(now):
+        replaced = _is_replaced(now.reshape(-1), record.reshape(-1))
+        return update_record(record, weight), replaced
+    # In the order of the memory, a stretch at a time: what is copied is in the cache by then.
+    now, before = (t.as_strided((t.numel(),), (1,)) for t in (now, record))
+    squares = (0.0, 0.0, 0.0)
+    exact = now.dtype == torch.float64 or now.numel() <= SAMPLE
+    for a, b in zip(now.split(_STRETCH), before.split(_STRETCH)):
+        part = _products(a, b, exact)
+        if not exact and not all(map(_is_normal, part)):  # out of the range of float32's squares
+            part = _products(a, b, True)
+        squares = squares[0] + part[0], squares[1] + part[1], squares[2] + part[2]
+        b.copy_(a)
+    return record, _is_far(*squares)
+
+
+def is_replaced(weight: Tensor, record: Tensor) -> bool:
+    """``renew_record`` without the new record."""
+    return renew_record(record.clone(), weight)[1]
+
+
+def _is_replaced(now: Tensor, before: Tensor) -> bool:
+    return now.shape != before.shape or _is_far(*_products(now, before, True))
+
+
+def _is_far(new: float, both: float, old: float) -> bool:
+    """From the squares of two weights and their product: whether much of the new one is no multiple of the old one."""
+    if not math.isfinite(new):
+        return False  # vectors of such a weight would be no better
     away = new - (both * both / old if old > 0 else 0.0 if old == 0 else math.nan)
     return not away <= _REPLACED**2 * new
 
 
-def _products(now: Tensor, before: Tensor) -> tuple[float, float, float]:
-    """now . now, now . before, before . before."""
-    if now.dtype not in (torch.float32, torch.float64):
-        now, before = now.float(), before.float()
-    return float(now.dot(now)), float(now.dot(before)), float(before.dot(before))
+def _products(now: Tensor, before: Tensor, exact: bool) -> tuple[float, float, float]:
+    """now . now, now . before, before . before; in float64 if ``exact``."""
+    if not exact and now.dtype == torch.float32:
+        return float(now.dot(now)), float(now.dot(before)), float(before.dot(before))
+    a, b = (t.double().numpy() for t in (now, before))  # for small vectors, a fifth of PyTorch's time
+    with np.errstate(all="ignore"):  # the weights may be NaN
+        return float(a.dot(a)), float(a.dot(b)), float(b.dot(b))
 
 
 def _is_normal(square: float) -> bool:

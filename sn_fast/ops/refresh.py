@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference.geometry import decode
-from .fingerprint import fingerprint, is_replaced, same_content, update_record
+from .fingerprint import fingerprint, renew_record, same_content, update_record
 from .library import define
 from .power_step import lanczos_start, power_step, starts_of
 from .singular_vectors import LANCZOS_STEPS, POWER_STEPS, random_starts
@@ -154,19 +154,28 @@ def _refresh_on_host(
     changed.copy_(torch.tensor(moved))
     grouped = iter(groups)
     tops = [next(grouped) if layer.groups > 1 else None for layer in known]
-    replaced = [m and is_replaced(w, r) for m, w, r in zip(moved, weights, records)]
-    for chosen, iterations in ((replaced, POWER_STEPS), ([m and not r for m, r in zip(moved, replaced)], n_iterations)):
-        index = [i for i, c in enumerate(chosen) if c]
-        if not index:
-            continue
-        ws, u, v, s = ([column[i] for i in index] for column in (weights, us, vs, sigmas))
-        code = [c for i in index for c in known[i].encode()]
-        if chosen is replaced:
-            restart(ws, u, v, code)
-        top = [t for t in (tops[i] for i in index) if t is not None]
-        advance(ws, u, v, s, top, [previous[i] for i in index] if previous else [], code, iterations, precision)
-        for i in index:
-            update_record(records[i], weights[i])
+    replaced = [m and _renewed(r, w) for m, w, r in zip(moved, weights, records)]
+    try:
+        for chosen, n in ((replaced, POWER_STEPS), ([m and not r for m, r in zip(moved, replaced)], n_iterations)):
+            index = [i for i, c in enumerate(chosen) if c]
+            if not index:
+                continue
+            ws, u, v, s = ([column[i] for i in index] for column in (weights, us, vs, sigmas))
+            code = [c for i in index for c in known[i].encode()]
+            if chosen is replaced:
+                restart(ws, u, v, code)
+            top = [t for t in (tops[i] for i in index) if t is not None]
+            advance(ws, u, v, s, top, [previous[i] for i in index] if previous else [], code, n, precision)
+    except BaseException:
+        for m, record in zip(moved, records):
+            if m:  # the state does not belong to the new weight: the next use has to see a change
+                record.view(-1)[:1].add_(1).nan_to_num_()
+        raise
+
+
+def _renewed(record: Tensor, weight: Tensor) -> bool:
+    """Make the record that of this weight; returns whether the weight has little to do with the one before."""
+    return renew_record(record, weight)[1]
 
 
 def _refresh_on_device(

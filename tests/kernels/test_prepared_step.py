@@ -112,7 +112,7 @@ def test_what_is_found_once_is_used_again_and_again(runs: list[int], made: list[
     model = network()
     for _ in range(4):
         for p in model.parameters():
-            p.data.add_(0.01 * torch.randn_like(p))
+            p.data.add_(0.003 * torch.randn_like(p))
         sn_fast.update_spectral_norm(model)
     assert (len(runs), len(made)) == (4, 1)
 
@@ -244,7 +244,7 @@ def test_a_forward_after_a_step_takes_it(runs: list[int], made: list[int]) -> No
     model(x)
     for n in range(1, 4):
         for p in model.parameters():
-            p.data.add_(0.01 * torch.randn_like(p))
+            p.data.add_(0.003 * torch.randn_like(p))
         model(x)
         model(x)
         assert runs == [1] * n

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sn_fast import sigmas, spectral_norm
-from sn_fast.ops.fingerprint import is_replaced, record_of
+from sn_fast.ops.fingerprint import is_hashed, is_replaced, record_of
 from sn_fast.ops.refresh import LOCK
 
 
@@ -179,3 +179,16 @@ def test_a_weight_with_a_lazy_minus(hashed: bool) -> None:
         with torch.no_grad():
             raw[:, 3] = 30.0
         assert norm_of(layer.weight.resolve_neg()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_replaced_weight_after_a_move_between_kinds_of_records(hashed: bool) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(64, 64), mode="scale")
+    own, raw = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+    own.record = record_of(raw, hashed=not hashed)  # as a GPU leaves it to the CPU, or the other way about
+    own.hashed = hashed
+    with torch.no_grad():
+        raw.copy_(torch.randn(64, 64))
+    assert norm_of(layer.weight) == pytest.approx(1, abs=0.01)
+    assert is_hashed(own.record) == hashed
