@@ -65,7 +65,7 @@ def refresh(pairs: Iterable[Pair]) -> None:
     unsure: list[Pair] = []
     with _undisturbed():
         for member, weight in pairs:
-            if member.settings_changed():
+            if member.settings_changed() or member.is_resized(weight):
                 start_again(member, weight)
                 continue
             has_moved = member.has_moved(weight)

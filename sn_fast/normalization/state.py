@@ -256,9 +256,9 @@ class State(nn.Module):
         record, operand = self.record, self.operand(weight)
         if record is None or not operand.device.type == record.device.type == "cpu":
             return None
-        if is_hashed(record) != self.is_hashed_on(operand.device):
-            return None
         self.__dict__["record"], far = renew_record(record, operand)
+        if is_hashed(record) != self.is_hashed_on(operand.device):  # it came from another device
+            self.__dict__["record"] = record_of(operand, hashed=self.is_hashed_on(operand.device))
         self.saw(weight)
         return far
 

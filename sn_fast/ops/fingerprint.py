@@ -35,7 +35,7 @@ def _fingerprint(weight: Tensor) -> Tensor:
     integers has the same bits in every order. A memory format does not change it.
     """
     with torch.no_grad():
-        words = weight.detach().reshape(-1).view(_WORDS[weight.element_size()])
+        words = weight.detach().resolve_neg().reshape(-1).view(_WORDS[weight.element_size()])
         total = torch.zeros((), dtype=torch.int64, device=words.device)
         chunk = min(_HOST_CHUNK if words.device.type == "cpu" else _DEVICE_CHUNK, max(1, words.numel()))
         steps = torch.arange(1, chunk + 1, device=words.device) * _GOLDEN
@@ -74,7 +74,7 @@ fingerprint = define(
 
 def record_of(weight: Tensor, *, hashed: bool) -> Tensor:
     """What a later weight is compared with: a copy, or a fingerprint."""
-    return fingerprint(weight) if hashed else weight.detach().clone()
+    return fingerprint(weight) if hashed else weight.detach().resolve_neg().clone()
 
 
 def is_hashed(record: Tensor) -> bool:
@@ -98,9 +98,9 @@ def same_content(weight: Tensor, record: Tensor) -> bool:
         return torch.equal(fingerprint(weight), record)
     if weight.shape != record.shape or weight.dtype != record.dtype:
         return False
-    a, b = weight.detach(), record
+    a, b = weight.detach().resolve_neg(), record
     dtype = _WORDS[a.element_size()]
-    if a.stride() != b.stride() or not _is_dense(a) or a.is_neg() or _memcmp is None:
+    if a.stride() != b.stride() or not _is_dense(a) or _memcmp is None:
         return torch.equal(a.view(dtype), b.view(dtype))
     return a.numel() == 0 or _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
 
@@ -131,7 +131,7 @@ def renew_record(record: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
     of the iteration depends on it. A change of scale alone leaves the vectors right. All elements count where there is
     a copy, for a write to one row, column or place can be most of the norm; a hashed record has a sample alone.
     """
-    now = weight.detach()
+    now = weight.detach().resolve_neg()  # NumPy and views of the bits take no lazy minus
     if is_hashed(record):
         before = record[1:].to(_WORDS[weight.element_size()]).view(weight.dtype)
         replaced = _is_replaced(_sample(now.reshape(-1)), before)

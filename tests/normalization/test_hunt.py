@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sn_fast import sigmas, spectral_norm
-from sn_fast.ops.fingerprint import is_replaced, record_of
+from sn_fast.ops.fingerprint import is_hashed, is_replaced, record_of
 from sn_fast.ops.refresh import LOCK
 
 
@@ -164,3 +164,31 @@ def test_a_weight_of_another_shape_starts_anew(kind: str, full: bool) -> None:
     twin = copy.deepcopy(layer)
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin.weight, layer.weight)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_weight_with_a_lazy_minus(hashed: bool) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(40, 40), mode="scale")
+    layer.parametrizations.weight[0].hashed = hashed
+    raw = nn.Parameter(torch.randn(40, 40, dtype=torch.cfloat).conj().imag)
+    assert raw.is_neg()
+    layer.parametrizations.weight.original = raw
+    assert norm_of(layer.weight.resolve_neg()) == pytest.approx(1, abs=0.01)
+    for _ in range(2):
+        with torch.no_grad():
+            raw[:, 3] = 30.0
+        assert norm_of(layer.weight.resolve_neg()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_replaced_weight_after_a_move_between_kinds_of_records(hashed: bool) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(64, 64), mode="scale")
+    own, raw = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+    own.record = record_of(raw, hashed=not hashed)  # as a GPU leaves it to the CPU, or the other way about
+    own.hashed = hashed
+    with torch.no_grad():
+        raw.copy_(torch.randn(64, 64))
+    assert norm_of(layer.weight) == pytest.approx(1, abs=0.01)
+    assert is_hashed(own.record) == hashed
