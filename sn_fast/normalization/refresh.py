@@ -64,26 +64,26 @@ def refresh(pairs: Iterable[Pair]) -> None:
     early: list[Pair] = []
     unsure: list[Pair] = []
     with _undisturbed():
-        for member, weight in pairs:
-            if member.settings_changed() or member.is_resized(weight):
-                start_again(member, weight)
-                continue
-            has_moved = member.has_moved(weight)
-            if has_moved is None:
-                unsure.append((member, weight))
-            elif has_moved and member.record is None:
-                unknown.append((member, weight))
-            elif has_moved:
-                far = member.renew(weight)
-                (early if far is None else replaced if far else moved).append((member, weight))
         try:
+            for member, weight in pairs:
+                if member.settings_changed() or member.is_resized(weight):
+                    start_again(member, weight)
+                    continue
+                has_moved = member.has_moved(weight)
+                if has_moved is None:
+                    unsure.append((member, weight))
+                elif has_moved and member.record is None:
+                    unknown.append((member, weight))
+                elif has_moved:
+                    far = member.renew(weight)
+                    (early if far is None else replaced if far else moved).append((member, weight))
             restart(unknown)
             restart(replaced, marked=True)
             advance(moved, marked=True)
             advance(early)
         except BaseException:
             for member, _ in (*moved, *replaced):
-                member.record = None  # the state does not belong to the new weight
+                member.record = None  # it is of the new weight, the state may not be
             raise
         if unsure:
             _by_operator(unsure, vectors=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -166,3 +167,27 @@ def test_an_update_after_a_change_of_a_layers_settings() -> None:
     layer(X)
     wanted = sn_fast.operator_norm(sn_fast.operator_of(layer, (8, 8), raw=True), method="dense")
     assert float(layer.parametrizations.weight[0].sigma) == pytest.approx(float(wanted.detach()), rel=5e-3)
+
+
+@pytest.mark.parametrize("where", ["renew", "power_step"])
+def test_a_refresh_that_fails_is_made_up_for(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it fails at a later layer, when an earlier one's record is of the new weight already."""
+    model = normalised(beta=0.3, mode="scale")
+    for p in model.parameters():
+        p.data.add_(0.02 * torch.randn_like(p))
+    broken = {"renew": (SpectralNorm, "renew"), "power_step": (sys.modules["sn_fast.ops.refresh"], "power_step")}[where]
+    real, calls = getattr(*broken), []
+
+    def fails(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 3 or where == "power_step":
+            raise RuntimeError("out of memory, say")
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*broken, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(X)
+    model(X)
+    assert true_norms(model, raw=False) == pytest.approx([0.3] * 4, rel=0.02)
+    assert list(sigmas(model).values()) == pytest.approx(true_norms(model, raw=True), rel=0.02)
