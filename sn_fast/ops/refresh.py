@@ -100,14 +100,8 @@ def _refresh(
     """
     with torch.no_grad(), LOCK, _exact(weights):
         weights = [w.detach() for w in weights]
-        if weights[0].device.type == "cpu":
-            _refresh_on_host(
-                weights, us, vs, sigmas, groups, previous, records, changed, geometry, n_iterations, precision
-            )
-        else:
-            _refresh_on_device(
-                weights, us, vs, sigmas, groups, previous, records, changed, geometry, n_iterations, precision
-            )
+        advance_changed = _refresh_on_host if weights[0].device.type == "cpu" else _refresh_on_device
+        advance_changed(weights, us, vs, sigmas, groups, previous, records, changed, geometry, n_iterations, precision)
         states = [*sigmas, *us, *vs, *groups, *previous]
         copy(fresh, states[: len(fresh)])
 

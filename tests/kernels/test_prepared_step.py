@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sn_fast
 from sn_fast.normalization import refresh
 from sn_fast.ops.prepared_step import PreparedStep
 
 from ..attacks.models import same_bits
+from ..normalization.models import Operators
 from .whole_models import every_kind, layers, move_in_place, plain_pytorch
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -54,18 +54,6 @@ def network(**options: Any) -> nn.Sequential:
 
 def state(model: nn.Module) -> list[Tensor]:
     return [b.clone() for m in layers(model) for name in STATES if (b := m.buffer(name)) is not None]
-
-
-class Operators(TorchDispatchMode):
-    """Sees the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.seen.append(func.name())
-        return func(*args, **kwargs or {})
 
 
 def by_operator(model: nn.Module, n: int | None = None) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sn_fast import apply_spectral_norm, operator_norm, operator_of
 from sn_fast.normalization.parametrization import SpectralNorm
@@ -47,3 +50,15 @@ def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> Tenso
 def true_norms(model: nn.Module, *, raw: bool) -> list[float]:
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     return [float(operator_norm(operator_of(m, raw=raw), method="dense")) for m in layers]
+
+
+class Operators(TorchDispatchMode):
+    """Sees the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **kwargs or {})

@@ -10,25 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sn_fast
 from sn_fast import sigmas, update_spectral_norm
 from sn_fast.normalization.parametrization import SpectralNorm
 
-from .models import X, normalised, states, step, true_norms, unchanged
-
-
-class Operators(TorchDispatchMode):
-    """Sees the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.seen.append(func.name())
-        return func(*args, **kwargs or {})
+from .models import Operators, X, normalised, states, step, true_norms, unchanged
 
 
 def by_a_little(p: Tensor) -> None:

@@ -1,0 +1,43 @@
+"""Importing sn_fast changes nothing of the process."""
+
+import subprocess
+import sys
+
+_IMPORT = """
+import sys
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+from torch.optim import optimizer
+
+before = set(sys.modules)
+
+
+def registered():
+    tables = [optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks]
+    tables += [value for name, value in vars(hooks).items() if name.startswith("_global_") and isinstance(value, dict)]
+    return [dict(table) for table in tables]
+
+
+methods = [nn.Module.__call__, nn.Module._call_impl, nn.Module.__setattr__, torch.optim.Optimizer.step]
+methods += [torch.optim.SGD.step, torch.Tensor.__torch_function__, torch.load, torch.save]
+start = registered()
+assert len(start) >= 6, start
+import sn_fast
+
+sn_fast.apply_spectral_norm(nn.Sequential(nn.Linear(3, 3)), torch.randn(1, 3))
+assert registered() == start, registered()
+assert methods == [
+    nn.Module.__call__, nn.Module._call_impl, nn.Module.__setattr__, torch.optim.Optimizer.step,
+    torch.optim.SGD.step, torch.Tensor.__torch_function__, torch.load, torch.save,
+]
+assert not torch.optim.SGD.step.__dict__.get("hooked")
+heavy = {"torch._dynamo", "torch._inductor", "torchvision", "sklearn", "matplotlib"} & (set(sys.modules) - before)
+assert not heavy, heavy
+"""
+
+
+def test_importing_registers_nothing_for_the_whole_process() -> None:
+    done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
