@@ -39,6 +39,7 @@ __device__ void run_unit(const Gather& g, const HalfStepParams& p, HalfStepShare
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_step_kernel(HalfStepParams p) {
     HalfStepShared& s = shared_memory<HalfStepShared>();
     constexpr int kWords = sizeof(Unit) / sizeof(std::int32_t);
+    if (p.changes && p.changes[p.n_operators] == 0) return;
     if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);
     __syncthreads();
     for (int number = s.next; number < p.n_units; number = s.next) {
@@ -52,11 +53,13 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_s
         const Gather& g = p.gathers[s.unit.gather];
         const auto dtype = static_cast<Dtype>(g.dtype);
         if (thread == 0) s.next = atomicAdd(p.taken, 1);
-        // 3) The tile.
-        switch (dtype) {
-            case Dtype::kFloat32: run_unit<float>(g, p, s); break;
-            case Dtype::kFloat16: run_unit<half_t>(g, p, s); break;
-            case Dtype::kBfloat16: run_unit<bfloat16_t>(g, p, s); break;
+        // 3) The tile, of a weight that has changed.
+        if (!p.changes || p.changes[g.op] != 0) {
+            switch (dtype) {
+                case Dtype::kFloat32: run_unit<float>(g, p, s); break;
+                case Dtype::kFloat16: run_unit<half_t>(g, p, s); break;
+                case Dtype::kBfloat16: run_unit<bfloat16_t>(g, p, s); break;
+            }
         }
         __syncthreads();  // the next unit uses the same shared memory
     }

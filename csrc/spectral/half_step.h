@@ -31,6 +31,8 @@ struct HalfStepParams {
     float* partials;
     std::int32_t* counters;   // 0 at the start, as `taken`
     std::int32_t* taken;      // counts the units that blocks have taken
+    const std::int32_t* changes;  // per operator, 0: there is nothing to do; then how many have changed. Null: all have
+    int n_operators;
     const void* weights[kMaxOperators];
     const float* given[kMaxOperators];  // what the vector is where there is nothing to normalise
 };

@@ -17,6 +17,8 @@ struct FinishParams {
     float* sigmas;
     std::int64_t* groups;
     const Targets* targets;  // null: results stay where they are; else they go to `given`, and sigma and group to these
+    const std::int32_t* changes;  // null: all have
+    Copies copies;
     float* given[2][kMaxOperators];
 };
 
@@ -40,19 +42,37 @@ __device__ inline Candidate larger(const Candidate& a, const Candidate& b) {
     return a.sum > b.sum ? a : b;
 }
 
+// sigma and group, from where they are kept.
+__device__ inline void copy_scalars(const FinishParams& p, int op) {
+    const Targets& target = p.targets[op];
+    if (p.copies.sigmas) p.copies.sigmas[op] = *target.sigma;
+    if (p.copies.groups && target.group) p.copies.groups[op] = *target.group;
+}
+
 // Normalises one piece of a vector, or finds sigma and its group.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) {
     const Piece piece = p.pieces[blockIdx.x];
     const int thread = static_cast<int>(threadIdx.x);
     const double* norms = p.norms[piece.second] + piece.norm;
+    const bool changed = !p.changes || p.changes[piece.op] != 0;
     if (piece.length > 0) {
         // 1) A piece of one group: scaled, or as given where its norm is zero or not finite.
-        const Scale scale = inverse_norm(sum_partials(norms, piece.norms));
+        const Scale scale = changed ? inverse_norm(sum_partials(norms, piece.norms)) : Scale{};
         float* result = p.results[piece.second] + piece.output + piece.first;
         float* given = p.given[piece.second][piece.op] + piece.first;
         float* target = p.targets ? given : result;
-        for (int i = thread; i < piece.length; i += kFinishThreads)
-            target[i] = scale.alive ? result[i] * scale.first * scale.second : given[i];
+        float* copy = p.copies.vectors[piece.second];
+        if (copy) copy += piece.output + piece.first;
+        if (!changed && !copy) return;
+        for (int i = thread; i < piece.length; i += kFinishThreads) {
+            const float value = scale.alive ? result[i] * scale.first * scale.second : given[i];
+            if (changed) target[i] = value;
+            if (copy) copy[i] = value;
+        }
+        return;
+    }
+    if (!changed) {
+        if (thread == 0) copy_scalars(p, piece.op);
         return;
     }
     // 2) The largest norm over the groups: a thread sums up a group if its partial sums are few, else a warp.
@@ -79,6 +99,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) 
         const Targets& target = p.targets[piece.op];
         *target.sigma = sigma;
         if (target.group) *target.group = best.group;
+        copy_scalars(p, piece.op);
     } else {
         p.sigmas[piece.op] = sigma;
         p.groups[piece.op] = best.group;

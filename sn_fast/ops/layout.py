@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +59,23 @@ def _tap_stride(weight: Tensor) -> int | None:
             return None
         expected = step * size
     return 0 if stride is None else stride
+
+
+def memory_digits(shape: Sequence[int], dims: Sequence[int]) -> list[tuple[int, int]]:
+    """From an element's place in dense memory to its logical index: sizes and strides, fastest first; [] if equal.
+
+    ``dims``: the axes, from the fastest in memory to the slowest.
+    """
+    digits: list[tuple[int, int]] = []
+    for d in dims:
+        size, stride = shape[d], math.prod(shape[d + 1 :])
+        if size == 1:
+            continue
+        if digits and stride == digits[-1][0] * digits[-1][1]:
+            digits[-1] = (digits[-1][0] * size, digits[-1][1])
+        else:
+            digits.append((size, stride))
+    return digits if len(digits) > 1 else []
 
 
 class Table:

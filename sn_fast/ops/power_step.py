@@ -218,7 +218,6 @@ def _power_step_once(
         [r.data_ptr() for r in results],
         sigmas.data_ptr(),
         groups.data_ptr(),
-        0,
         [norms.data_ptr(), norms.data_ptr() + 8 * plan.norm_sizes[0]],
         partials.data_ptr(),
         counters.data_ptr(),

@@ -32,6 +32,7 @@ def run(context: Context) -> None:
             "SN_FAST_TEST_DEVICE": context.device,
             "SN_FAST_TEST_REPORT": str(report),
             "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",  # the workers have to agree on the tests' names and order
         }
         reference = next((p for p in _references() if p.is_dir()), None)
         if reference:
