@@ -5,8 +5,8 @@ largest of them, each is cut off ``extra_bits`` below float32's last bit, and wh
 (Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"). All cuts are towards zero, so those
 of the sum do not cancel as roundings to nearest do: the error grows with the depth, not with its root.
 
-Let s_j be the sum after j of n blocks, and p the products. In units of 2^-23 |s_j|, which is at least float32's last bit
-there,
+Let s_j be the sum after j of n blocks, and p the products. In units of 2^-23 |s_j|, which is at least float32's last
+bit there,
 
     the sum's cut         takes between 0 and 1: 1/2 on average, always towards zero, give or take 1 / sqrt(12);
     a product's cut       takes between 0 and 2^-extra_bits, towards zero, so with the sign of the product, which is
@@ -24,7 +24,7 @@ themselves. The parts are added in float32, to nearest: p of them give sqrt(p / 
 The bar is twice mean + spread, as it is twice PyTorch's error elsewhere. ``size`` is S / |s|, where |.| is the norm
 over all elements compared. 3xtf32 starts a chain anew for every 8 products, and is held to float32's bar.
 
-The emulation with the H100's numbers gives the errors of an H200 to three digits, wherever the plan was the same.
+With the H100's numbers and plans for as many blocks, the emulation gives the errors measured on an H200 within 0.3 %.
 """
 
 from __future__ import annotations
