@@ -50,6 +50,26 @@ def test_every_geometry_in_every_precision(
         check_precision(op, precision)
 
 
+@settings(properties, max_examples=40)
+@given(data=st.data(), seed=st.integers(0, 2**31), split=st.booleans())
+def test_paddings_wider_than_the_kernel(kernels: ModuleType, data: st.DataObject, seed: int, split: bool) -> None:
+    """In the adjoint a border that is repeated is read through as many slots: hundreds, of few channels."""
+    mode = data.draw(st.sampled_from(["replicate", "replicate", "circular"]))
+    axes = data.draw(st.integers(1, 2))
+    widest = {1: 300, 2: 12}[axes]
+    size = [data.draw(st.integers(1, 3) if mode == "replicate" else st.integers(8, widest)) for _ in range(axes)]
+    kernel = [data.draw(st.integers(1, 3)) for _ in range(axes)]
+    pads = [
+        tuple(data.draw(st.integers(n // 2, n)) for _ in range(2))
+        for n in (widest if mode == "replicate" else s for s in size)
+    ]
+    groups, per_group = data.draw(st.sampled_from([1, 2])), data.draw(st.integers(1, 3))
+    weight = torch.randn(2 * groups, per_group, *kernel, generator=torch.Generator().manual_seed(seed))
+    op = ConvOperator(weight, size, padding=pads, groups=groups, padding_mode=mode)
+    with planning(split=split):
+        Call.of(op, seed=seed).check(factor=4.0)
+
+
 @pytest.mark.parametrize("n_iterations", [1, 2, 5])
 def test_iterations(kernels: ModuleType, n_iterations: int) -> None:
     call = Call.of(

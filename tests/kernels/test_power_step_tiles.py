@@ -41,6 +41,16 @@ def test_long_sums_are_sums_of_sums(kernels: ModuleType, precision: str, factor:
         Call.of(*long).check(precision=precision, factor=factor)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-34, 1e-36, 1e-38])
+def test_3xtf32_of_tiny_weights(kernels: ModuleType, scale: float) -> None:
+    """As accurate as fp32 until the lower part has lost bits: it is a multiple of 2^-136."""
+    op = CHOSEN["gemm64"]()
+    call = Call.of(LayerOperator(op.weight * scale, op.geometry))
+    exact = Call(call.operators, *([x.double() for x in xs] for xs in (call.us, call.vs))).by_reference()[0][0]
+    error = float((call.run(precision="3xtf32")[0][0] - exact).norm())
+    assert error < 5e-7 + 2.0**-137 / scale
+
+
 def test_lower_precision_is_lower(rounding_kernels: ModuleType) -> None:
     """The precisions do what their names say: the error is that of rounding the operands."""
     call = Call.of(CHOSEN["gemm64"]())
