@@ -23,7 +23,8 @@ def judge(
     Allowed is ``factor`` times the error of ``function`` in float32. That is luck where there is little to add up (0 at
     best), so twice what rounding the operands alone does to the result comes on top (the largest of a few draws of
     relative errors of up to one unit roundoff: a sum that cancels suffers, whoever computes it), and the roundings that
-    all elements share: of the two norms and of sigma. Tensor cores' sums are allowed ``cuts`` more (tensor_cores.py).
+    all elements share: of the two norms and of sigma. ``cuts`` is allowed on top, as of
+    tensor cores' sums (tensor_cores.py).
     """
     exact = function(*(x.double() for x in operands))
     yardstick = _errors(function(*(x.float() for x in operands)), exact, groups)

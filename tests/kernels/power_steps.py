@@ -97,7 +97,9 @@ class Call:
     def by_reference(self, n_iterations: int = 1) -> ops.Vectors:
         return reference(self.weights, self.us, self.vs, self.code, n_iterations)
 
-    def check(self, n_iterations: int = 1, precision: str = "fp32", factor: float = 2.0) -> ops.Vectors:
+    def check(
+        self, n_iterations: int = 1, precision: str = "fp32", factor: float = 2.0, cuts: float = 0.0
+    ) -> ops.Vectors:
         """The result, each operator of which must be about as near to the truth as PyTorch's in float32."""
         found = self.run(n_iterations, precision)
         for i, op in enumerate(self.operators):
@@ -109,7 +111,7 @@ class Call:
             operands = op.weight, self.us[i], self.vs[i]
             u, v, sigma, group = (part[i] for part in found)
             assert u.dtype == v.dtype == sigma.dtype == torch.float32
-            u_exact, v_exact, _ = judge([u, v, sigma], advance, operands, [groups, groups, 1], factor)
+            u_exact, v_exact, _ = judge([u, v, sigma], advance, operands, [groups, groups, 1], factor, cuts)
             check_top_group(op, u_exact, v_exact, int(group))
         return found
 
