@@ -208,6 +208,22 @@ def test_weights_that_are_not_finite(kernels: ModuleType, value: float, precisio
     assert sigmas[-1].isfinite()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize(("size", "kernel"), [((1, 1), 3), ((2, 5), 5), ((1, 4), 3)])
+def test_a_weight_that_reads_padding_alone_is_no_part_of_the_map(
+    kernels: ModuleType, value: float, rows: int, size: tuple[int, int], kernel: int
+) -> None:
+    op = ConvOperator(torch.randn(rows, 5, kernel, kernel), size, padding=kernel // 2)
+    op.weight[:, :, 0] = 0.0  # reads above the first row
+    without = Call.of(op).run()
+    op.weight[1, 2, 0, kernel // 2] = value
+    found = Call.of(op).run()
+    assert all(map(same_bits, (t for part in found for t in part), (t for part in without for t in part)))
+    op.weight[1, 2, kernel // 2, kernel // 2] = value
+    assert not Call.of(op).run()[2][0].isfinite()
+
+
 @pytest.mark.parametrize("groups", [2, 9, 40])
 def test_groups_are_independent(kernels: ModuleType, groups: int) -> None:
     """One group is zero, one has the largest norm, and one is not finite."""
