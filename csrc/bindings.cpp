@@ -139,21 +139,24 @@ void register_spectral(py::module_& m) {
         step.n_counters = n_counters, step.precision = precision;
         power_step(step, stream_of(stream));
     });
-    m.def("lanczos", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_spans, int n_iterations,
-                        Addresses weights, std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,
-                        std::array<Address, 2> bases, std::array<Address, 2> results, std::array<Address, 3> norms,
+    m.def("lanczos", [](std::array<Address, 3> plan, std::array<int, 2> n_units, std::array<Address, 2> parts,
+                        std::array<int, 2> n_parts, int n_iterations, Addresses weights,
+                        std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,
+                        std::array<Address, 2> bases, std::array<Address, 2> results, std::array<Address, 4> norms,
                         Address partials, Address counters, int n_counters, StreamArg stream) {
         Lanczos l;
         l.gathers = pointer<const Gather>(plan[0]), l.units = pointer<const Unit>(plan[1]);
-        l.spans = pointer<const Span>(plan[2]), l.table = pointer<const std::int32_t>(plan[3]);
-        l.n_spans = n_spans, l.n_iterations = n_iterations;
+        l.table = pointer<const std::int32_t>(plan[2]);
+        l.n_iterations = n_iterations;
         l.weights = std::move(weights);
         for (std::size_t side = 0; side < 2; ++side) {
+            l.parts[side] = pointer<const Part>(parts[side]), l.n_parts[side] = n_parts[side];
             l.n_units[side] = n_units[side], l.offsets[side] = std::move(offsets[side]), l.sizes[side] = sizes[side];
             l.bases[side] = pointer<float>(bases[side]), l.results[side] = pointer<float>(results[side]);
         }
         l.norms = pointer<double>(norms[0]);
         l.diagonal = pointer<double>(norms[1]), l.off_diagonal = pointer<double>(norms[2]);
+        l.sums = pointer<double>(norms[3]);
         l.partials = pointer<float>(partials), l.counters = pointer<std::int32_t>(counters), l.n_counters = n_counters;
         lanczos(l, stream_of(stream));
     });
