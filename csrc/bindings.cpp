@@ -193,21 +193,24 @@ void register_spectral(py::module_& m) {
         });
     m.def("record_struct_sizes", &record_struct_sizes);
     m.def("record", [](const ContentArg& content, StreamArg stream) { record(content_of(content), stream_of(stream)); });
-    m.def("lanczos", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_spans, int n_iterations,
-                        Addresses weights, std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,
-                        std::array<Address, 2> bases, std::array<Address, 2> results, std::array<Address, 3> norms,
+    m.def("lanczos", [](std::array<Address, 3> plan, std::array<int, 2> n_units, std::array<Address, 2> parts,
+                        std::array<int, 2> n_parts, int n_iterations, Addresses weights,
+                        std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,
+                        std::array<Address, 2> bases, std::array<Address, 2> results, std::array<Address, 4> norms,
                         Address partials, Address counters, int n_counters, StreamArg stream) {
         Lanczos l;
         l.gathers = pointer<const Gather>(plan[0]), l.units = pointer<const Unit>(plan[1]);
-        l.spans = pointer<const Span>(plan[2]), l.table = pointer<const std::int32_t>(plan[3]);
-        l.n_spans = n_spans, l.n_iterations = n_iterations;
+        l.table = pointer<const std::int32_t>(plan[2]);
+        l.n_iterations = n_iterations;
         l.weights = std::move(weights);
         for (std::size_t side = 0; side < 2; ++side) {
+            l.parts[side] = pointer<const Part>(parts[side]), l.n_parts[side] = n_parts[side];
             l.n_units[side] = n_units[side], l.offsets[side] = std::move(offsets[side]), l.sizes[side] = sizes[side];
             l.bases[side] = pointer<float>(bases[side]), l.results[side] = pointer<float>(results[side]);
         }
         l.norms = pointer<double>(norms[0]);
         l.diagonal = pointer<double>(norms[1]), l.off_diagonal = pointer<double>(norms[2]);
+        l.sums = pointer<double>(norms[3]);
         l.partials = pointer<float>(partials), l.counters = pointer<std::int32_t>(counters), l.n_counters = n_counters;
         lanczos(l, stream_of(stream));
     });
@@ -258,5 +261,12 @@ PYBIND11_MODULE(SN_FAST_MODULE, m) {
     register_spectral(m);
 #ifdef SN_FAST_ON_CPU
     m.def("set_thread_order", [](std::uint64_t seed) { on_cpu::thread_order() = seed; });
+    m.def("set_tensor_core", [](int tf32_block, int bfloat16_block, int extra_bits) {
+        on_cpu::tensor_core() = {tf32_block, bfloat16_block, extra_bits};
+    });
+    m.def("tensor_core", [] {
+        const on_cpu::TensorCore& core = on_cpu::tensor_core();
+        return std::tuple(core.tf32_block, core.bfloat16_block, core.extra_bits);
+    });
 #endif
 }

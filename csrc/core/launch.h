@@ -14,6 +14,7 @@
 #include "on_cpu/cuda_on_cpu.h"
 #else
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #endif
 
 namespace sn_fast {
@@ -34,21 +35,45 @@ inline void check_cuda(cudaError_t status, const char* what) {
     throw std::runtime_error(text("sn_fast: ", what, ": ", cudaGetErrorString(status)));
 }
 
-// Makes a device current, and the one before it again on leaving.
+// The driver's functions for the context that is current in this thread; there are no libraries to link with.
+struct ContextOfThread {
+    using Context = void*;
+    int (*get)(Context*);
+    int (*set)(Context);
+
+    static const ContextOfThread& functions() {
+        static const ContextOfThread found = [] {
+            void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+            ContextOfThread all{};
+            if (driver != nullptr) {
+                all.get = reinterpret_cast<int (*)(Context*)>(dlsym(driver, "cuCtxGetCurrent"));
+                all.set = reinterpret_cast<int (*)(Context)>(dlsym(driver, "cuCtxSetCurrent"));
+            }
+            if (all.get == nullptr || all.set == nullptr) throw std::runtime_error("sn_fast: no CUDA driver");
+            return all;
+        }();
+        return found;
+    }
+};
+
+// Makes a device current, and on leaving the context that was current before, which may be none: cudaSetDevice(0) would
+// then create one, on a GPU that nobody uses.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {
-        check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-        if (device != previous_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
-        changed_ = device != previous_;
+        ContextOfThread::functions().get(&previous_);
+        int current = 0;
+        check_cuda(cudaGetDevice(&current), "cudaGetDevice");
+        changed_ = previous_ == nullptr || device != current;
+        if (changed_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
     }
     ~DeviceGuard() {
-        if (changed_) cudaSetDevice(previous_);
+        if (changed_) ContextOfThread::functions().set(previous_);
     }
     DeviceGuard(const DeviceGuard&) = delete;
 
 private:
-    int previous_ = 0;
+    ContextOfThread::Context previous_ = nullptr;
     bool changed_ = false;
 };
 

@@ -8,7 +8,7 @@ namespace sn_fast {
 constexpr int kDirectRows = 4;
 constexpr int kDirectPerLane = 4;
 constexpr int kDirectTile = kWarp * kDirectPerLane;  // positions of one warp
-constexpr int kDirectChunk = 16;                      // channels that are summed up on their own
+constexpr int kDirectChunk = 16;                      // products that are summed up on their own
 
 struct DirectShared {
     std::int32_t last;
@@ -38,21 +38,24 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
             places[i] = place_of(g, p.table, tile * kDirectTile + i * kWarp + lane);
         const T* block_weights = weights + group * g.group_stride + block * kDirectRows * g.row_stride;
         const int first = p.table[g.tile_slots + 2 * tile], count = p.table[g.tile_slots + 2 * tile + 1];
+        const int channels = unit.channel_end - unit.channel;
+        // Sums of sums: the error grows as the root of their number, not as that of all terms.
+        float chunk[kDirectRows * kDirectPerLane] = {};
+        int terms = 0;  // in a chunk, of whatever slots
         for (int j = 0; j < count; ++j) {
             // 1) Where this slot reads, for every position of the lane.
             const Slot slot = slot_of(g, p.table, p.table[first + j]);
             int at[kDirectPerLane];
 #pragma unroll
             for (int i = 0; i < kDirectPerLane; ++i) at[i] = input_position(g, p.table, places[i], slot);
-            // 2) All channels, in sums of sums: the error grows as the root of their number, not as that of all terms.
+            // 2) All channels.
             const T* w = as_it_is(block_weights + slot.tap * g.tap_stride + unit.channel * channel_stride);
             const float* data = as_it_is(x.data + unit.channel * inputs);
-            const int channels = unit.channel_end - unit.channel;
-            for (int begin = 0; begin < channels; begin += kDirectChunk) {
-                const int end = min(begin + kDirectChunk, channels);
-                float chunk[kDirectRows * kDirectPerLane] = {};
+            for (int c = 0; c < channels;) {
+                const int end = min(c + kDirectChunk - terms, channels);
+                terms += end - c;
 #pragma unroll 2
-                for (int c = begin; c < end; ++c) {
+                for (; c < end; ++c) {
                     float values[kDirectPerLane];
                     T factors[kDirectRows];
 #pragma unroll
@@ -69,10 +72,17 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
                             chunk[r * kDirectPerLane + i] += to_float(factors[r]) * values[i];
                     }
                 }
+                if (terms < kDirectChunk) break;
+                terms = 0;
 #pragma unroll
-                for (int i = 0; i < kDirectRows * kDirectPerLane; ++i) sums[i] += chunk[i];
+                for (int i = 0; i < kDirectRows * kDirectPerLane; ++i) {
+                    sums[i] += chunk[i];
+                    chunk[i] = 0.0f;
+                }
             }
         }
+#pragma unroll
+        for (int i = 0; i < kDirectRows * kDirectPerLane; ++i) sums[i] += chunk[i];
     }
     if (!join_splits(sums, unit, p, s.last)) return;
     if (!any) return;

@@ -8,6 +8,7 @@ the blocks of one launch take one after the other.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -32,9 +33,10 @@ GATHER = np.dtype(
 PIECE = np.dtype(
     [(n, "<i4") for n in ("op", "second", "first", "length", "output", "norm", "norms", "groups")],
 )
-SPAN = np.dtype([(n, "<i4") for n in ("start_first", "start_length", "image_first", "image_length")])  # lanczos.h
+PART = np.dtype([(n, "<i4") for n in ("span", "first", "length", "number", "parts", "whole")])  # lanczos.h
 _PARTIALS = 4  # times the memory of all vectors may go to partial sums
-_PIECE = 4096  # elements that one block normalises
+_PIECE = 4096  # elements that one block normalises, or orthogonalises at least
+_MOST_PARTS = 256  # of a group's vector that is orthogonalised: each block reads the sums of all
 
 
 class Plan:
@@ -82,15 +84,23 @@ class Plan:
         self.tables = Tables(parts, device)
 
     @functools.cached_property
-    def spans(self) -> Tables:
-        """Per group of each operator, where its vectors lie on the start side and on the other."""
-        rows = []
-        for i, groups in enumerate(self._groups):
-            start, image = (self._lengths[half][i] // groups for half in (1, 0))
+    def parts(self) -> tuple[Tables, list[int]]:
+        """Parts of every group's vectors for the Lanczos start, and their numbers: start side, image side."""
+        arrays = [self._parts(half) for half in (1, 0)]
+        return Tables(arrays, self.device), [len(array) for array in arrays]
+
+    def _parts(self, half: int) -> npt.NDArray[Any]:
+        rows: list[tuple[int, ...]] = []
+        span = 0
+        for first, length, groups in zip(self.offsets[half], self._lengths[half], self._groups):
+            whole = length // groups
+            n = min(_MOST_PARTS, -(-whole // _PIECE))
+            edges = [whole * i // n for i in range(n + 1)]
             for group in range(groups):
-                firsts = self.offsets[1][i] + group * start, self.offsets[0][i] + group * image
-                rows.append((firsts[0], start, firsts[1], image))
-        return Tables([np.array(rows, SPAN)], self.device)
+                start = first + group * whole
+                rows += [(span, start + a, b - a, i, n, whole) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+                span += 1
+        return np.array(rows, PART)
 
     def _gather(
         self,

@@ -21,7 +21,8 @@ from ..attacks.models import same_bits
 from ..on_device import DEVICE
 from . import on_cpu
 from .conftest import THREAD_ORDERS
-from .power_steps import Call, kinds_of, planning
+from .power_steps import CHOSEN, Call, check_precision, kinds_of, planning
+from .tensor_cores import TENSOR_CORES, use
 from .weight_gradients import Call as Gradient
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="edits kernels and runs them on the CPU")
@@ -215,6 +216,51 @@ def test_wrong_arithmetic(tmp_path: Path, name: str) -> None:
     said = broken_in_a_child(tmp_path, WRONG[name])
     assert said is not None
     assert "wrong in orders [" in said
+
+
+ROUNDED_WRONG: dict[str, tuple[Edit, str]] = {  # and the precision whose bar must find it
+    "tf32: operands cut, not rounded": (("(bits + 0x1000u) & 0xffffe000u", "bits & 0xffffe000u"), "tf32"),
+    "bf16: operands cut, not rounded": (("(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"), "bf16"),
+    "3xtf32: no lower part": (("to_tf32(value - bits_as_float(parts[0][i]))", "0"), "3xtf32"),
+    "3xtf32: one of the products with a lower part": (("mma_tf32(d, a[m][0], b[1]);", ""), "3xtf32"),
+    "tf32: the last chunk left out": (
+        ("const bool more = begin < depth;", "const bool more = begin + kDepth < depth;"),
+        "tf32",
+    ),
+    "bf16: a wrong tap": (("s.tap += table[", "s.tap = table["), "bf16"),
+    "tf32: a part left out": ((PARTS, "for (int part = 1; part < split.parts; ++part)"), "tf32"),
+    "tf32: a sum cut twice": (
+        (
+            "fragment(m, n);\n                    if constexpr",
+            "fragment(m, n);\n"
+            "                    for (float& x : sum) x = bits_as_float(float_as_bits(x) & 0xffffff00u);\n"
+            "                    if constexpr",
+        ),
+        "tf32",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("core", TENSOR_CORES)
+@pytest.mark.parametrize("name", ROUNDED_WRONG)
+def test_the_bars_of_tensor_cores_find(tmp_path: Path, name: str, core: str) -> None:
+    """They allow for how tensor cores add, not for what else may be wrong."""
+    edit, precision = ROUNDED_WRONG[name]
+    broken = build(tmp_path, edit)
+    use(broken, TENSOR_CORES[core])
+    served = UseKernels(broken, "cpu")
+    found = []
+    try:
+        for shape in ("gemm64_split", "gemm16", "65_slots", "81_slots_split"):
+            with planning(parallel=9):
+                try:
+                    check_precision(CHOSEN[shape](), precision)
+                except AssertionError as error:
+                    found.append((shape, str(error)))
+    finally:
+        served.stop()
+    assert found
 
 
 @pytest.mark.slow
