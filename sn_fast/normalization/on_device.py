@@ -11,7 +11,8 @@ before needs more than an iteration: it needs a new start, which takes the host.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,6 @@ def _has_record(member: State) -> bool:
 def _compare(step: PreparedStep, batch: list[Pair], n: int, copies: bool, vectors: bool, force: bool) -> Compared:
     records = [m.record for m, _ in batch]
     alarmed = _alarmed(step, batch)
-    _follow(step)
     found = step.refresh(n, records, copies=copies, vectors=vectors, force=force)  # type: ignore[arg-type]
     note_writes(batch)
     _tell(step)
@@ -99,13 +99,11 @@ def replaced_now(compared: Compared, known: Sequence[Pair]) -> list[Pair]:
 
 
 class _Told:
-    """A step's alarms on their way to the host, and the stream's work after which its state is written."""
+    """A step's alarms on their way to the host."""
 
     def __init__(self, step: PreparedStep) -> None:
         self.alarms = torch.zeros(len(step.alarms), dtype=torch.int32, pin_memory=True)
         self.arrived: torch.cuda.Event | None = None  # None: nothing is under way
-        self.written: torch.cuda.Event | None = None
-        self.stream = 0
 
 
 _told: weakref.WeakKeyDictionary[PreparedStep, _Told] = weakref.WeakKeyDictionary()
@@ -136,18 +134,30 @@ def _tell(step: PreparedStep) -> None:
     told = _told.get(step)
     if told is None:
         told = _told[step] = _Told(step)
-    stream = torch.cuda.current_stream(step.alarms.device)
-    told.stream, told.written = stream.cuda_stream, stream.record_event()
-    if told.arrived is None:  # else the next ones: alarms stay until they were seen
+    if told.arrived is None:  # else the next time: alarms stay until they were seen
         told.alarms.copy_(step.alarms, non_blocking=True)
-        told.arrived = stream.record_event()
+        told.arrived = torch.cuda.current_stream(step.alarms.device).record_event()
 
 
-def _follow(step: PreparedStep) -> None:
-    """Have this stream wait for what another one writes into the state."""
-    told = _told.get(step)
-    if told is None or told.written is None or torch.cuda.is_current_stream_capturing():
+# -- several streams ---------------------------------------------------------------------------------------------------
+
+_written: dict[int, tuple[int, torch.cuda.Event]] = {}  # by device: the stream that last wrote states, and until when
+
+
+@contextmanager
+def ordered(pairs: Sequence[Pair]) -> Iterator[None]:
+    """Have what is written to states of a GPU wait for what another stream writes there."""
+    device = next((w.device for _, w in pairs if w.is_cuda), None)
+    if device is None or torch.cuda.is_current_stream_capturing():
+        yield
         return
-    stream = torch.cuda.current_stream(step.alarms.device)
-    if stream.cuda_stream != told.stream:
-        stream.wait_event(told.written)
+    stream, index = torch.cuda.current_stream(device), device.index
+    last = _written.get(index)
+    if last is not None and last[0] != stream.cuda_stream:
+        stream.wait_event(last[1])
+    try:
+        yield
+    finally:
+        event = torch.cuda.Event() if last is None else last[1]
+        event.record(stream)
+        _written[index] = stream.cuda_stream, event

@@ -64,7 +64,8 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
     unknown: list[Pair] = []
     unsure: list[Pair] = []
     suspects: set[State] = set()
-    with _undisturbed():
+    pairs = list(pairs)
+    with _undisturbed(), on_device.ordered(pairs):
         with _unmarked_on_failure(marked):
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
@@ -201,7 +202,7 @@ def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
     pairs = list(pairs)
     _check_started(pairs)
     if not torch.compiler.is_compiling():
-        with _undisturbed():
+        with _undisturbed(), on_device.ordered(pairs):
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
                     start_again(member, weight)
