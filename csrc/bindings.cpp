@@ -39,8 +39,8 @@ Stream stream_of(Address handle, int device) {
 using BatchArg = std::tuple<long long, long long>;        // samples, elements of a sample
 using ElementsArg = std::tuple<Address, int, long long>;  // address (0: none), dtype code, batch stride
 using AmountArg = std::tuple<double, Address>;            // value; float32 per sample or 0
-// Kind, address, and batch stride, inner, count, stride of the numbers.
-using BoundArg = std::tuple<int, Address, std::array<long long, 4>>;
+// Kind, address, and batch stride, inner, count, stride of the numbers; and the number that takes their place.
+using BoundArg = std::tuple<int, Address, std::array<long long, 4>, double>;
 using StreamArg = std::tuple<Address, int>;
 
 Samples samples_of(const BatchArg& batch) { return {std::get<0>(batch), std::get<1>(batch)}; }
@@ -54,10 +54,10 @@ Amount amount_of(const AmountArg& arg) {
 }
 
 Bound bound_of(const BoundArg& arg) {
-    const auto [kind, address, sizes] = arg;
+    const auto [kind, address, sizes, number] = arg;
     const auto [batch_stride, inner, count, stride] = sizes;
     return {static_cast<Bound::Kind>(kind), elements_of({address, 0, batch_stride}), Divisor(inner), Divisor(count),
-            stride};
+            stride, static_cast<float>(number)};
 }
 
 Stream stream_of(const StreamArg& arg) { return stream_of(std::get<0>(arg), std::get<1>(arg)); }

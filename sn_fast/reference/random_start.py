@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear_map import compute_dtype
-from .updates import project
+from .updates import Bound, project
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -24,9 +24,11 @@ def random_start(
     norm: str,
     eps: float,
     eps_per_sample: Tensor | None,
-    lower: Tensor | None,
-    upper: Tensor | None,
+    lower: Bound,
+    upper: Bound,
     seed: Tensor,
+    low: float | None = None,
+    high: float | None = None,
 ) -> Tensor:
     """x + a random point of the ball of radius eps, then clipped. ``seed``: int64, of one element."""
     dtype = compute_dtype(x)
@@ -43,7 +45,7 @@ def random_start(
     start = torch.empty_like(x, dtype=dtype)
     torch.add(x.to(dtype), delta * scale, out=start)
     # Every ball lies in the box: rounding must not leave it.
-    return project(start, x.to(dtype), "inf", eps, eps_per_sample, lower, upper).to(x.dtype)
+    return project(start, x.to(dtype), "inf", eps, eps_per_sample, lower, upper, low, high).to(x.dtype)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
