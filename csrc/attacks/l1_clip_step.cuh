@@ -34,7 +34,7 @@ struct Climber {
 };
 
 template <bool kResident>
-__global__ void __launch_bounds__(sample_threads(false), 1) pgd_step_l1_clip(PgdStep p) {
+__global__ void __launch_bounds__(kMaxThreads) pgd_step_l1_clip(PgdStep p) {
     SampleBlock& shared = shared_memory<SampleBlock>();
     const long long sample = blockIdx.x, chunks = p.samples.chunks;
     // 1) Read the sample, once if it stays on chip.
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(sample_threads(false), 1) pgd_step_l1_clip(Pgd
                 farthest = fmax(farthest, delta);
             }
         });
-        block_sums(sums, shared.sums);
+        block_reduce(sums, Add{}, shared.sums);
         exceeds = sums[0] > eps;
         if (exceeds) {
             const auto rooms_of_full = [&](const auto& body) {

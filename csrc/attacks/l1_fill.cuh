@@ -35,7 +35,7 @@ __device__ Fill fill_steepest(const Visit& visit, double budget, unsigned larges
 #pragma unroll
             for (unsigned i = 0; i < kProbes; ++i) rooms[i] += size >= probes[i] ? room : 0.0;
         });
-        block_sums(rooms, scratch);
+        block_reduce(rooms, Add{}, scratch);
         unsigned next = low, end = probes[0] - 1;
 #pragma unroll
         for (unsigned i = 0; i < kProbes; ++i)
@@ -54,7 +54,7 @@ __device__ Fill fill_steepest(const Visit& visit, double budget, unsigned larges
         else if (size == low)
             rooms[1] += room;
     });
-    block_sums(rooms, scratch);
+    block_reduce(rooms, Add{}, scratch);
     const double part = rooms[1] > 0.0 ? (budget - rooms[0]) / rooms[1] : 0.0;
     return {low, fmin(fmax(part, 0.0), 1.0)};
 }

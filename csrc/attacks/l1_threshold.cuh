@@ -5,13 +5,6 @@
 
 namespace sn_fast {
 
-// A few sums over the block, each in fixed order, in every thread.
-template <int kCount>
-__device__ void block_sums(double (&sums)[kCount], double* scratch) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = block_reduce(sums[i], Add{}, scratch);
-}
-
 // `visit(body)` calls body(|element|) for each of this thread's elements; their sum over the block is `total` > eps,
 // there are `count`, and `largest` is the largest.
 //
@@ -32,7 +25,7 @@ __device__ double l1_threshold(const Visit& visit, double eps, double total, dou
             if (magnitude > low) sums[0] += magnitude, sums[1] += 1.0;
             if (magnitude > middle) sums[2] += magnitude, sums[3] += 1.0;
         });
-        block_sums(sums, scratch);
+        block_reduce(sums, Add{}, scratch);
         // 2) Newton's steps from both.
         if (sums[1] == 0.0) break;  // nothing is above: low is the largest element, eps is 0
         double next = (sums[0] - eps) / sums[1];
