@@ -92,7 +92,7 @@ void register_attacks(py::module_& m) {
     });
     m.def("random_start", [](BatchArg batch, ElementsArg out, ElementsArg x, int norm, AmountArg eps, BoundArg lower,
                              BoundArg upper, Address seed, const std::vector<std::array<long long, 2>>& digits,
-                             StreamArg stream) {
+                             long long resident_bytes, StreamArg stream) {
         const Samples samples = samples_of(batch);
         LogicalIndex logical;  // digits: size and stride, fastest first
         SN_CHECK(digits.size() <= LogicalIndex::kMaxDigits, digits.size());
@@ -102,7 +102,7 @@ void register_attacks(py::module_& m) {
         }
         random_start({samples, elements_of(out), elements_of(x), amount_of(eps),
                       bound_of(lower), bound_of(upper), pointer<const std::uint64_t>(seed), logical},
-                     static_cast<Norm>(norm), stream_of(stream));
+                     static_cast<Norm>(norm), resident_bytes, stream_of(stream));
     });
 #ifdef SN_FAST_ON_CPU
     m.def("philox", [](std::array<std::uint32_t, 4> c, std::array<std::uint32_t, 2> k) {

@@ -114,7 +114,7 @@ __device__ inline void store(const Elements& t, const Chunk& c, const Raw& raw) 
 }
 
 // 8 numbers in float32.
-struct Values {
+struct alignas(16) Values {
     float at[kChunk];
 };
 

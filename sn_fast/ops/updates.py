@@ -207,6 +207,7 @@ def random_start_by_kernel(
         layout.bound(upper),
         seed.data_ptr(),
         digits,
+        RESIDENT_BYTES // 2,
         stream_of(x.device),
     )
     return layout.finish()
