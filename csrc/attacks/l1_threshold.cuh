@@ -16,7 +16,8 @@ template <class Visit>
 __device__ double l1_threshold(const Visit& visit, double eps, double total, double count, double largest,
                                double* scratch) {
     constexpr int kPasses = 64;
-    double low = (total - eps) / count, high = largest;
+    // The largest element loses no more than all together.
+    double low = fmax((total - eps) / count, largest - eps), high = largest;
     for (int pass = 0; pass < kPasses; ++pass) {
         // 1) Sum and number of the elements above the left end and above the middle of the bracket.
         const double middle = low + 0.5 * (high - low);

@@ -174,7 +174,7 @@ __device__ inline double moved_distance(const double (&sums)[kSums], const Direc
 }
 
 // L2, on chip.
-__global__ void __launch_bounds__(kMaxThreads) pgd_step_l2_sample(PgdStep p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) pgd_step_l2_sample(PgdStep p) {
     SampleBlock& shared = shared_memory<SampleBlock>();
     const long long sample = blockIdx.x, chunks = p.samples.chunks;
     const bool moves = p.grad.address != nullptr;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads) pgd_step_l2_sample(PgdStep p) {
 
 // 1, on chip; 1-exact without a clip, on chip or not.
 template <Norm kNorm, bool kResident>
-__global__ void __launch_bounds__(kMaxThreads) pgd_step_sample(PgdStep p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) pgd_step_sample(PgdStep p) {
     SampleBlock& shared = shared_memory<SampleBlock>();
     const long long sample = blockIdx.x, chunks = p.samples.chunks, step = blockDim.x;
     const bool moves = p.grad.address != nullptr;
