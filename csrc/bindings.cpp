@@ -40,8 +40,8 @@ Stream stream_of(Address handle, int device) {
 using BatchArg = std::tuple<long long, long long>;        // samples, elements of a sample
 using ElementsArg = std::tuple<Address, int, long long>;  // address (0: none), dtype code, batch stride
 using AmountArg = std::tuple<double, Address>;            // value; float32 per sample or 0
-// Kind, address, and batch stride, inner, count, stride of the numbers.
-using BoundArg = std::tuple<int, Address, std::array<long long, 4>>;
+// Kind, address, and batch stride, inner, count, stride of the numbers; and the number that takes their place.
+using BoundArg = std::tuple<int, Address, std::array<long long, 4>, double>;
 using StreamArg = std::tuple<Address, int>;
 
 Samples samples_of(const BatchArg& batch) { return {std::get<0>(batch), std::get<1>(batch)}; }
@@ -55,10 +55,10 @@ Amount amount_of(const AmountArg& arg) {
 }
 
 Bound bound_of(const BoundArg& arg) {
-    const auto [kind, address, sizes] = arg;
+    const auto [kind, address, sizes, number] = arg;
     const auto [batch_stride, inner, count, stride] = sizes;
     return {static_cast<Bound::Kind>(kind), elements_of({address, 0, batch_stride}), Divisor(inner), Divisor(count),
-            stride};
+            stride, static_cast<float>(number)};
 }
 
 Stream stream_of(const StreamArg& arg) { return stream_of(std::get<0>(arg), std::get<1>(arg)); }
@@ -71,7 +71,7 @@ void register_attacks(py::module_& m) {
     });
     m.def("pgd_step", [](BatchArg batch, ElementsArg out, ElementsArg x_adv, ElementsArg x, ElementsArg grad, int norm,
                          AmountArg eps, AmountArg alpha, BoundArg lower, BoundArg upper, Address active, bool targeted,
-                         bool ball, Address partials, long long resident_bytes, StreamArg stream) {
+                         bool ball, Address partials, long long resident_bytes, int chunks_per_thread, StreamArg stream) {
         const Samples samples = samples_of(batch);
         PgdStep p;
         p.samples = samples;
@@ -82,7 +82,7 @@ void register_attacks(py::module_& m) {
         p.active = pointer<const bool>(active);
         p.targeted = targeted, p.ball = ball;
         p.partials = pointer<double>(partials);
-        pgd_step(p, static_cast<Norm>(norm), resident_bytes, stream_of(stream));
+        pgd_step(p, static_cast<Norm>(norm), resident_bytes, chunks_per_thread, stream_of(stream));
     });
     m.def("wrm_step", [](BatchArg batch, ElementsArg out, ElementsArg x_adv, ElementsArg x, ElementsArg grad,
                          AmountArg eps, float step, BoundArg lower, BoundArg upper, StreamArg stream) {
@@ -93,7 +93,7 @@ void register_attacks(py::module_& m) {
     });
     m.def("random_start", [](BatchArg batch, ElementsArg out, ElementsArg x, int norm, AmountArg eps, BoundArg lower,
                              BoundArg upper, Address seed, const std::vector<std::array<long long, 2>>& digits,
-                             StreamArg stream) {
+                             long long resident_bytes, StreamArg stream) {
         const Samples samples = samples_of(batch);
         LogicalIndex logical;  // digits: size and stride, fastest first
         SN_CHECK(digits.size() <= LogicalIndex::kMaxDigits, digits.size());
@@ -103,7 +103,7 @@ void register_attacks(py::module_& m) {
         }
         random_start({samples, elements_of(out), elements_of(x), amount_of(eps),
                       bound_of(lower), bound_of(upper), pointer<const std::uint64_t>(seed), logical},
-                     static_cast<Norm>(norm), stream_of(stream));
+                     static_cast<Norm>(norm), resident_bytes, stream_of(stream));
     });
 #ifdef SN_FAST_ON_CPU
     m.def("philox", [](std::array<std::uint32_t, 4> c, std::array<std::uint32_t, 2> k) {

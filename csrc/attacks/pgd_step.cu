@@ -39,21 +39,6 @@ unsigned checked_blocks(long long blocks) {
     return static_cast<unsigned>(blocks);
 }
 
-// A block per sample.
-void launch_blocks(void (*kernel)(PgdStep), const char* name, int most_threads, bool resident, const PgdStep& p,
-                   const Stream& stream) {
-    const long long warps = divided_up(p.samples.chunks, kWarp);
-    const int threads = static_cast<int>(std::min<long long>(most_threads, warps * kWarp));
-    const std::size_t shared = resident ? static_cast<std::size_t>(shared_bytes(p)) : sizeof(SampleBlock);
-    launch(kernel, name, checked_blocks(p.samples.count), threads, shared, stream, p);
-}
-
-template <Norm kNorm, bool kResident>
-void launch_samples(const PgdStep& p, const Stream& stream) {
-    const int threads = sample_threads(kResident);
-    launch_blocks(pgd_step_sample<kNorm, kResident>, "pgd_step_sample", threads, kResident, p, stream);
-}
-
 }  // namespace
 
 long long pgd_step_partials(const Samples& samples, const std::vector<Dtype>& dtypes, Norm norm,
@@ -62,25 +47,29 @@ long long pgd_step_partials(const Samples& samples, const std::vector<Dtype>& dt
     return samples.count * tiling_of(samples).tiles * kSums;
 }
 
-void pgd_step(PgdStep p, Norm norm, long long resident_bytes, const Stream& stream) {
+void pgd_step(PgdStep p, Norm norm, long long resident_bytes, int chunks_per_thread, const Stream& stream) {
     find_vectors(p.samples, {&p.out, &p.x_adv, &p.x, &p.grad, &p.lower.elements, &p.upper.elements});
     // 1) inf: elements are independent.
     if (norm == Norm::kInf)
         return launch(pgd_step_inf, "pgd_step_inf", chunk_blocks(p.samples), kChunkThreads, 0, stream, p);
-    // 2) 1-exact: a block per sample, on chip or not.
+    // 2) A block per sample.
     const bool resident = shared_bytes(p) <= resident_bytes;
+    const auto per_sample = [&](void (*kernel)(PgdStep), const char* name) {
+        const long long warps = divided_up(p.samples.chunks, kWarp * (resident ? chunks_per_thread : 1));
+        const int threads = static_cast<int>(std::min<long long>(kMaxThreads, warps * kWarp));
+        const std::size_t shared = resident ? static_cast<std::size_t>(shared_bytes(p)) : sizeof(SampleBlock);
+        launch(kernel, name, checked_blocks(p.samples.count), threads, shared, stream, p);
+    };
     if (norm == Norm::kL1Exact) {
         SN_CHECK(p.samples.size < (1ll << 32), "samples of ", p.samples.size, " elements");
         if (p.grad.address && (p.lower.kind != Bound::Kind::kNone || p.upper.kind != Bound::Kind::kNone))
-            return launch_blocks(resident ? pgd_step_l1_clip<true> : pgd_step_l1_clip<false>, "pgd_step_l1_clip",
-                                 sample_threads(false), resident, p, stream);
-        return resident ? launch_samples<Norm::kL1Exact, true>(p, stream)
-                        : launch_samples<Norm::kL1Exact, false>(p, stream);
+            return per_sample(resident ? pgd_step_l1_clip<true> : pgd_step_l1_clip<false>, "pgd_step_l1_clip");
+        return per_sample(resident ? pgd_step_sample<Norm::kL1Exact, true> : pgd_step_sample<Norm::kL1Exact, false>,
+                          "pgd_step_sample");
     }
     // 3) 2 and 1, on chip.
-    if (resident)
-        return norm == Norm::kL2 ? launch_samples<Norm::kL2, true>(p, stream)
-                                 : launch_samples<Norm::kL1, true>(p, stream);
+    if (resident && norm == Norm::kL2) return per_sample(pgd_step_l2_sample, "pgd_step_l2_sample");
+    if (resident) return per_sample(pgd_step_sample<Norm::kL1, true>, "pgd_step_sample");
     // 4) 2 and 1, in tiles. A launch whose sums nobody reads is left out.
     SN_CHECK(p.partials != nullptr, "a sample of ", p.samples.size, " elements does not fit on chip");
     const Tiling tiling = tiling_of(p.samples);

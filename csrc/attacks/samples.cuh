@@ -114,7 +114,7 @@ __device__ inline void store(const Elements& t, const Chunk& c, const Raw& raw) 
 }
 
 // 8 numbers in float32.
-struct Values {
+struct alignas(16) Values {
     float at[kChunk];
 };
 
@@ -186,7 +186,9 @@ __device__ inline Values load_bound(const Bound& bound, const Chunk& c, float no
         }
         return v;
     }
-    const float number = bound.kind == Bound::Kind::kPerSample ? numbers[0] : none;
+    float number = none;
+    if (bound.kind == Bound::Kind::kNumber) number = bound.number;
+    if (bound.kind == Bound::Kind::kPerSample) number = numbers[0];
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) v.at[e] = number;
     return v;

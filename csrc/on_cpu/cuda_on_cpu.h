@@ -434,7 +434,10 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }
 
-inline float cospif(float x) { return static_cast<float>(std::cos(3.14159265358979323846 * static_cast<double>(x))); }
+inline void sincospif(float x, float* sine, float* cosine) {
+    const double angle = 3.14159265358979323846 * static_cast<double>(x);
+    *sine = static_cast<float>(std::sin(angle)), *cosine = static_cast<float>(std::cos(angle));
+}
 
 template <class T>
 T min(T a, T b) {

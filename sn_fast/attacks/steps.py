@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import updates as ops
+from ..ops import steps as ops
 from ..ops.library import has_kernels
 from ..reference.linear_map import compute_dtype
 from .arguments import (
     Amount,
     Clip,
+    OneBound,
     amount,
     bounds,
     canonical_norm,
@@ -73,20 +74,8 @@ def pgd_step(
     radius = amount("eps", eps, x, finite=False)
     stride = amount("alpha", alpha, x, finite=True)
     lower, upper = bounds(clip, x)
-    return ops.pgd_step(
-        x_adv,
-        x,
-        grad,
-        norm=order,
-        eps=radius.value,
-        alpha=stride.value,
-        eps_per_sample=radius.per_sample,
-        alpha_per_sample=stride.per_sample,
-        lower=lower,
-        upper=upper,
-        targeted=targeted,
-        active=active,
-    )
+    amounts = (radius.value, stride.value, radius.per_sample, stride.per_sample)
+    return ops.pgd_step(x_adv, x, grad, order, *amounts, lower, upper, targeted, active)
 
 
 @torch.no_grad()
@@ -165,7 +154,7 @@ def random_start(
 
 
 def random_point(
-    x: Tensor, norm: str, eps: Amount, lower: Tensor | None, upper: Tensor | None, generator: torch.Generator | None
+    x: Tensor, norm: str, eps: Amount, lower: OneBound, upper: OneBound, generator: torch.Generator | None
 ) -> Tensor:
     """``random_start`` with checked arguments."""
     if x.numel() == 0:

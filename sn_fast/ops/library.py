@@ -16,6 +16,7 @@ from .compiled import covers, driver_version, too_old
 LIBRARY = torch.library.Library("sn_fast", "DEF")
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # name -> (kernel, reference)
 _SERVED: dict[str, UseKernels] = {}  # by device type
+_PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/core/numeric.cuh: Dtype
 
 
@@ -96,6 +97,17 @@ def kernels_of(device: torch.device) -> ModuleType | None:
     """The compiled module that serves this device, for what is no operator: work in place on a model's own state."""
     served = _SERVED.get(device.type)
     return served._module if served is not None and served.runs() else None
+
+
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher must hear of a call: of modes, traces, transforms, and tensors that are more than that."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
+    )
 
 
 def dtype_code(t: Tensor) -> int | None:
