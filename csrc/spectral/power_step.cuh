@@ -9,6 +9,7 @@
 namespace sn_fast {
 
 constexpr int kFinishThreads = 256;
+constexpr int kFinishLoads = 8;  // of a thread, all under way together: a piece has 2048 elements at most
 
 struct FinishParams {
     const Piece* pieces;
@@ -43,6 +44,7 @@ __device__ inline Candidate larger(const Candidate& a, const Candidate& b) {
 // Normalises one piece of a vector, or finds sigma and its group.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) {
     const Piece piece = p.pieces[blockIdx.x];
+    wait_for_previous();
     const int thread = static_cast<int>(threadIdx.x);
     const double* norms = p.norms[piece.second] + piece.norm;
     if (piece.length > 0) {
@@ -51,8 +53,15 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) 
         float* result = p.results[piece.second] + piece.output + piece.first;
         float* given = p.given[piece.second][piece.op] + piece.first;
         float* target = p.targets ? given : result;
-        for (int i = thread; i < piece.length; i += kFinishThreads)
-            target[i] = scale.alive ? result[i] * scale.first * scale.second : given[i];
+        float values[kFinishLoads];
+        const float* from = scale.alive ? result : given;
+#pragma unroll
+        for (int i = 0; i < kFinishLoads; ++i)
+            values[i] = thread + i * kFinishThreads < piece.length ? from[thread + i * kFinishThreads] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kFinishLoads; ++i)
+            if (thread + i * kFinishThreads < piece.length)
+                target[thread + i * kFinishThreads] = values[i] * scale.first * scale.second;
         return;
     }
     // 2) The largest norm over the groups: a thread sums up a group if its partial sums are few, else a warp.
