@@ -108,6 +108,30 @@ __noinline__ inline void make(Context& context, char* stack, std::size_t bytes, 
 
 #endif
 
+// Asynchronous copies of one thread: done when they are waited for and not before, so that a wait too few is seen.
+class Copies {
+public:
+    void add(float* to, const float* from, bool wanted) { copies_.push_back({to, wanted ? from : nullptr, group_}); }
+    void end_group() { ++group_; }
+    void wait(int groups) {
+        const float zero = 0.0f;
+        std::size_t done = 0;
+        for (; done < copies_.size() && copies_[done].group < group_ - groups; ++done)
+            std::memcpy(copies_[done].to, copies_[done].from ? copies_[done].from : &zero, sizeof zero);
+        copies_.erase(copies_.begin(), copies_.begin() + static_cast<std::ptrdiff_t>(done));
+    }
+    void clear() { copies_.clear(), group_ = 0; }
+
+private:
+    struct Copy {
+        float* to;
+        const float* from;
+        int group;
+    };
+    std::vector<Copy> copies_;
+    int group_ = 0;
+};
+
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fibre {
@@ -117,6 +141,7 @@ struct Fibre {
     dim3 thread;
     int shuffles = 0;      // parity chooses the exchange slot, so that one barrier per exchange is enough
     void* fake = nullptr;  // AddressSanitizer's fake stack
+    Copies copies;
 };
 
 // One exchange slot per lane and parity: large enough for the fragments of a matrix instruction.
@@ -228,6 +253,7 @@ private:
         Fibre& f = pool()[static_cast<std::size_t>(t)];
         f.state = State::kReady;
         f.shuffles = 0;
+        f.copies.clear();
         f.thread = {static_cast<unsigned>(t), 0, 0};
         make(f.context, f.stack.get(), kStackBytes, &Machine::enter);
     }
@@ -362,6 +388,9 @@ struct Stream;
 
 inline int multiprocessors(int) { return 3; }
 
+inline void let_next_start() {}
+inline void wait_for_previous() {}
+
 inline void fill_zero(void* memory, std::size_t bytes, const Stream&) { std::memset(memory, 0, bytes); }
 
 template <class T>
@@ -372,7 +401,7 @@ T& shared_memory() {
 
 template <class Params>
 void launch(void (*kernel)(Params), const char*, unsigned blocks, int threads, std::size_t shared, const Stream&,
-            const Params& params) {
+            const Params& params, bool = false) {
     on_cpu::Machine(blocks, threads, shared).run([&] { kernel(params); });
 }
 

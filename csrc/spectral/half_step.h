@@ -39,7 +39,8 @@ struct HalfStepParams {
 
 static_assert(sizeof(HalfStepParams) <= 4096, "kernel parameters");
 
-void launch_half_step(const HalfStepParams& params, const Stream& stream);
+// `early`: the half step before it on the stream may still run.
+void launch_half_step(const HalfStepParams& params, const Stream& stream, bool early = false);
 
 // Blocks of its kernel that run at the same time on one device: what the plan divides the work by.
 int parallel_blocks(int device);

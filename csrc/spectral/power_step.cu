@@ -42,10 +42,10 @@ void power_step(const PowerStep& step, const Stream& stream) {
         half.counters = step.counters;
         half.taken = step.counters + h;
         for (int i = 0; i < count; ++i) half.given[i] = reinterpret_cast<const float*>(step.given[h][i]);
-        launch_half_step(half, stream);
+        launch_half_step(half, stream, h > 0);
     }
     launch(finish_kernel, "finish", static_cast<unsigned>(step.n_pieces), kFinishThreads, sizeof(FinishShared), stream,
-           finish);
+           finish, true);
 }
 
 }  // namespace sn_fast

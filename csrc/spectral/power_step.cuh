@@ -9,6 +9,7 @@
 namespace sn_fast {
 
 constexpr int kFinishThreads = 256;
+constexpr int kFinishLoads = 8;  // of a thread, all under way together: a piece has 2048 elements at most
 
 struct FinishParams {
     const Piece* pieces;
@@ -52,22 +53,30 @@ __device__ inline void copy_scalars(const FinishParams& p, int op) {
 // Normalises one piece of a vector, or finds sigma and its group.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) {
     const Piece piece = p.pieces[blockIdx.x];
+    wait_for_previous();
     const int thread = static_cast<int>(threadIdx.x);
     const double* norms = p.norms[piece.second] + piece.norm;
     const bool changed = !p.changes || p.changes[piece.op] != 0;
     if (piece.length > 0) {
         // 1) A piece of one group: scaled, or as given where its norm is zero or not finite.
-        const Scale scale = changed ? inverse_norm(sum_partials(norms, piece.norms)) : Scale{};
+        const Scale scale = changed ? inverse_norm(sum_partials(norms, piece.norms)) : Scale{1.0f, 1.0f, false};
         float* result = p.results[piece.second] + piece.output + piece.first;
         float* given = p.given[piece.second][piece.op] + piece.first;
         float* target = p.targets ? given : result;
         float* copy = p.copies.vectors[piece.second];
         if (copy) copy += piece.output + piece.first;
         if (!changed && !copy) return;
-        for (int i = thread; i < piece.length; i += kFinishThreads) {
-            const float value = scale.alive ? result[i] * scale.first * scale.second : given[i];
-            if (changed) target[i] = value;
-            if (copy) copy[i] = value;
+        float values[kFinishLoads];
+        const float* from = scale.alive ? result : given;
+#pragma unroll
+        for (int i = 0; i < kFinishLoads; ++i)
+            values[i] = thread + i * kFinishThreads < piece.length ? from[thread + i * kFinishThreads] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kFinishLoads; ++i) {
+            const int at = thread + i * kFinishThreads;
+            const float value = values[i] * scale.first * scale.second;
+            if (at < piece.length && changed) target[at] = value;
+            if (at < piece.length && copy) copy[at] = value;
         }
         return;
     }
