@@ -201,10 +201,11 @@ def check_within(x: Tensor, clip: Clip, lower: OneBound, upper: OneBound, readin
     if not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
 
         def judge_numbers(least: float, greatest: float) -> None:
+            low, high = -math.inf if lower is None else lower, math.inf if upper is None else upper
             # Where one side is open, x itself shows how wide the range is.
-            first, last = least if lower is None else lower, greatest if upper is None else upper
+            first, last = low if math.isfinite(low) else least, high if math.isfinite(high) else greatest
             slack = _MARGIN * max(last - first, 0.0) + unit * max(abs(first), abs(last))
-            judge(least < first - slack or greatest > last + slack, least, greatest)
+            judge(least < low - slack or greatest > high + slack, least, greatest)
 
         reading.expect(judge_numbers, least, greatest)
         return

@@ -213,7 +213,7 @@ def random_start_by_kernel(
     return layout.finish()
 
 
-# -- the operators: a bound is a tensor (lower, upper) or, where there is none, a number (low, high) --------------------
+# -- the operators: a bound is a tensor (lower, upper) or, where there is none, a number (low, high) ------------------
 
 
 def _one(bound: Tensor | None, number: float | None) -> Bound:
