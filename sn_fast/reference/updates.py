@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def box(x: Tensor, eps: float, eps_per_sample: Tensor | None, lower: Bound, uppe
 
 def _in_parts(
     out: Tensor, batch: tuple[Tensor | None, ...], lower: Bound, upper: Bound, low: float | None, high: float | None
-) -> Iterator[tuple[list[Tensor | None], tuple[Bound, Bound]]]:
+) -> Iterator[tuple[list[Any], tuple[Bound, Bound]]]:
     """``out``, ``batch`` and the clip of the whole batch, or on the CPU of few samples at a time."""
     lower, upper = low if lower is None else lower, high if upper is None else upper
     samples = len(out)
@@ -158,11 +159,16 @@ def _in_parts(
     if out.device.type != "cpu" or size >= samples or out.stride(0) < max(out.stride()):
         yield [out, *batch], (lower, upper)
         return
-    varies = [isinstance(b, Tensor) and b.dim() == out.dim() and len(b) == samples for b in (lower, upper)]
-    tensors = [out, *batch, *(b if v else None for b, v in zip((lower, upper), varies))]
     for i in range(0, samples, size):
-        *parts, first, last = [None if t is None else t[i : i + size] for t in tensors]
-        yield parts, (first if varies[0] else lower, last if varies[1] else upper)
+        parts = [None if t is None else t[i : i + size] for t in (out, *batch)]
+        yield parts, (_part(lower, out, i, size), _part(upper, out, i, size))
+
+
+def _part(bound: Bound, out: Tensor, first: int, size: int) -> Bound:
+    """A bound of the samples from ``first`` on."""
+    if isinstance(bound, Tensor) and bound.dim() == out.dim() and len(bound) == len(out):
+        return bound[first : first + size]
+    return bound
 
 
 def _finite(grad: Tensor, out: Tensor) -> None:
@@ -321,12 +327,11 @@ def _numbers(bound: Bound, nowhere: float, z: Tensor) -> Tensor:
 
 def _clip_(z: Tensor, lower: Bound, upper: Bound) -> None:
     # Numbers as such: PyTorch takes them in vector instructions, and tensors of one element it does not.
-    for bounds in (
-        ((lower, upper),) if isinstance(lower, Tensor) == isinstance(upper, Tensor) else ((lower, None), (None, upper))
-    ):
+    alike = isinstance(lower, Tensor) == isinstance(upper, Tensor)
+    for bounds in [(lower, upper)] if alike else [(lower, None), (None, upper)]:
         low, high = (b.to(z.dtype) if isinstance(b, Tensor) else b for b in bounds)
         if low is not None or high is not None:
-            torch.clamp(z, low, high, out=z)
+            torch.clamp(z, low, high, out=z)  # type: ignore[arg-type]
 
 
 def _norm(z: Tensor, norm: str, buffer: Tensor | None = None) -> Tensor:
