@@ -26,6 +26,8 @@ OneBound = Tensor | float | None
 
 _NORMS = ("inf", "2", "1", "1-exact")
 _SPELLINGS = {math.inf: "inf", "Linf": "inf", 2: "2", "L2": "2", 1: "1", "L1": "1", "L1-exact": "1-exact"}  # usual ones
+_LARGEST = torch.finfo(torch.float32).max
+_MOST_FILLS = 64  # numbers, one per channel, beyond which a copy is the smaller evil
 _MARGIN = 1e-4  # of the clip's width, by which x may lie outside: what rounding in a loader leaves
 
 
@@ -154,9 +156,9 @@ def bounds(clip: Clip, x: Tensor, reading: Reading | None = None) -> tuple[OneBo
         raise ValueError(
             f"clip={clip!r} must be a pair (lower, upper) of numbers, per-channel tensors or None (no bound), or None"
         )
-    lower, upper = (_bound(bound, nowhere, x) for bound, nowhere in zip(clip, (-math.inf, math.inf)))
-    numbers = [bound for bound in (lower, upper) if isinstance(bound, float)]
-    if any(n != n for n in numbers) or (len(numbers) == 2 and numbers[0] > numbers[1]):
+    lower, upper = _bound(clip[0], -math.inf, x), _bound(clip[1], math.inf, x)
+    are_numbers = isinstance(lower, float) and isinstance(upper, float)
+    if _is_nan(lower) or _is_nan(upper) or (are_numbers and lower > upper):  # type: ignore[operator]
         raise ValueError(f"clip={clip!r}: the lower bound must not be above the upper, and neither may be NaN")
     if reading is not None and (isinstance(lower, Tensor) or isinstance(upper, Tensor)):
         low, high = as_tensor(lower, -math.inf, x), as_tensor(upper, math.inf, x)
@@ -165,12 +167,18 @@ def bounds(clip: Clip, x: Tensor, reading: Reading | None = None) -> tuple[OneBo
     return lower, upper
 
 
+def _is_nan(bound: OneBound) -> bool:
+    return isinstance(bound, float) and bound != bound
+
+
 def _bound(bound: Bound | None, nowhere: float, x: Tensor) -> OneBound:
     if bound is None:
         return None
-    if not isinstance(bound, Real):
+    if type(bound) not in (float, int) and not isinstance(bound, Real):
         return per_channel("clip", bound, x)
-    number = _in_range(float(bound), compute_dtype(x))
+    number = float(bound)  # type: ignore[arg-type]
+    if not abs(number) <= _LARGEST:
+        number = _in_range(number, compute_dtype(x))
     return None if number == nowhere else number
 
 
@@ -201,10 +209,11 @@ def check_within(x: Tensor, clip: Clip, lower: OneBound, upper: OneBound, readin
     if not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
 
         def judge_numbers(least: float, greatest: float) -> None:
+            low, high = -math.inf if lower is None else lower, math.inf if upper is None else upper
             # Where one side is open, x itself shows how wide the range is.
-            first, last = least if lower is None else lower, greatest if upper is None else upper
+            first, last = low if math.isfinite(low) else least, high if math.isfinite(high) else greatest
             slack = _MARGIN * max(last - first, 0.0) + unit * max(abs(first), abs(last))
-            judge(least < first - slack or greatest > last + slack, least, greatest)
+            judge(least < low - slack or greatest > high + slack, least, greatest)
 
         reading.expect(judge_numbers, least, greatest)
         return
@@ -224,7 +233,7 @@ def per_channel(name: str, value: Bound, x: Tensor) -> Tensor:
     if isinstance(value, Real):
         return x.new_full((), _in_range(float(value), dtype), dtype=dtype)  # a fill: the host need not wait for a copy
     try:
-        tensor = torch.as_tensor(value, dtype=dtype, device=x.device).detach()
+        tensor = _on_device(value, dtype, x)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name}={value!r} must be a number, a sequence of {x.shape[1]} numbers (one per channel), or a tensor"
@@ -241,6 +250,19 @@ def per_channel(name: str, value: Bound, x: Tensor) -> Tensor:
             f"give a number, {x.shape[1]} numbers (one per channel), or a tensor of x's size"
         )
     return tensor
+
+
+def _on_device(value: Tensor | Sequence[float], dtype: torch.dtype, x: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(x.device, dtype)
+    if x.device.type == "cpu" or not (
+        isinstance(value, (list, tuple))
+        and 0 < len(value) <= _MOST_FILLS
+        and all(isinstance(number, Real) for number in value)
+    ):
+        return torch.as_tensor(value, dtype=dtype, device=x.device).detach()
+    # Fills: the host need not wait for a copy, and a captured graph may have none.
+    return torch.stack([x.new_full((), float(number), dtype=dtype) for number in value])
 
 
 def _in_range(number: float, dtype: torch.dtype) -> float:

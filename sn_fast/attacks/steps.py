@@ -26,7 +26,6 @@ from .arguments import (
 )
 
 
-@torch.no_grad()
 def pgd_step(
     x_adv: Tensor,
     x: Tensor,
@@ -78,7 +77,6 @@ def pgd_step(
     return ops.pgd_step(x_adv, x, grad, order, *amounts, lower, upper, targeted, active)
 
 
-@torch.no_grad()
 def wrm_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, eps: float | Tensor, step: float, clip: Clip = None) -> Tensor:
     """One ascent step on loss(z) - |z - x|^2 / (2 eps): x_adv + step (eps g - (x_adv - x)), the inner step of WRM.
 
@@ -102,7 +100,6 @@ def wrm_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, eps: float | Tensor, ste
     return ops.wrm_step(x_adv, x, grad, radius.value, radius.per_sample, step, lower, upper)
 
 
-@torch.no_grad()
 def project(x_adv: Tensor, x: Tensor, *, norm: float | str, eps: float | Tensor, clip: Clip = None) -> Tensor:
     """x_adv brought into the ball of radius eps around x, then clipped; samples already inside keep their bits.
 

@@ -99,15 +99,19 @@ def kernels_of(device: torch.device) -> ModuleType | None:
     return served._module if served is not None and served.runs() else None
 
 
-def is_watched(*tensors: Tensor | None) -> bool:
+def is_watched(*tensors: Tensor) -> bool:
     """Whether the dispatcher must hear of a call: of modes, traces, transforms, and tensors that are more than that."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
-    )
+    ):
+        return True
+    for t in tensors:  # noqa: SIM110 - a generator costs more than what it asks
+        if type(t) not in _PLAIN or t.is_meta:
+            return True
+    return False
 
 
 def dtype_code(t: Tensor) -> int | None:

@@ -2,11 +2,12 @@
 
 An update of a small batch takes less time on the device than a call through the dispatcher takes on the host. So where
 nothing has to see the call (``is_watched``), it goes to the kernel or the reference straight; the results are the same.
-Arguments are as in ``ops.updates``, but a bound may be a number. Call them under ``no_grad``.
+Arguments are as in ``ops.updates``, but a bound may be a number; autograd takes no part.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..reference import updates as _reference
@@ -31,13 +32,15 @@ def pgd_step(
 ) -> Tensor:
     """See ``attacks.pgd_step``."""
     arguments = (x_adv, x, grad, norm, eps, alpha, eps_per_sample, alpha_per_sample)
-    if is_watched(x_adv, x, grad):
-        (lower, low), (upper, high) = _split(lower), _split(upper)
-        return _operators.pgd_step(*arguments, lower, upper, targeted, active, low, high)
-    module = kernels_of(x.device)
+    watched = is_watched(x_adv, x, grad)
+    module = None if watched else kernels_of(x.device)
     if module is not None:
         return _operators.pgd_step_by_kernel(module, *arguments, lower, upper, targeted, active)
-    return _reference.pgd_step(*arguments, lower, upper, targeted, active)
+    with torch.no_grad():
+        if not watched:
+            return _reference.pgd_step(*arguments, lower, upper, targeted, active)
+        (lower, low), (upper, high) = _split(lower), _split(upper)
+        return _operators.pgd_step(*arguments, lower, upper, targeted, active, low, high)
 
 
 def wrm_step(
@@ -52,13 +55,15 @@ def wrm_step(
 ) -> Tensor:
     """See ``attacks.wrm_step``."""
     arguments = (x_adv, x, grad, eps, eps_per_sample, step)
-    if is_watched(x_adv, x, grad):
-        (lower, low), (upper, high) = _split(lower), _split(upper)
-        return _operators.wrm_step(*arguments, lower, upper, low, high)
-    module = kernels_of(x.device)
+    watched = is_watched(x_adv, x, grad)
+    module = None if watched else kernels_of(x.device)
     if module is not None:
         return _operators.wrm_step_by_kernel(module, *arguments, lower, upper)
-    return _reference.wrm_step(*arguments, lower, upper)
+    with torch.no_grad():
+        if not watched:
+            return _reference.wrm_step(*arguments, lower, upper)
+        (lower, low), (upper, high) = _split(lower), _split(upper)
+        return _operators.wrm_step(*arguments, lower, upper, low, high)
 
 
 def project(
@@ -66,13 +71,15 @@ def project(
 ) -> Tensor:
     """See ``attacks.project``."""
     arguments = (x_adv, x, norm, eps, eps_per_sample)
-    if is_watched(x_adv, x):
-        (lower, low), (upper, high) = _split(lower), _split(upper)
-        return _operators.project(*arguments, lower, upper, low, high)
-    module = kernels_of(x.device)
+    watched = is_watched(x_adv, x)
+    module = None if watched else kernels_of(x.device)
     if module is not None:
         return _operators.project_by_kernel(module, *arguments, lower, upper)
-    return _reference.project(*arguments, lower, upper)
+    with torch.no_grad():
+        if not watched:
+            return _reference.project(*arguments, lower, upper)
+        (lower, low), (upper, high) = _split(lower), _split(upper)
+        return _operators.project(*arguments, lower, upper, low, high)
 
 
 def random_start(

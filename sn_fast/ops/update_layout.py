@@ -51,11 +51,13 @@ class Layout:
         """A tensor of the batch's shape: address, dtype code, batch stride."""
         if t is None:
             return 0, 0, 0
-        if not self._matches(t):
+        strides = t.stride()
+        if strides != self._strides and not self._matches(t):
             t = self._kept(torch.empty_like(self.out, dtype=t.dtype).copy_(t))
+            strides = self._strides
         code = dtype_code(t)
         assert code is not None
-        return t.data_ptr(), code, self.numel if self.batch == 1 else t.stride(0)
+        return t.data_ptr(), code, self.numel if self.batch == 1 else strides[0]
 
     def amount(self, value: float, per_sample: Tensor | None = None) -> tuple[float, int]:
         """eps or alpha."""
@@ -106,7 +108,7 @@ class Layout:
     def _matches(self, t: Tensor) -> bool:
         """Whether samples of t lie as those of ``out``."""
         strides = t.stride()
-        return strides == self._strides or all(strides[d] == self._strides[d] for d in self.dims)
+        return all(strides[d] == self._strides[d] for d in self.dims)
 
     def _kept(self, t: Tensor) -> Tensor:
         self._copies.append(t)

@@ -28,6 +28,7 @@ CHUNKS_PER_THREAD = 3
 """Of a sample that is held so, 8 elements each: few threads in a block leave room for more blocks."""
 
 _NORM_CODES = {"inf": 0, "2": 1, "1": 2, "1-exact": 3}  # csrc/attacks/pgd_step.h: Norm
+_LEAST_SHARED = 8192  # bytes, more than the kernels need beside a sample
 _MAX_DIGITS = 8  # csrc/attacks/random_start.h: LogicalIndex
 _MAX_TIES = 2**32  # elements of equal |g| that the kernels can count
 
@@ -67,8 +68,8 @@ def _fits(bound: Tensor, x: Tensor) -> bool:
 
 def _takes(x: Tensor, x_adv: Tensor, grad: Tensor | None = None) -> bool:
     """Whether the kernels take these dtypes."""
-    codes = [dtype_code(t) for t in (x, x_adv, grad) if t is not None]
-    return None not in codes and codes[0] == codes[1]
+    taken = dtype_code(x) is not None and x_adv.dtype == x.dtype
+    return taken and (grad is None or dtype_code(grad) is not None)
 
 
 def _norm_code(norm: str) -> int:
@@ -96,15 +97,16 @@ def pgd_step_by_kernel(
     code = _norm_code(norm)
     layout = Layout(x_adv)
     if not _takes(x, x_adv, grad) or (norm == "1-exact" and layout.numel >= _MAX_TIES):
-        if grad is None:
-            return _reference.project(x_adv, x, norm, eps, eps_per_sample, lower, upper)
-        amounts = (eps, alpha, eps_per_sample, alpha_per_sample)
-        return _reference.pgd_step(x_adv, x, grad, norm, *amounts, lower, upper, targeted, active)
+        with torch.no_grad():
+            if grad is None:
+                return _reference.project(x_adv, x, norm, eps, eps_per_sample, lower, upper)
+            amounts = (eps, alpha, eps_per_sample, alpha_per_sample)
+            return _reference.pgd_step(x_adv, x, grad, norm, *amounts, lower, upper, targeted, active)
     if x_adv.numel() == 0:
         return layout.result
     ball = eps_per_sample is not None or eps < math.inf
     sums, partials = 0, None
-    if norm in ("2", "1"):
+    if norm in ("2", "1") and 12 * layout.numel + _LEAST_SHARED > RESIDENT_BYTES:  # smaller samples fit in any dtype
         read = [x_adv, *([x] if ball else []), *([] if grad is None else [grad])]
         sums = module.pgd_step_partials(layout.sizes, [dtype_code(t) for t in read], code, RESIDENT_BYTES)
     if sums:
@@ -160,7 +162,8 @@ def wrm_step_by_kernel(
 ) -> Tensor:
     """``wrm_step`` of checked arguments."""
     if not _takes(x, x_adv, grad):
-        return _reference.wrm_step(x_adv, x, grad, eps, eps_per_sample, step, lower, upper)
+        with torch.no_grad():
+            return _reference.wrm_step(x_adv, x, grad, eps, eps_per_sample, step, lower, upper)
     layout = Layout(x_adv)
     if x_adv.numel() == 0:
         return layout.result
@@ -213,7 +216,7 @@ def random_start_by_kernel(
     return layout.finish()
 
 
-# -- the operators: a bound is a tensor (lower, upper) or, where there is none, a number (low, high) --------------------
+# -- the operators: a bound is a tensor (lower, upper) or, where there is none, a number (low, high) ------------------
 
 
 def _one(bound: Tensor | None, number: float | None) -> Bound:
