@@ -219,8 +219,8 @@ def test_a_barrier_that_some_threads_do_not_reach(tmp_path: Path, name: str) -> 
 
 PARTS = "for (int part = 0; part < split.parts; ++part)"
 WRONG: dict[str, Edit] = {
-    "slots of one axis alone": ("? e0 + e1 + e2 : -1;\n}", "? e1 + e2 : -1;\n}"),
-    "a chunk of weights too many": ("chunk < kWeightStages - 1; ++chunk)", "chunk < kWeightStages; ++chunk)"),
+    "an axis left out": ("? e0 + e1 + e2 : -1;\n}", "? e0 + e2 : -1;\n}"),
+    "a chunk of weights too few": ("chunk < kWeightStages - 1; ++chunk)", "chunk < kWeightStages - 2; ++chunk)"),
     "a part left out": (PARTS, "for (int part = 1; part < split.parts; ++part)"),
     "parts in another order": (PARTS, "for (int part = split.parts - 1; part >= 0; --part)"),
     "parts in the order of arrival": (
