@@ -31,7 +31,8 @@ ARCHS = ("80", "90")
 INSTRUCTIONS = ("LDG.128", "STG.128", "LDS.128", "HMMA", "FFMA", "LDL", "STL")
 
 EXPECTED = {
-    "half_step_kernel": ("HMMA", "LDG.128", "LDS.128", "FFMA"),
+    "half_step_kernel<0>": ("LDG.128", "LDS.128", "FFMA"),  # fp32
+    "half_step_kernel<[123]>": ("HMMA", "LDG.128", "LDS.128", "FFMA"),  # tf32, 3xtf32, bf16
     "normalize_kernel": ("LDG.128", "STG.128"),
     "normalize_backward_kernel": ("HMMA", "FFMA"),
     "inner_kernel": ("LDG.128",),

@@ -11,17 +11,21 @@
 
 namespace sn_fast {
 
-// float32 rounded to the 10 mantissa bits of tf32, to nearest, ties away from zero.
-__device__ inline std::uint32_t to_tf32(float value) {
+// float32 rounded to the 10 mantissa bits of tf32, to nearest, ties away from zero, as an operand: what is below those
+// bits is undefined, and not looked at by mma_tf32.
+__device__ inline std::uint32_t tf32_operand(float value) {
 #ifdef SN_FAST_ON_CPU
     const std::uint32_t bits = float_as_bits(value);
     return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 #else
     std::uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-    return bits & 0xffffe000u;  // the low bits are left undefined
+    return bits;
 #endif
 }
+
+// The same as a number.
+__device__ inline std::uint32_t to_tf32(float value) { return tf32_operand(value) & 0xffffe000u; }
 
 __device__ inline std::uint32_t pack_bfloat16(float low, float high) {
 #ifdef SN_FAST_ON_CPU

@@ -8,7 +8,7 @@
 namespace sn_fast {
 
 constexpr int kTileSlots = 64;    // slots whose positions are kept at a time
-constexpr int kWeightStages = 4;  // chunks of float32 weights in shared memory, all but one of them under way
+constexpr int kWeightStages = 4;  // chunks of float32 weights in shared memory, all but one of them under way; 2^n
 
 template <int kColumns>
 struct GemmShared {
@@ -82,8 +82,9 @@ struct GemmTile {
         const T* weight = as_it_is(static_cast<const T*>(p.weights[g.op]) + unit.group * g.group_stride +
                                    unit.row * row_stride + unit.channel * channel_stride);
         // What this thread loads of a chunk: one depth of it, kLoadsA rows of A and kLoadsB columns of B.
-        const int depth_a = thread % kDepth, row_a = thread / kDepth, last_row = g.rows - unit.row - 1;
-        const int depth_b = thread / kStepB, column_b = thread % kStepB;
+        const auto number = static_cast<unsigned>(thread);  // divided by powers of 2, which is cheaper without a sign
+        const int depth_a = number % kDepth, row_a = number / kDepth, last_row = g.rows - unit.row - 1;
+        const int depth_b = number / kStepB, column_b = number % kStepB;
         const Depth split(slots);
         float b[kLoadsB];
 
@@ -93,16 +94,17 @@ struct GemmTile {
             const int k = chunk * kDepth + depth_a, channel = split.channel(k);
             const bool inside = k < depth;
             const int corner = inside ? s.slots[k - channel * slots].weight + channel * channel_stride : 0;
-            float(&to)[kTileRows + 8] = s.tiles.a[chunk % kWeightStages][depth_a];
+            const T* from = as_it_is(weight + corner);
+            float(&to)[kTileRows + 8] = s.tiles.a[chunk & (kWeightStages - 1)][depth_a];
             auto place = [&](int i) { return swizzled(row_a + i * kStepA % 8, depth_a) + i * kStepA / 8 * 8; };
             [[maybe_unused]] T a[kLoadsA];
 #pragma unroll
             for (int i = 0; i < kLoadsA; ++i) {
-                const T* from = weight + (corner + min(row_a + i * kStepA, last_row) * row_stride);
+                const T* at = from + min(row_a + i * kStepA, last_row) * row_stride;
                 if constexpr (kAsync) {
-                    copy_async(&to[place(i)], from, inside);
+                    copy_async(&to[place(i)], at, inside);
                 } else {
-                    a[i] = inside ? __ldg(from) : from_float<T>(0.0f);
+                    a[i] = inside ? __ldg(at) : from_float<T>(0.0f);
                 }
             }
             if constexpr (!kAsync) {
@@ -124,14 +126,15 @@ struct GemmTile {
         auto load_input = [&](int chunk) {
             const int k = min(chunk * kDepth + depth_b, depth - 1), channel = split.channel(k);
             const std::int32_t* row = s.position + ((k - channel * slots) * kColumns + column_b);
+            const float* from = as_it_is(data + channel * inputs);
 #pragma unroll
             for (int i = 0; i < kLoadsB; ++i) {
                 const int position = row[i * kStepB];
-                b[i] = position >= 0 ? __ldg(data + (channel * inputs + position)) : 0.0f;
+                b[i] = position >= 0 ? __ldg(from + position) : 0.0f;
             }
         };
         auto stage_input = [&](int chunk) {
-            float(&to)[kColumns + 8] = s.tiles.b[chunk % 2][depth_b];
+            float(&to)[kColumns + 8] = s.tiles.b[chunk & 1][depth_b];
 #pragma unroll
             for (int i = 0; i < kLoadsB; ++i) to[column_b + i * kStepB] = x.scaled(b[i]);
         };
@@ -149,7 +152,7 @@ struct GemmTile {
             if (kAsync && chunk >= 0 && ahead < chunks) load_weights(ahead);
             if (chunk >= 0) end_copy_group();
             if (more) load_input(chunk + 1);
-            if (chunk >= 0) product.add(s.tiles.a[chunk % kWeightStages], s.tiles.b[chunk % 2]);
+            if (chunk >= 0) product.add(s.tiles.a[chunk & (kWeightStages - 1)], s.tiles.b[chunk & 1]);
             if (!more) break;
             if (!kAsync) load_weights(chunk + 1);  // it waits for them: a block alone is slow, three hide it
             stage_input(chunk + 1);

@@ -158,8 +158,8 @@ private:
     // value = high + low, each a tf32.
     template <int kParts, int kCount>
     __device__ static void split(float value, std::uint32_t (&parts)[kParts][kCount], int i) {
-        parts[0][i] = to_tf32(value);
-        if constexpr (kParts == 2) parts[1][i] = to_tf32(value - bits_as_float(parts[0][i]));
+        parts[0][i] = kParts == 1 ? tf32_operand(value) : to_tf32(value);
+        if constexpr (kParts == 2) parts[1][i] = tf32_operand(value - bits_as_float(parts[0][i]));
     }
 
     __device__ void add_bfloat16(const Left& left, const Right& right) {

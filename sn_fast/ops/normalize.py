@@ -162,6 +162,7 @@ def _normalize_backward_kernel(
     x, y = (u, v) if known.transposed else (v, u)
     # One allocation: the inner product's partial sums (float64, so first), the split sums', and counters.
     n_inner = module.normalize_backward_blocks(weight.numel())
+    n_inner += n_inner % 2  # parts of split sums are moved in 16 bytes
     scratch = torch.empty(2 * n_inner + plan.partial_size + plan.n_counters, dtype=torch.float32, device=device)
     inner = scratch.data_ptr()
     partials = inner + 8 * n_inner
