@@ -17,7 +17,7 @@ from sn_fast.ops.prepared_step import PreparedStep
 
 from ..attacks.models import same_bits
 from ..normalization.models import Operators
-from .whole_models import every_kind, layers, move_in_place, plain_pytorch
+from .whole_models import every_kind, layers, move_in_place, plain_pytorch, same_gradients
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -223,7 +223,7 @@ def test_a_forward_before_it_goes_backward_with_its_own_state(runs: list[int]) -
     sn_fast.update_spectral_norm(model, 3)
     loss.backward()
     assert runs == [3]
-    assert all(map(torch.equal, [p.grad for p in model.parameters()], wanted))
+    assert same_gradients([p.grad for p in model.parameters()], wanted)
 
 
 def test_a_forward_after_a_step_takes_it(runs: list[int], made: list[int]) -> None:

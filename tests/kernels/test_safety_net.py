@@ -101,7 +101,9 @@ def test_an_edit_that_changes_nothing_is_not_found(tmp_path: Path, module: Modul
 
 
 def test_a_barrier_missing_from_the_gemm_tile(tmp_path: Path, module: ModuleType) -> None:
-    broken = build(tmp_path, ("wait_for_copies<kWeightStages - 2>();\n                __syncthreads();", "wait_for_copies<0>();"))
+    broken = build(
+        tmp_path, ("wait_for_copies<kWeightStages - 2>();\n                __syncthreads();", "wait_for_copies<0>();")
+    )
     assert wrong_orders(module, broken)
 
 
@@ -122,7 +124,10 @@ BARRIERS: dict[str, Edit] = {
         "s.result[product.row(i)][product.column(i)] = product.sums[i];\n        __syncthreads();",
         "s.result[product.row(i)][product.column(i)] = product.sums[i];",
     ),
-    "gemm: copies waited for too late": ("wait_for_copies<kWeightStages - 2>();", "wait_for_copies<kWeightStages - 1>();"),
+    "gemm: copies waited for too late": (
+        "wait_for_copies<kWeightStages - 2>();",
+        "wait_for_copies<kWeightStages - 1>();",
+    ),
     "direct: the slots' weights": (
         "            __syncwarp();\n            // 2) All (slot, channel) pairs,",
         "            // 2) All (slot, channel) pairs,",

@@ -20,7 +20,9 @@ _WORKERS = 12
 
 def run(context: Context) -> None:
     """Counts, and the names of what failed; also of a run that had to be stopped."""
-    where = context.pick(["tests"], ["tests/kernels/test_random_start.py", "tests/norms/test_estimate.py"])
+    # What meets kernels, first; layers and bounds of whole networks are plain PyTorch.
+    on_gpu = ["tests/kernels", "tests/attacks", "tests/norms", "tests/normalization"]
+    where = context.pick(on_gpu, ["tests/kernels/test_random_start.py", "tests/norms/test_estimate.py"])
     command = [sys.executable, "-m", "pytest", *where, "-q", "--no-header", "--tb=no"]
     command += ["-p", "benchmarks.gpu_check.report_plugin", "-p", "no:cacheprovider", "-m", "not slow"]
     cores = len(os.sched_getaffinity(0))
