@@ -26,7 +26,7 @@ Slot = int | str | slice
 # PyTorch's own names of the first argument, and NumPy's names that its functions take as well.
 _CANONICAL = {"self": "input", "x": "input", "a": "input", "x1": "input", "x2": "other"}
 _CANONICAL |= {"axis": "dim", "keepdims": "keepdim", "A": "input"}
-_UNARY = {"neg", "pos", "abs"}
+_UNARY = {"neg", "pos", "abs", "invert"}
 _BINARY = {"add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne"}
 _BINARY |= {"iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod"}
 # Their other arguments choose a dtype, a device or a memory format, or are sizes: the rules look at the result.

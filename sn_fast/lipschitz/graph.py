@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize
 
 from ..layers.exact import is_parametrized_class, why_not_its_class
 from .rules import find
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_KNOWN_BY_SHAPE = ("shape", "ndim", "dtype", "device", "is_cuda")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -38,8 +40,14 @@ class _Faithful:
 
     _own = ("tracer", "node", "root", "attr", "_node")
 
-    def __getattr__(self, name: str) -> fx.Proxy:
+    def __getattr__(self, name: str) -> Any:
+        if name in _KNOWN_BY_SHAPE and (known := self.tracer.known(self)) is not None:
+            return getattr(known, name)
         return _Attribute(self, name)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        known = self.tracer.known(self)
+        return super().__len__() if known is None else len(known)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._own:
@@ -51,11 +59,11 @@ class _Faithful:
     __ipow__, __ifloordiv__, __imod__ = map(_in_place, (operator.ipow, operator.ifloordiv, operator.imod))
 
 
-class _Proxy(_Faithful, fx.Proxy):  # type: ignore[misc]
+class _Proxy(_Faithful, fx.Proxy):
     """The stand-in for a value."""
 
 
-class _Attribute(_Faithful, fx.proxy.Attribute):  # type: ignore[misc]
+class _Attribute(_Faithful, fx.proxy.Attribute):
     """The stand-in for an attribute of one."""
 
 
@@ -68,8 +76,69 @@ class Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def known(self, proxy: fx.Proxy) -> Tensor | None:
+        """A tensor of the shape and dtype of a value, if they are known."""
+        return None
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
+
+
+class ShapedTracer(Tracer):
+    """One that knows the shape of each value: every call is run on tensors without elements.
+
+    Args:
+        args: the arguments of the call that is traced.
+    """
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._values: dict[fx.Node, Any] = {}
+        self._given = iter(args)
+        self._running = False
+
+    def known(self, proxy: fx.Proxy) -> Tensor | None:
+        value = self._values.get(proxy.node)
+        return value if isinstance(value, Tensor) else None
+
+    def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
+        proxy = super().create_proxy(kind, *args, **kwargs)
+        try:
+            value = self._run(proxy.node)
+        except Exception:  # it needs elements, or a value that is not known
+            return proxy
+        if kind in ("call_function", "call_method") and isinstance(value, (int, torch.Size)):
+            proxy.node.graph.erase_node(proxy.node)
+            return value
+        self._values[proxy.node] = value
+        return proxy
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self._running else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _run(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            return fx.node.map_aggregate(next(self._given), self._without_elements)
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), self._values.__getitem__)
+        self._running = True
+        try:
+            if n.op == "get_attr":
+                return self._without_elements(operator.attrgetter(str(n.target))(self.root))
+            with self._mode:
+                if n.op == "call_module":
+                    return self.root.get_submodule(str(n.target)).forward(*args, **kwargs)
+                if n.op == "call_method":
+                    return getattr(args[0], str(n.target))(*args[1:], **kwargs)
+                return n.target(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            self._running = False
+
+    def _without_elements(self, value: Any) -> Any:
+        return self._mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -82,24 +151,28 @@ def is_leaf(module: nn.Module) -> bool:
     return of_torch and ours
 
 
-def trace(model: nn.Module, n_arguments: int) -> tuple[nn.Module, fx.Graph]:
+def trace(model: nn.Module, args: tuple[Any, ...]) -> tuple[nn.Module, fx.Graph]:
     """A module that holds the model as ``model``, and its graph when called with so many positional arguments.
 
     The call of the model is traced, not its forward: with its hooks, and with the forward that the instance has.
+    Where its code asks for the shapes of values, the graph is that for the shapes of these arguments.
 
     Raises:
         Untraceable: with the reason.
     """
-    names = ", ".join(f"x{i}" for i in range(n_arguments))
+    names = ", ".join(f"x{i}" for i in range(len(args)))
     # torch.fx reads the arguments off the code of a function.
     forward = eval(f"lambda self, {names}: self.model({names})")
     holder = type("Holder", (nn.Module,), {"forward": forward})()
     holder.model = model
-    with attributes_restored(model):
-        try:
-            return holder, Tracer().trace(holder)
-        except Exception as error:  # tracing runs the model's own code on stand-ins: anything can be raised
-            raise Untraceable(_first_line(error)) from error
+    errors: list[Exception] = []
+    for tracer in (Tracer(), ShapedTracer(args)):
+        with attributes_restored(model):
+            try:
+                return holder, tracer.trace(holder)
+            except Exception as error:  # tracing runs the model's own code on stand-ins: anything can be raised
+                errors.append(error)
+    raise Untraceable(_first_line(errors[0])) from errors[0]
 
 
 def own_name(path: str) -> str:

@@ -6,7 +6,7 @@ Likewise max(a, b) and min(a, b) together are a and b in another order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,20 @@ class Twin:
     bound: float
 
 
+@dataclass(frozen=True)
+class Piece(Origin):
+    """A value, itself, that is linear on either side of a switch.
+
+    Attributes:
+        switch: the same for those of one switch. forms: what it is on either side. joint: bounds several such values
+            taken together, by their forms.
+    """
+
+    switch: object
+    forms: Any
+    joint: Callable[[Sequence[Any]], float]
+
+
 def most_copies(numbers: Iterable[Tensor | int]) -> int:
     """How often the most copied element occurs."""
     parts = list(numbers)
@@ -67,10 +81,13 @@ def joint_bound(bounds: Sequence[float], origins: Sequence[Any]) -> float:
     alone: list[float] = []
     twins: dict[object, dict[str, Twin]] = {}
     families: dict[object, list[tuple[float, Origin]]] = {}
+    switched: dict[object, list[tuple[float, Piece]]] = {}
     for bound, origin in zip(bounds, origins):
         if isinstance(origin, Twin) and origin.side not in twins.get(origin.key, {}):
             twins.setdefault(origin.key, {})[origin.side] = origin
             twins[origin.key][origin.side + " alone"] = Twin(None, "", bound)
+        elif isinstance(origin, Piece):
+            switched.setdefault(origin.switch, []).append((bound, origin))
         elif isinstance(origin, Origin) and isinstance(origin.numbers, (Tensor, int)):
             families.setdefault(origin.key, []).append((bound, origin))
         else:
@@ -85,4 +102,7 @@ def joint_bound(bounds: Sequence[float], origins: Sequence[Any]) -> float:
         origin = members[0][1]
         together = times(root(most_copies(o.numbers for _, o in members)), origin.bound)
         alone.append(min(apart_bound, together) if len(members) > 1 else apart_bound)
+    for pieces in switched.values():
+        apart_bound = root_of_squares(bound for bound, _ in pieces)
+        alone.append(min(apart_bound, pieces[0][1].joint([p.forms for _, p in pieces])))
     return root_of_squares(alone)

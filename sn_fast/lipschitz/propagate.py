@@ -25,6 +25,7 @@ from . import (  # noqa: F401 - they register rules
 from .graph import Untraceable, evaluating, is_leaf, own_name, trace, unwrapped
 from .hooks import observed_call, silent
 from .origins import joint_bound
+from .pieces import PiecewiseLinear
 from .report import LayerBound, LipschitzReport
 from .rules import Call, Outcome, apply_rule, find, kind_of, leaves, no_bound, outcome_of
 from .tracking import Tracking, copied, tensors, writes_in_place
@@ -84,7 +85,7 @@ def lipschitz_bound(
     _check_tensors(model, args)
     with evaluating(model):
         try:
-            propagation = _Propagation(model, len(args), fold_batchnorm)
+            propagation = _Propagation(model, args, fold_batchnorm)
             output = propagation.run(*copied(args))
             bound, reason = propagation.output_bound, propagation.output_reason
             if math.isfinite(bound):
@@ -103,13 +104,14 @@ def lipschitz_bound(
 class _Propagation(fx.Interpreter):
     """Runs the graph, and beside each value computes the bound of the map from the input to it."""
 
-    def __init__(self, model: nn.Module, n_arguments: int, fold: bool) -> None:
-        holder, graph = trace(model, n_arguments)
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], fold: bool) -> None:
+        holder, graph = trace(model, args)
         super().__init__(holder, graph=graph)
         self.extra_traceback = False
         self.fold = fold
         self.onlookers: list[nn.Module] = []  # layers whose hooks do not change what they compute
         self.tracking = Tracking(model)
+        self.pieces = PiecewiseLinear()
         self.bounds = self.tracking.bounds
         self.rows: dict[fx.Node, LayerBound] = {}
         self.output_bound = 0.0
@@ -146,7 +148,11 @@ class _Propagation(fx.Interpreter):
         else:
             written = [t for t, version in versions if t._version != version]
             unannounced = bool(written) and before[0] is args and not self.hooked
-            self.bounds[n] = self._bound_of(n, before[0], before[1], value, unannounced)
+            if written:
+                self.pieces.forget()
+            self.bounds[n] = self._bound_of(n, before[0], before[1], value, bool(written), unannounced)
+            if not (written or self.bounds[n]):
+                self.pieces.constant(n, value, args, kwargs)
             for other in self.tracking.spread(n, value, written, self.env):
                 self.rows[other] = LayerBound(_function_name(other), "view", None, math.inf, "none", _ALIASED)
         return value
@@ -163,7 +169,7 @@ class _Propagation(fx.Interpreter):
         return self.fetch_attr(str(n.target)) if n.op == "call_module" else None
 
     def _bound_of(
-        self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, unannounced: bool
+        self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, written: bool, unannounced: bool
     ) -> float:
         if not any(self.bounds[i] for i in n.all_input_nodes):
             return 0.0
@@ -176,6 +182,10 @@ class _Propagation(fx.Interpreter):
             return self._fold(n, layer, call)
         outcome = outcome_of(call, no_bound(_UNANNOUNCED), 1.0) if unannounced else self._outcome(call)
         outcome = replace(outcome, bound=self.tracking.follow(n, call, outcome))
+        if not (self.hooked or written) and (piece := self.pieces.follow(n, call)) is not None:
+            self.tracking.comes_from(n, piece)
+            if piece.bound < outcome.bound:
+                outcome = Outcome(None, piece.bound, "piecewise linear")
         self._add_row(n, call, outcome)
         return outcome.bound
 
@@ -255,6 +265,8 @@ class _Propagation(fx.Interpreter):
         self.rows[n] = row
 
     def _finish(self, output: fx.Node) -> None:
+        for n in self.pieces.inner(self.graph):
+            self.rows.pop(n, None)
         parts: list[fx.Node] = []  # each as often as it is returned
         fx.node.map_arg(output.args, lambda n: parts.append(n) if self.bounds[n] else None)
         origins = [self.tracking.origin(n, self.env[n]) for n in parts]

@@ -46,6 +46,10 @@ class Tracking:
             return Origin(self._keys.setdefault(n, object()), self.bounds[n], value.numel())
         return None
 
+    def comes_from(self, n: fx.Node, origin: Origin) -> None:
+        """Remember where the elements of a node's value come from, unless it is known."""
+        self._origins.setdefault(n, origin)
+
     def follow(self, n: fx.Node, call: Call, outcome: Outcome) -> float:
         """Remember where the elements of a call's result come from. Returns its bound, with that taken into account."""
         source = call.origin("input")
