@@ -30,7 +30,8 @@ inline void wait_for_copies() {
 // 16 bytes; both addresses are multiples of 16.
 __device__ inline void copy_async(uint4* shared, const uint4* global) {
     const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    // Through L1: the other half of a 32-byte sector is mostly asked for by the next instruction.
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 
 // This thread's copies have arrived; those of others only after a barrier.
