@@ -36,8 +36,9 @@ EXPECTED = {
     "normalize_kernel": ("LDG.128", "STG.128"),
     "normalize_backward_kernel": ("HMMA", "FFMA"),
     "inner_kernel": ("LDG.128",),
-    "pgd_step_(inf|sample|apply)|wrm_step|random_start": ("LDG.128", "STG.128"),
+    "pgd_step_(inf|held|apply)|wrm_step|random_start": ("LDG.128", "STG.128"),
     "pgd_step_(l2_sums|l1_gradient|l1_distance)": ("LDG.128",),
+    "pgd_step_(sample|l2_sample)": ("LDS.128", "STG.128"),  # whole chunks come by cp.async
 }
 """Instructions that the kernels of a name must have, by regular expression."""
 

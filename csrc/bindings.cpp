@@ -71,7 +71,7 @@ void register_attacks(py::module_& m) {
     });
     m.def("pgd_step", [](BatchArg batch, ElementsArg out, ElementsArg x_adv, ElementsArg x, ElementsArg grad, int norm,
                          AmountArg eps, AmountArg alpha, BoundArg lower, BoundArg upper, Address active, bool targeted,
-                         bool ball, Address partials, long long resident_bytes, int chunks_per_thread, StreamArg stream) {
+                         bool ball, Address partials, long long resident_bytes, StreamArg stream) {
         const Samples samples = samples_of(batch);
         PgdStep p;
         p.samples = samples;
@@ -82,7 +82,7 @@ void register_attacks(py::module_& m) {
         p.active = pointer<const bool>(active);
         p.targeted = targeted, p.ball = ball;
         p.partials = pointer<double>(partials);
-        pgd_step(p, static_cast<Norm>(norm), resident_bytes, chunks_per_thread, stream_of(stream));
+        pgd_step(p, static_cast<Norm>(norm), resident_bytes, stream_of(stream));
     });
     m.def("wrm_step", [](BatchArg batch, ElementsArg out, ElementsArg x_adv, ElementsArg x, ElementsArg grad,
                          AmountArg eps, float step, BoundArg lower, BoundArg upper, StreamArg stream) {

@@ -33,6 +33,14 @@ __device__ inline void finish(const PgdStep& p, const Chunk& c, Values z) {
 
 __device__ inline bool is_inactive(const PgdStep& p, long long sample) { return p.active && !p.active[sample]; }
 
+// sign(g) * alpha, with 0 for the sign of what is not finite: of the bits without the sign, zero is 0 and all that is not
+// finite lies from 0x7f800000 upwards, so that one unsigned comparison finds both.
+__device__ inline float signed_step(float g, float alpha) {
+    const unsigned bits = float_as_bits(g);
+    const float step = bits_as_float(float_as_bits(alpha) ^ (bits & 0x80000000u));
+    return (bits & 0x7fffffffu) - 1u < 0x7f7fffffu ? step : 0.0f;
+}
+
 // -- inf: a thread per chunk ------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kChunkThreads) pgd_step_inf(PgdStep p) {
@@ -46,10 +54,10 @@ __global__ void __launch_bounds__(kChunkThreads) pgd_step_inf(PgdStep p) {
     Values z = decode(start, p.x_adv.dtype);
     // 2) Along the sign of the gradient.
     if (p.grad.address) {
-        const Values g = decode_gradient(gradient, p.grad.dtype);
+        const Values g = decode(gradient, p.grad.dtype);
         const float alpha = signed_alpha(p, c.sample);
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) z.at[e] += g.at[e] == 0.0f ? 0.0f : copysignf(1.0f, g.at[e]) * alpha;
+        for (int e = 0; e < kChunk; ++e) z.at[e] += signed_step(g.at[e], alpha);
     }
     // 3) Into the ball.
     if (p.ball) {
@@ -77,7 +85,7 @@ struct Resident {
     uint4* words;
     long long chunks;
 
-    // Whole chunks are there after wait_for_copies.
+    // Whole chunks are there after wait_for_all_copies.
     __device__ void fill(const Elements& t, const Chunk& c, long long index) {
         if (c.whole() && t.vector) {
             const uint4* from = reinterpret_cast<const uint4*>(address_of(t, c));

@@ -29,7 +29,6 @@ constexpr int kSums = 3;
 long long pgd_step_partials(const Samples& samples, const std::vector<Dtype>& dtypes, Norm norm,
                             long long resident_bytes);
 
-// Of a sample on chip each thread takes `chunks_per_thread` chunks, and more where the block would be too large.
-void pgd_step(PgdStep step, Norm norm, long long resident_bytes, int chunks_per_thread, const Stream& stream);
+void pgd_step(PgdStep step, Norm norm, long long resident_bytes, const Stream& stream);
 
 }  // namespace sn_fast

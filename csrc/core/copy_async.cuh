@@ -23,7 +23,8 @@ __device__ inline void copy_async(uint4* to, const uint4* from) {
                                              true);
 #else
     const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    // Through L1: the other half of a 32-byte sector is mostly asked for by the next instruction.
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 #endif
 }
 

@@ -24,9 +24,6 @@ from .update_layout import MAX_INDEX, Layout
 RESIDENT_BYTES = 96 * 1024
 """Shared memory in which the kernels hold one sample: what a thread block gets on every GPU since sm_80."""
 
-CHUNKS_PER_THREAD = 3
-"""Of a sample that is held so, 8 elements each: few threads in a block leave room for more blocks."""
-
 _NORM_CODES = {"inf": 0, "2": 1, "1": 2, "1-exact": 3}  # csrc/attacks/pgd_step.h: Norm
 _LEAST_SHARED = 8192  # bytes, more than the kernels need beside a sample
 _MAX_DIGITS = 8  # csrc/attacks/random_start.h: LogicalIndex
@@ -127,7 +124,6 @@ def pgd_step_by_kernel(
         ball,
         0 if partials is None else partials.data_ptr(),
         RESIDENT_BYTES,
-        CHUNKS_PER_THREAD,
         stream_of(x.device),
     )
     return layout.finish()
