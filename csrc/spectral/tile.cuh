@@ -61,16 +61,19 @@ __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32
     if (split.parts == 1) return true;
     const int thread = thread_number();
     float* parts = split.partials + thread;
-    // 1) This part to memory, visible to all before it is counted.
+    // 1) This part to memory. What the block has written before the barrier, one thread's fence makes visible to whoever
+    // sees its count; and a fence after the count makes all that was counted before visible to the block.
 #pragma unroll
     for (int i = 0; i < kCount; ++i) parts[(split.part * kCount + i) * kTileThreads] = sum[i];
-    __threadfence();
     __syncthreads();
-    if (thread == 0) last = atomicAdd(split.counter, 1) == split.parts - 1;
+    if (thread == 0) {
+        __threadfence();
+        last = atomicAdd(split.counter, 1) == split.parts - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!last) return false;
     // 2) The last one reads all, from the cache that all blocks share.
-    __threadfence();
     constexpr int kAtATime = kCount < 8 ? kCount : 8;  // times the unrolling: loads in flight
     [[maybe_unused]] constexpr int kUnroll = kCount < 8 ? 8 : 4;
 #pragma unroll
