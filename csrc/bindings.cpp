@@ -261,6 +261,7 @@ PYBIND11_MODULE(SN_FAST_MODULE, m) {
     register_spectral(m);
 #ifdef SN_FAST_ON_CPU
     m.def("set_thread_order", [](std::uint64_t seed) { on_cpu::thread_order() = seed; });
+    m.def("set_parallel", [](int blocks) { on_cpu::parallel() = blocks; });
     m.def("set_tensor_core", [](int tf32_block, int bfloat16_block, int extra_bits) {
         on_cpu::tensor_core() = {tf32_block, bfloat16_block, extra_bits};
     });

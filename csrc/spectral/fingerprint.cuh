@@ -118,10 +118,10 @@ __device__ void fingerprint_unit(const WordsUnit& unit, const FingerprintParams&
         atomicAdd(&p.sums[unit.op], sum);
         __threadfence();
         s.last = atomicAdd(&p.arrived[unit.op], 1) == w.units - 1;
+        __threadfence();
     }
     __syncthreads();
     if (!s.last) return;
-    __threadfence();
     // 3) The comparison.
     const auto hash = static_cast<std::int64_t>(__ldcg(&p.sums[unit.op]));
     std::int64_t* record = p.records[unit.op];

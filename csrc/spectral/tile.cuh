@@ -85,17 +85,20 @@ __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32
     constexpr int kEach = sizeof(Several) / sizeof(float), kLoads = kCount / kEach;
     const int thread = thread_number();
     Several* parts = reinterpret_cast<Several*>(split.partials) + thread;
-    // 1) This part to memory, visible to all before it is counted.
+    // 1) This part to memory. What the block has written before the barrier, one thread's fence makes visible to whoever
+    // sees its count; and a fence after the count makes all that was counted before visible to the block.
     Several* mine = parts + split.part * (kLoads * kTileThreads);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) mine[i * kTileThreads] = packed<Several>(sum + i * kEach);
-    __threadfence();
     __syncthreads();
-    if (thread == 0) last = atomicAdd(split.counter, 1) == split.parts - 1;
+    if (thread == 0) {
+        __threadfence();
+        last = atomicAdd(split.counter, 1) == split.parts - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!last) return false;
     // 2) The last one reads all, from the cache that all blocks share.
-    __threadfence();
     [[maybe_unused]] constexpr int kUnroll = kLoads < 8 ? 8 : 2;  // parts whose loads are under way together
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;

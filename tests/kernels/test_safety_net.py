@@ -174,7 +174,10 @@ BARRIERS: dict[str, Edit] = {
         "scratch[thread / kWarp] = value;\n    __syncthreads();",
         "scratch[thread / kWarp] = value;",
     ),
-    "join_splits: who is last": ("split.parts - 1;\n    __syncthreads();", "split.parts - 1;"),
+    "join_splits: who is last": (
+        "split.parts - 1;\n        __threadfence();\n    }\n    __syncthreads();",
+        "split.parts - 1;\n        __threadfence();\n    }",
+    ),
     "finish: the warps' largest": (
         "s.best[thread / kWarp] = best;\n    __syncthreads();",
         "s.best[thread / kWarp] = best;",
