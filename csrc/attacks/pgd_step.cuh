@@ -13,7 +13,7 @@
 
 #include "attacks/chunk_step.cuh"
 #include "attacks/l1_threshold.cuh"
-#include "core/async_copy.cuh"
+#include "core/copy_async.cuh"
 
 namespace sn_fast {
 
@@ -85,7 +85,7 @@ struct Resident {
     uint4* words;
     long long chunks;
 
-    // Whole chunks are there after wait_for_copies.
+    // Whole chunks are there after wait_for_all_copies.
     __device__ void fill(const Elements& t, const Chunk& c, long long index) {
         if (c.whole() && t.vector) {
             const uint4* from = reinterpret_cast<const uint4*>(address_of(t, c));
@@ -125,7 +125,7 @@ struct Sample {
             if (p.ball) centre.fill(p.x, c, k);
             if (p.grad.address) gradient.fill(p.grad, c, k);
         }
-        wait_for_copies();
+        wait_for_all_copies();
     }
 
     __device__ Values x_adv(const Chunk& c, long long k) const {

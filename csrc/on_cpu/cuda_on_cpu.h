@@ -108,6 +108,30 @@ __noinline__ inline void make(Context& context, char* stack, std::size_t bytes, 
 
 #endif
 
+// Asynchronous copies of one thread: done when they are waited for and not before, so that a wait too few is seen.
+class Copies {
+public:
+    void add(float* to, const float* from, bool wanted) { copies_.push_back({to, wanted ? from : nullptr, group_}); }
+    void end_group() { ++group_; }
+    void wait(int groups) {
+        const float zero = 0.0f;
+        std::size_t done = 0;
+        for (; done < copies_.size() && copies_[done].group < group_ - groups; ++done)
+            std::memcpy(copies_[done].to, copies_[done].from ? copies_[done].from : &zero, sizeof zero);
+        copies_.erase(copies_.begin(), copies_.begin() + static_cast<std::ptrdiff_t>(done));
+    }
+    void clear() { copies_.clear(), group_ = 0; }
+
+private:
+    struct Copy {
+        float* to;
+        const float* from;
+        int group;
+    };
+    std::vector<Copy> copies_;
+    int group_ = 0;
+};
+
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fibre {
@@ -117,6 +141,7 @@ struct Fibre {
     dim3 thread;
     int shuffles = 0;      // parity chooses the exchange slot, so that one barrier per exchange is enough
     void* fake = nullptr;  // AddressSanitizer's fake stack
+    Copies copies;
 };
 
 // One exchange slot per lane and parity: large enough for the fragments of a matrix instruction.
@@ -228,6 +253,7 @@ private:
         Fibre& f = pool()[static_cast<std::size_t>(t)];
         f.state = State::kReady;
         f.shuffles = 0;
+        f.copies.clear();
         f.thread = {static_cast<unsigned>(t), 0, 0};
         make(f.context, f.stack.get(), kStackBytes, &Machine::enter);
     }
@@ -313,6 +339,47 @@ private:
 
 inline Machine& machine() { return *Machine::current(); }
 
+// -- how tensor cores add ---------------------------------------------------------------------------------------------
+
+// Of a matrix instruction's products, `block` are added to the sum at a time. They and the sum are aligned to the largest
+// exponent among them, what lies `extra_bits` below float32's last bit is cut off each, and the exact sum of the rest is
+// cut to float32. All cuts are towards zero. Measured by Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of
+// NVIDIA tensor cores" (A100), and in the same way since (H100).
+struct TensorCore {
+    int tf32_block, bfloat16_block, extra_bits;
+};
+
+constexpr TensorCore kA100{4, 8, 1}, kH100{8, 16, 2};
+
+inline TensorCore& tensor_core() {
+    static TensorCore chosen = kH100;
+    return chosen;
+}
+
+inline float tensor_core_sum(float sum, const float* a, const float* b, int block) {
+    constexpr int kLeast = -126;  // exponent of float32's smallest normal number
+    // 1) The largest exponent. That of a product is the sum of its factors', whether or not their product carries.
+    double plain = sum;
+    int exponent = sum == 0.0f ? kLeast : std::max(kLeast, std::ilogb(sum));
+    for (int i = 0; i < block; ++i) {
+        const double product = static_cast<double>(a[i]) * static_cast<double>(b[i]);
+        plain += product;
+        if (product != 0.0 && std::isfinite(product)) exponent = std::max(exponent, std::ilogb(a[i]) + std::ilogb(b[i]));
+    }
+    if (!std::isfinite(plain)) return static_cast<float>(plain);
+    // 2) All terms in units of the last bit that is kept: a conversion to an integer cuts.
+    const int last = exponent - 23 - tensor_core().extra_bits;
+    const double scale = std::ldexp(1.0, -last);
+    auto total = static_cast<std::int64_t>(static_cast<double>(sum) * scale);
+    for (int i = 0; i < block; ++i)
+        total += static_cast<std::int64_t>(static_cast<double>(a[i]) * static_cast<double>(b[i]) * scale);
+    // 3) To float32, towards zero.
+    const double exact = std::ldexp(static_cast<double>(total), last);
+    const auto rounded = static_cast<float>(exact);
+    const bool away = std::isfinite(rounded) && std::fabs(static_cast<double>(rounded)) > std::fabs(exact);
+    return away ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
 }  // namespace on_cpu
 
 // -- what launch.h offers on a GPU -----------------------------------------------------------------------------------
@@ -320,6 +387,9 @@ inline Machine& machine() { return *Machine::current(); }
 struct Stream;
 
 inline int multiprocessors(int) { return 3; }
+
+inline void let_next_start() {}
+inline void wait_for_previous() {}
 
 inline void fill_zero(void* memory, std::size_t bytes, const Stream&) { std::memset(memory, 0, bytes); }
 
@@ -331,7 +401,7 @@ T& shared_memory() {
 
 template <class Params>
 void launch(void (*kernel)(Params), const char*, unsigned blocks, int threads, std::size_t shared, const Stream&,
-            const Params& params) {
+            const Params& params, bool = false) {
     on_cpu::Machine(blocks, threads, shared).run([&] { kernel(params); });
 }
 

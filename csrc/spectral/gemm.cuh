@@ -1,18 +1,23 @@
 // Implicit-GEMM tiles: M = rows, N = positions, K = channels x slots; the input is gathered through the plan's tables.
 #pragma once
 
+#include "core/copy_async.cuh"
 #include "spectral/product.cuh"
 #include "spectral/tile.cuh"
 
 namespace sn_fast {
 
-constexpr int kTileSlots = 64;  // slots whose positions are kept at a time
+constexpr int kTileSlots = 64;    // slots whose positions are kept at a time
+constexpr int kWeightStages = 4;  // chunks of float32 weights in shared memory, all but one of them under way; 2^n
 
 template <int kColumns>
 struct GemmShared {
-    StagedTiles<kColumns> tiles;
+    union {
+        StagedTiles<kColumns, kWeightStages> tiles;
+        float result[kTileRows][kColumns + 1];
+    };
     std::int32_t position[kTileSlots * kColumns];  // input position of (slot, place), or -1
-    std::int32_t tap[kTileSlots];                  // weight offset of a slot
+    Slot slots[kTileSlots];
     std::int32_t last;
     double scratch[kTileWarps];
 };
@@ -24,8 +29,8 @@ struct Depth {
     __device__ explicit Depth(int slots)
         : inverse((0x80000000u + static_cast<unsigned>(slots) - 1) / static_cast<unsigned>(slots)) {}
 
-    __device__ int channel(int twice_k) const {
-        return static_cast<int>(__umulhi(static_cast<unsigned>(twice_k), inverse));
+    __device__ int channel(int k) const {
+        return static_cast<int>(__umulhi(2 * static_cast<unsigned>(k), inverse));
     }
 };
 
@@ -36,7 +41,9 @@ struct GemmTile {
     static constexpr int kLoadsA = kTileRows * kDepth / kTileThreads;
     static constexpr int kLoadsB = kColumns * kDepth / kTileThreads;
     static constexpr int kStepA = kTileThreads / kDepth;  // rows between a thread's loads of A
-    static constexpr int kStepB = kTileThreads / kColumns;    // depth between a thread's loads of B
+    static constexpr int kStepB = kTileThreads / kDepth;  // columns between a thread's loads of B
+    static constexpr int kStepSlots = kTileThreads / kColumns;
+    static constexpr bool kAsync = sizeof(T) == sizeof(float);  // weights go to shared memory as they are
 
     const Gather& g;
     const Unit& unit;
@@ -45,107 +52,134 @@ struct GemmTile {
     int thread;
     TileProduct<kColumns> product;
 
-    __device__ GemmTile(const Gather& g, const Unit& unit, const HalfStepParams& p, GemmShared<kColumns>& s)
-        : g(g), unit(unit), p(p), s(s), thread(thread_number()), product(p.precision, thread) {}
+    __device__ GemmTile(const Gather& g, const Unit& unit, const HalfStepParams& p, Precision precision,
+                        GemmShared<kColumns>& s)
+        : g(g), unit(unit), p(p), s(s), thread(thread_number()), product(precision, thread) {}
 
     __device__ void run() {
-        const Input x = input_of(p, g, unit.group);
-        const int first = p.table[g.tile_slots + 2 * unit.tile], count = p.table[g.tile_slots + 2 * unit.tile + 1];
-        for (int begin = 0; begin < count; begin += kTileSlots) {
-            const int slots = min(kTileSlots, count - begin);
-            find_positions(p.table + first + begin, slots);
-            multiply(x, slots);
+        for (int begin = 0; begin < unit.n_slots; begin += kTileSlots) {
+            const int slots = min(kTileSlots, unit.n_slots - begin);
+            if (thread < slots) s.slots[thread] = slots_at(p.table, unit.slots)[begin + thread];
+            __syncthreads();
+            multiply(slots);
         }
         if (!join_splits(product.sums, unit, p, s.last)) return;
         store();
     }
 
-    // The input positions of every slot for this tile's places, and the taps.
-    __device__ void find_positions(const std::int32_t* slots, int count) {
+    // The input positions of every slot for this tile's places.
+    __device__ void find_positions(int slots) {
         const Place place = place_of(g, p.table, unit.tile * kColumns + thread % kColumns);
-        for (int j = thread / kColumns; j < count; j += kStepB) {
-            const Slot slot = slot_of(g, p.table, slots[j]);
-            s.position[j * kColumns + thread % kColumns] = input_position(g, p.table, place, slot);
-            if (thread % kColumns == 0) s.tap[j] = slot.tap * g.tap_stride;
-        }
-        __syncthreads();
+#pragma unroll 3
+        for (int j = thread / kColumns; j < slots; j += kStepSlots)
+            s.position[j * kColumns + thread % kColumns] = input_position(p.table, place, s.slots[j]);
     }
 
-    __device__ void multiply(const Input& x, int slots) {
-        const int depth = (unit.channel_end - unit.channel) * slots;
+    __device__ void multiply(int slots) {
+        const int depth = (unit.channel_end - unit.channel) * slots, chunks = (depth + kDepth - 1) / kDepth;
         // Read once, not in every chunk.
         const int row_stride = g.row_stride, channel_stride = g.channel_stride, inputs = g.inputs;
         const T* weight = as_it_is(static_cast<const T*>(p.weights[g.op]) + unit.group * g.group_stride +
                                    unit.row * row_stride + unit.channel * channel_stride);
-        const float* data = as_it_is(x.data + unit.channel * inputs);
-        // Where this thread loads: one depth of A, kLoadsA rows; one column of B, kLoadsB depths.
-        const int depth_a = thread % kDepth, row_a = thread / kDepth, last_row = g.rows - unit.row - 1;
-        const int depth_b = thread / kColumns, column_b = thread % kColumns;
+        // What this thread loads of a chunk: one depth of it, kLoadsA rows of A and kLoadsB columns of B.
+        const auto number = static_cast<unsigned>(thread);  // divided by powers of 2, which is cheaper without a sign
+        const int depth_a = number % kDepth, row_a = number / kDepth, last_row = g.rows - unit.row - 1;
+        const int depth_b = number / kStepB, column_b = number % kStepB;
         const Depth split(slots);
-        T a[kLoadsA];
         float b[kLoadsB];
 
-        // All loads of a chunk are under way before the first is used. Past the end of k, A is zero and B anything that
-        // was read before; rows past the last repeat it, and are never stored.
-        auto load = [&](int begin) {
-            const int k = begin + depth_a;
-            if (k < depth) {
-                const int channel = split.channel(2 * k);
-                const int corner = s.tap[k - channel * slots] + channel * channel_stride;
+        // Past the end of k, A is zero and B anything that was read before; rows past the last repeat it, and are never
+        // stored.
+        auto load_weights = [&](int chunk) {
+            const int k = chunk * kDepth + depth_a, channel = split.channel(k);
+            const bool inside = k < depth;
+            const int corner = inside ? s.slots[k - channel * slots].weight + channel * channel_stride : 0;
+            const T* from = as_it_is(weight + corner);
+            float(&to)[kTileRows + 8] = s.tiles.a[chunk & (kWeightStages - 1)][depth_a];
+            auto place = [&](int i) { return swizzled(row_a + i * kStepA % 8, depth_a) + i * kStepA / 8 * 8; };
+            [[maybe_unused]] T a[kLoadsA];
 #pragma unroll
-                for (int i = 0; i < kLoadsA; ++i)
-                    a[i] = __ldg(weight + (corner + min(row_a + i * kStepA, last_row) * row_stride));
-            } else {
-#pragma unroll
-                for (int i = 0; i < kLoadsA; ++i) a[i] = from_float<T>(0.0f);
+            for (int i = 0; i < kLoadsA; ++i) {
+                const T* at = from + min(row_a + i * kStepA, last_row) * row_stride;
+                if constexpr (kAsync) {
+                    copy_async(&to[place(i)], at, inside);
+                } else {
+                    a[i] = inside ? __ldg(at) : from_float<T>(0.0f);
+                }
             }
+            if constexpr (!kAsync) {
 #pragma unroll
-            for (int i = 0; i < kLoadsB; ++i) {
-                const int twice_k = min(2 * (begin + depth_b) + 2 * i * kStepB, 2 * depth - 2);
-                const int channel = split.channel(twice_k);
-                const unsigned row = static_cast<unsigned>(twice_k) * (kColumns / 2) -
-                                     static_cast<unsigned>(channel) * static_cast<unsigned>(slots * kColumns);
-                const int position = s.position[row + static_cast<unsigned>(column_b)];
-                b[i] = position >= 0 ? __ldg(data + (channel * inputs + position)) : 0.0f;
+                for (int i = 0; i < kLoadsA; ++i) to[place(i)] = to_float(a[i]);
             }
-        };
-        auto stage = [&](int buffer) {
-#pragma unroll
-            for (int i = 0; i < kLoadsA; ++i)
-                s.tiles.a[buffer][depth_a][swizzled(row_a + i * kStepA % 8, depth_a) + i * kStepA / 8 * 8] = to_float(a[i]);
-#pragma unroll
-            for (int i = 0; i < kLoadsB; ++i) s.tiles.b[buffer][depth_b + i * kStepB][column_b] = x.scaled(b[i]);
         };
 
-        // 1) The first chunk.
-        load(0);
-        stage(0);
-        __syncthreads();
-        int buffer = 0;
-        for (int begin = kDepth;; begin += kDepth, buffer ^= 1) {
-            // 2) The next chunk travels while this one is multiplied.
-            const bool more = begin < depth;
-            if (more) load(begin);
-            product.add(s.tiles, buffer);
-            if (!more) break;
-            stage(buffer ^ 1);
-            __syncthreads();
+        // 1) Weights of the first chunks, which depend on nothing that was computed before.
+#pragma unroll 1
+        for (int chunk = 0; kAsync && chunk < kWeightStages - 1; ++chunk) {
+            if (chunk < chunks) load_weights(chunk);
+            end_copy_group();
         }
-        // 3) The tables and buffers are free again.
+        // 2) Where the input is read, and the input itself once the launch before has ended.
+        find_positions(slots);
+        const Input x = input_of(p, g, unit.group);
+        const float* data = as_it_is(x.data + unit.channel * inputs);
+        auto load_input = [&](int chunk) {
+            const int k = min(chunk * kDepth + depth_b, depth - 1), channel = split.channel(k);
+            const std::int32_t* row = s.position + ((k - channel * slots) * kColumns + column_b);
+            const float* from = as_it_is(data + channel * inputs);
+#pragma unroll
+            for (int i = 0; i < kLoadsB; ++i) {
+                const int position = row[i * kStepB];
+                b[i] = position >= 0 ? __ldg(from + position) : 0.0f;
+            }
+        };
+        auto stage_input = [&](int chunk) {
+            float(&to)[kColumns + 8] = s.tiles.b[chunk & 1][depth_b];
+#pragma unroll
+            for (int i = 0; i < kLoadsB; ++i) to[column_b + i * kStepB] = x.scaled(b[i]);
+        };
+        __syncthreads();
+        // 3) Chunk after chunk. While one is multiplied the next one's input and the weights of later ones travel. All
+        //    loads are under way before the first of them is used.
+#pragma unroll 1
+        for (int chunk = -1;; ++chunk) {
+            if (chunk >= 0) {
+                wait_for_copies<kWeightStages - 2>();
+                __syncthreads();
+            }
+            const bool more = chunk + 1 < chunks;
+            const int ahead = chunk + kWeightStages - 1;
+            if (kAsync && chunk >= 0 && ahead < chunks) load_weights(ahead);
+            if (chunk >= 0) end_copy_group();
+            if (more) load_input(chunk + 1);
+            if (chunk >= 0) product.add(s.tiles.a[chunk & (kWeightStages - 1)], s.tiles.b[chunk & 1]);
+            if (!more) break;
+            if (!kAsync) load_weights(chunk + 1);  // it waits for them: a block alone is slow, three hide it
+            stage_input(chunk + 1);
+        }
+        // 4) The tables and buffers are free again.
         __syncthreads();
     }
 
+    // The tile by way of shared memory, so that neighbouring threads store neighbouring positions.
     __device__ void store() {
-        double square_sum = 0.0;
-        float* out = p.outputs + g.output + (unit.group * g.rows + unit.row) * g.positions;
-        const int rows = min(kTileRows, g.rows - unit.row);
+        constexpr int kStep = kTileThreads / kColumns;
+        // 1) The sums, from wherever the product left them.
 #pragma unroll
-        for (int i = 0; i < TileProduct<kColumns>::kSums; ++i) {
-            const int row = product.row(i), index = unit.tile * kColumns + product.column(i);
-            const int position = g.order >= 0 ? p.table[g.order + index] : (index < g.positions ? index : -1);
-            if (row >= rows || position < 0) continue;
-            out[row * g.positions + position] = product.sums[i];
-            square_sum += squared(product.sums[i]);
+        for (int i = 0; i < TileProduct<kColumns>::kSums; ++i)
+            s.result[product.row(i)][product.column(i)] = product.sums[i];
+        __syncthreads();
+        // 2) A column per thread.
+        const int column = thread % kColumns, index = unit.tile * kColumns + column;
+        const int position = g.order >= 0 ? p.table[g.order + index] : (index < g.positions ? index : -1);
+        const int positions = g.positions, rows = position >= 0 ? min(kTileRows, g.rows - unit.row) : 0;
+        float* out = p.outputs + g.output + (unit.group * g.rows + unit.row) * positions + position;
+        double square_sum = 0.0;
+#pragma unroll 4
+        for (int row = thread / kColumns; row < rows; row += kStep) {
+            const float value = s.result[row][column];
+            out[row * positions] = value;
+            square_sum += squared(value);
         }
         store_square_sum(square_sum, unit.norm, p, s.scratch);
     }

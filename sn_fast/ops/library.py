@@ -71,11 +71,12 @@ class UseKernels:
 
     def _obstacle(self) -> str | None:
         driver = driver_version()
-        if driver is not None and too_old(driver, self._module):
+        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        if driver is not None and too_old(driver, self._module, capabilities):
             cuda = self._module.cuda_version
-            remedy = f"update the driver, or reinstall with a CUDA {driver[0]} toolkit"
+            remedy = f"update the driver, or reinstall with a toolkit of CUDA {driver[0]}.{driver[1]}"
             return f"CUDA {cuda}, but the driver here supports {driver[0]}.{driver[1]} at most. Remedy: {remedy}"
-        for capability in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())):
+        for capability in capabilities:
             if not covers(self._module.archs, capability):
                 found = "{}.{}".format(*capability)
                 remedy = f"reinstall with SN_FAST_CUDA_ARCHS={found}"

@@ -16,6 +16,10 @@ from sn_fast import attacks
 from sn_fast.reference import random_start as drawn
 from sn_fast.reference import updates as reference
 
+from ..on_device import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="stands in for a GPU, where graphs themselves are tested")
+
 _FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -17,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import sn_fast
 from sn_fast.attacks import fgm, graph, methods, pgd, wrappers, wrm
 
+from ..process_groups import process_group, run_in_group
 from .models import same_bits
 
 STEPS, BATCH = 2, 8
@@ -72,16 +72,11 @@ WRAPPED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def in_group(rank: int, world: int, folder: str) -> None:
+def in_group(rank: int, world: int, folder: Path) -> None:
     """One process of several: trains in every wrapper, and saves what came out."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
-        part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-        results = {name: train(WRAPPED[name](), part) for name in ("static graph", "inside a model", "normalised")}
-        torch.save(results, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    results = {name: train(WRAPPED[name](), part) for name in ("static graph", "inside a model", "normalised")}
+    torch.save(results, folder / f"{rank}.pt")
 
 
 def expected(name: str) -> list[Tensor]:
@@ -89,7 +84,7 @@ def expected(name: str) -> list[Tensor]:
 
 
 def test_replicas_stay_equal_and_equal_to_a_single_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_group, (2, str(tmp_path)), nprocs=2)
+    run_in_group(in_group, 2, tmp_path, folder=tmp_path, size=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, tensors in first.items():
         for mine, theirs, alone in zip(tensors, second[name], expected(name), strict=True):
@@ -100,11 +95,8 @@ def test_replicas_stay_equal_and_equal_to_a_single_process(tmp_path: Path) -> No
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
     """A group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
+    with process_group(tmp_path):
         yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", WRAPPED)

@@ -21,7 +21,8 @@ from ..attacks.models import same_bits
 from ..on_device import DEVICE
 from . import on_cpu
 from .conftest import THREAD_ORDERS
-from .power_steps import Call, kinds_of, planning
+from .power_steps import CHOSEN, Call, check_precision, kinds_of, planning
+from .tensor_cores import TENSOR_CORES, use
 from .weight_gradients import Call as Gradient
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="edits kernels and runs them on the CPU")
@@ -100,22 +101,48 @@ def test_an_edit_that_changes_nothing_is_not_found(tmp_path: Path, module: Modul
 
 
 def test_a_barrier_missing_from_the_gemm_tile(tmp_path: Path, module: ModuleType) -> None:
-    broken = build(tmp_path, ("            stage(buffer ^ 1);\n            __syncthreads();", "stage(buffer ^ 1);"))
+    broken = build(
+        tmp_path, ("wait_for_copies<kWeightStages - 2>();\n                __syncthreads();", "wait_for_copies<0>();")
+    )
     assert wrong_orders(module, broken)
 
 
 BARRIERS: dict[str, Edit] = {
+    "gemm: slots before their use": (
+        "slots_at(p.table, unit.slots)[begin + thread];\n            __syncthreads();",
+        "slots_at(p.table, unit.slots)[begin + thread];",
+    ),
     "gemm: positions before their use": (
-        "s.tap[j] = slot.tap * g.tap_stride;\n        }\n        __syncthreads();",
-        "s.tap[j] = slot.tap * g.tap_stride;\n        }",
+        "        __syncthreads();\n        // 3) Chunk after chunk.",
+        "        // 3) Chunk after chunk.",
+    ),
+    "gemm: the last product before the tables are free": (
+        "        // 4) The tables and buffers are free again.\n        __syncthreads();",
+        "",
+    ),
+    "gemm: the result before its rows are stored": (
+        "s.result[product.row(i)][product.column(i)] = product.sums[i];\n        __syncthreads();",
+        "s.result[product.row(i)][product.column(i)] = product.sums[i];",
+    ),
+    "gemm: copies waited for too late": (
+        "wait_for_copies<kWeightStages - 2>();",
+        "wait_for_copies<kWeightStages - 1>();",
+    ),
+    "direct: the slots' weights": (
+        "            __syncwarp();\n            // 2) All (slot, channel) pairs,",
+        "            // 2) All (slot, channel) pairs,",
     ),
     "half_step: the first number": (
         "if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);\n    __syncthreads();",
         "if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);",
     ),
+    "half_step: the unit before its gather": (
+        "copy_by_lanes(s.unit, p.units + number, thread);\n            __syncwarp();",
+        "copy_by_lanes(s.unit, p.units + number, thread);",
+    ),
     "half_step: the unit before its use": (
-        "(p.units + number)[thread];\n        __syncthreads();",
-        "(p.units + number)[thread];",
+        "        __syncthreads();\n        if (thread == kWarp) s.next = next;",
+        "        if (thread == kWarp) s.next = next;",
     ),
     "half_step: the end of a unit": (
         "        __syncthreads();  // the next unit uses the same shared memory\n",
@@ -134,7 +161,6 @@ BARRIERS: dict[str, Edit] = {
         "stage(buffer ^ 1);\n                __syncthreads();",
         "stage(buffer ^ 1);",
     ),
-    "gemm: the first chunk": ("stage(0);\n        __syncthreads();", "stage(0);"),
     "dot: the vector's chunk": ("s.x[i] = x[chunk + i];\n        __syncthreads();", "s.x[i] = x[chunk + i];"),
     "dot: the rows' sums": (
         "s.values[warp * kDotRows + r] = sum;\n    }\n    __syncthreads();",
@@ -199,7 +225,8 @@ def test_a_barrier_that_some_threads_do_not_reach(tmp_path: Path, name: str) -> 
 
 PARTS = "for (int part = 0; part < split.parts; ++part)"
 WRONG: dict[str, Edit] = {
-    "taps of one axis alone": ("s.tap += table[", "s.tap = table["),
+    "an axis left out": ("? e0 + e1 + e2 : -1;\n}", "? e0 + e2 : -1;\n}"),
+    "a chunk of weights too few": ("chunk < kWeightStages - 1; ++chunk)", "chunk < kWeightStages - 2; ++chunk)"),
     "a part left out": (PARTS, "for (int part = 1; part < split.parts; ++part)"),
     "parts in another order": (PARTS, "for (int part = split.parts - 1; part >= 0; --part)"),
     "parts in the order of arrival": (
@@ -215,6 +242,51 @@ def test_wrong_arithmetic(tmp_path: Path, name: str) -> None:
     said = broken_in_a_child(tmp_path, WRONG[name])
     assert said is not None
     assert "wrong in orders [" in said
+
+
+ROUNDED_WRONG: dict[str, tuple[Edit, str]] = {  # and the precision whose bar must find it
+    "tf32: operands cut, not rounded": (("(bits + 0x1000u) & 0xffffe000u", "bits & 0xffffe000u"), "tf32"),
+    "bf16: operands cut, not rounded": (("(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"), "bf16"),
+    "3xtf32: no lower part": (("to_tf32(value - bits_as_float(parts[0][i]))", "0"), "3xtf32"),
+    "3xtf32: one of the products with a lower part": (("mma_tf32(d, a[m][0], b[1]);", ""), "3xtf32"),
+    "tf32: the last chunk left out": (
+        ("const bool more = begin < depth;", "const bool more = begin + kDepth < depth;"),
+        "tf32",
+    ),
+    "bf16: a wrong tap": (("s.tap += table[", "s.tap = table["), "bf16"),
+    "tf32: a part left out": ((PARTS, "for (int part = 1; part < split.parts; ++part)"), "tf32"),
+    "tf32: a sum cut twice": (
+        (
+            "fragment(m, n);\n                    if constexpr",
+            "fragment(m, n);\n"
+            "                    for (float& x : sum) x = bits_as_float(float_as_bits(x) & 0xffffff00u);\n"
+            "                    if constexpr",
+        ),
+        "tf32",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("core", TENSOR_CORES)
+@pytest.mark.parametrize("name", ROUNDED_WRONG)
+def test_the_bars_of_tensor_cores_find(tmp_path: Path, name: str, core: str) -> None:
+    """They allow for how tensor cores add, not for what else may be wrong."""
+    edit, precision = ROUNDED_WRONG[name]
+    broken = build(tmp_path, edit)
+    use(broken, TENSOR_CORES[core])
+    served = UseKernels(broken, "cpu")
+    found = []
+    try:
+        for shape in ("gemm64_split", "gemm16", "65_slots", "81_slots_split"):
+            with planning(parallel=9):
+                try:
+                    check_precision(CHOSEN[shape](), precision)
+                except AssertionError as error:
+                    found.append((shape, str(error)))
+    finally:
+        served.stop()
+    assert found
 
 
 @pytest.mark.slow
@@ -234,7 +306,7 @@ BEYOND: dict[str, tuple[Edit, str, str]] = {  # what is said of it, and where
         OVERFLOW,
         "gemm.cuh",
     ),
-    "a depth beyond the last": (("2 * i * kStepB, 2 * depth - 2)", "2 * i * kStepB, 1 << 20)"), OVERFLOW, "gemm.cuh"),
+    "a depth beyond the last": (("kDepth + depth_b, depth - 1)", "kDepth + depth_b, 1 << 20)"), OVERFLOW, "gemm.cuh"),
     "an element too many": (("if (e < count) sums[e]", "if (e <= count) sums[e]"), OVERFLOW, "axpy_tile"),
     "a wrong row": (("at[c * g.channel_stride + e]", "at[(c + 1) * g.channel_stride + e]"), OVERFLOW, "axpy_tile"),
     "a slot beyond its table": (

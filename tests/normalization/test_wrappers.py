@@ -17,21 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import sn_fast
 from sn_fast import update_spectral_norm
 
+from ..process_groups import process_group, run_in_group
 from . import workers
 from .cases import HOWS, KINDS, full_state, layer_of, made, members, norm_in_use, norm_of, raw_of, same_bits
 from .models import X, normalised, true_norms
-
-
-@contextlib.contextmanager
-def one_process(path):
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    dist.init_process_group("gloo", init_method=f"file://{path / 'group'}", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def write(model: nn.Module, seed: int = 3, size: float = 0.05) -> None:
@@ -254,7 +243,7 @@ def test_mean_teacher_between_forward_and_backward(teacher: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ddp_with_two_forwards(kind: str, tmp_path) -> None:
     """D(real) + D(fake), and an adversarial example between: the gradients of the model without DDP."""
-    with one_process(tmp_path):
+    with process_group(tmp_path):
         model = made(kind, "model")
         twin = copy.deepcopy(model)
         ddp = nn.parallel.DistributedDataParallel(model)
@@ -313,11 +302,9 @@ def test_replicas_of_data_parallel(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["FSDP1", "FSDP2 per layer", "FSDP2 root"])
 def test_fsdp(how: str, tmp_path) -> None:
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    if how != "FSDP1" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+    if how != "FSDP1" and not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
         pytest.skip("this torch has no fully_shard")
-    torch.multiprocessing.spawn(workers.sharded, (how, str(tmp_path / "group")), nprocs=2)
+    run_in_group(workers.sharded, how, folder=tmp_path)
 
 
 # -- pruning, threads, layers that cannot be read ---------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 
 import torch
@@ -34,19 +33,9 @@ def _full(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-def sharded(rank: int, how: str, file: str) -> None:
+def sharded(rank: int, how: str) -> None:
     """Train under FSDP; all processes have the same state, and it belongs to the whole weights."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        _check_sharded(rank, how)
-    finally:
-        dist.destroy_process_group()
-
-
-def _check_sharded(rank: int, how: str) -> None:
     model = network()
     layers = model[0], model[2]
     members = [m for m in model.modules() if isinstance(m, SpectralNorm)]
