@@ -344,6 +344,7 @@ def test_info_says_what_the_gpu_and_the_driver_lack(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "T4")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("sn_fast.ops.library._SERVED", {})  # the kernels of this install, which would warn once
     facts = info()
     assert facts["gpu"] == "T4, compute capability 7.5: the kernels are not for it (built for 8.0 9.0)"
     assert facts["driver"] == "up to CUDA 12.4: too old for kernels built with CUDA 13.0"
