@@ -21,7 +21,6 @@ struct GemmShared {
     };
     std::int32_t position[kTileSlots * kColumns];  // input position of (slot, place), or -1
     Slot slots[kTileSlots];
-    Input input;  // not in registers: only its address is needed for each chunk
     std::int32_t last;
     double scratch[kTileWarps];
 };
@@ -56,6 +55,7 @@ struct GemmTile {
     Precision precision;
     int thread;
     TileProduct<kColumns> product;
+    Input x{nullptr, 1.0f, 1.0f};
 
     __device__ GemmTile(const Gather& g, const Unit& unit, const HalfStepParams& p, Precision precision,
                         GemmShared<kColumns>& s)
@@ -68,9 +68,9 @@ struct GemmTile {
             __syncthreads();
             multiply(slots);
         }
-        if (unit.n_slots > 0 && scales_sums()) {
+        if (scales_sums()) {
 #pragma unroll
-            for (float& sum : product.sums) sum = s.input.scaled(sum);
+            for (float& sum : product.sums) sum = x.scaled(sum);
         }
         if (!join_splits(product.sums, unit, p, s.last)) return;
         store();
@@ -78,7 +78,7 @@ struct GemmTile {
 
     // Whether the sums are divided by the input's norm, not the input. What is rounded to few bits is divided before.
     __device__ bool scales_sums() const {
-        return (precision == Precision::kFloat32 || precision == Precision::kTf32x3) && s.input.may_wait();
+        return (precision == Precision::kFloat32 || precision == Precision::kTf32x3) && x.may_wait();
     }
 
     // The input positions of every slot for this tile's places.
@@ -130,8 +130,7 @@ struct GemmTile {
         for (int chunk = 0; chunk < min(kStages - 1, chunks); ++chunk) load_weights(chunk, chunk);
         // 2) Where the input is read, and the input itself once the launch before has ended.
         find_positions(slots);
-        const Input x = input_of(p, g, unit.group);
-        if (thread == 0) s.input = x;
+        x = input_of(p, g, unit.group);
         const float* data = as_it_is(x.data + unit.channel * inputs);
         auto load_input = [&](int chunk, int stage) {
             const int k = chunk * kDepth + depth_b, channel = split.channel(k);
@@ -160,7 +159,7 @@ struct GemmTile {
             if (!scales_sums()) {  // this thread's own copies
                 for (int i = 0; i < kLoadsB; ++i) {
                     float& value = s.tiles.b[stage][depth_b][column_b + i * kStep];
-                    value = s.input.scaled(value);
+                    value = x.scaled(value);
                 }
             }
             __syncthreads();

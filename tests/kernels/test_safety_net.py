@@ -100,9 +100,7 @@ def test_an_edit_that_changes_nothing_is_not_found(tmp_path: Path, module: Modul
 
 
 def test_a_barrier_missing_from_the_gemm_tile(tmp_path: Path, module: ModuleType) -> None:
-    broken = build(
-        tmp_path, ("            __syncthreads();\n            const int ahead", "            const int ahead")
-    )
+    broken = build(tmp_path, ("            __syncthreads();\n            const int ahead", "            const int ahead"))
     assert wrong_orders(module, broken)
 
 
@@ -222,10 +220,7 @@ def test_a_barrier_that_some_threads_do_not_reach(tmp_path: Path, name: str) -> 
 PARTS = "for (int part = 0; part < split.parts; ++part)"
 WRONG: dict[str, Edit] = {
     "an axis left out": ("? e0 + e1 + e2 : -1;\n}", "? e0 + e2 : -1;\n}"),
-    "a chunk of weights too few": (
-        "chunk < min(kStages - 1, chunks); ++chunk)",
-        "chunk < min(kStages - 2, chunks); ++chunk)",
-    ),
+    "a chunk of weights too few": ("chunk < min(kStages - 1, chunks); ++chunk)", "chunk < min(kStages - 2, chunks); ++chunk)"),
     "a part left out": (PARTS, "for (int part = 1; part < split.parts; ++part)"),
     "parts in another order": (PARTS, "for (int part = split.parts - 1; part >= 0; --part)"),
     "parts in the order of arrival": (
