@@ -7,16 +7,13 @@
 
 namespace sn_fast {
 
-constexpr int kTileSlots = 32;  // slots whose positions are kept at a time
-
-// Chunks in shared memory: one is multiplied while the others travel.
-template <int kColumns>
-constexpr int kTileStages = kColumns == 64 ? 4 : 3;
+constexpr int kTileSlots = 64;    // slots whose positions are kept at a time
+constexpr int kWeightStages = 4;  // chunks of float32 weights in shared memory, all but one of them under way; 2^n
 
 template <int kColumns>
 struct GemmShared {
     union {
-        StagedTiles<kColumns, kTileStages<kColumns>> tiles;
+        StagedTiles<kColumns, kWeightStages> tiles;
         float result[kTileRows][kColumns + 1];
     };
     std::int32_t position[kTileSlots * kColumns];  // input position of (slot, place), or -1
@@ -43,23 +40,21 @@ struct GemmTile {
     static constexpr int kDepth = kTileDepth<kColumns>;
     static constexpr int kLoadsA = kTileRows * kDepth / kTileThreads;
     static constexpr int kLoadsB = kColumns * kDepth / kTileThreads;
-    static constexpr int kStep = kTileThreads / kDepth;  // rows between a thread's loads of A, and columns of B
+    static constexpr int kStepA = kTileThreads / kDepth;  // rows between a thread's loads of A
+    static constexpr int kStepB = kTileThreads / kDepth;  // columns between a thread's loads of B
     static constexpr int kStepSlots = kTileThreads / kColumns;
-    static constexpr int kStages = kTileStages<kColumns>;
     static constexpr bool kAsync = sizeof(T) == sizeof(float);  // weights go to shared memory as they are
 
     const Gather& g;
     const Unit& unit;
     const HalfStepParams& p;
     GemmShared<kColumns>& s;
-    Precision precision;
     int thread;
     TileProduct<kColumns> product;
-    Input x{nullptr, 1.0f, 1.0f};
 
     __device__ GemmTile(const Gather& g, const Unit& unit, const HalfStepParams& p, Precision precision,
                         GemmShared<kColumns>& s)
-        : g(g), unit(unit), p(p), s(s), precision(precision), thread(thread_number()), product(precision, thread) {}
+        : g(g), unit(unit), p(p), s(s), thread(thread_number()), product(precision, thread) {}
 
     __device__ void run() {
         for (int begin = 0; begin < unit.n_slots; begin += kTileSlots) {
@@ -68,17 +63,8 @@ struct GemmTile {
             __syncthreads();
             multiply(slots);
         }
-        if (scales_sums()) {
-#pragma unroll
-            for (float& sum : product.sums) sum = x.scaled(sum);
-        }
         if (!join_splits(product.sums, unit, p, s.last)) return;
         store();
-    }
-
-    // Whether the sums are divided by the input's norm, not the input. What is rounded to few bits is divided before.
-    __device__ bool scales_sums() const {
-        return (precision == Precision::kFloat32 || precision == Precision::kTf32x3) && x.may_wait();
     }
 
     // The input positions of every slot for this tile's places.
@@ -98,28 +84,30 @@ struct GemmTile {
         // What this thread loads of a chunk: one depth of it, kLoadsA rows of A and kLoadsB columns of B.
         const auto number = static_cast<unsigned>(thread);  // divided by powers of 2, which is cheaper without a sign
         const int depth_a = number % kDepth, row_a = number / kDepth, last_row = g.rows - unit.row - 1;
-        const int depth_b = number / kStep, column_b = number % kStep;
+        const int depth_b = number / kStepB, column_b = number % kStepB;
         const Depth split(slots);
+        float b[kLoadsB];
 
-        // Past the end of k, A and B are zero; rows past the last repeat it, and are never stored.
-        auto load_weights = [&](int chunk, int stage) {
+        // Past the end of k, A is zero and B anything that was read before; rows past the last repeat it, and are never
+        // stored.
+        auto load_weights = [&](int chunk) {
             const int k = chunk * kDepth + depth_a, channel = split.channel(k);
             const bool inside = k < depth;
             const int corner = inside ? s.slots[k - channel * slots].weight + channel * channel_stride : 0;
             const T* from = as_it_is(weight + corner);
-            float(&to)[kTileRows + 8] = s.tiles.a[stage][depth_a];
-            auto place = [&](int i) { return swizzled(row_a + i * kStep % 8, depth_a) + i * kStep / 8 * 8; };
+            float(&to)[kTileRows + 8] = s.tiles.a[chunk & (kWeightStages - 1)][depth_a];
+            auto place = [&](int i) { return swizzled(row_a + i * kStepA % 8, depth_a) + i * kStepA / 8 * 8; };
             [[maybe_unused]] T a[kLoadsA];
 #pragma unroll
             for (int i = 0; i < kLoadsA; ++i) {
-                const T* at = from + min(row_a + i * kStep, last_row) * row_stride;
+                const T* at = from + min(row_a + i * kStepA, last_row) * row_stride;
                 if constexpr (kAsync) {
                     copy_async(&to[place(i)], at, inside);
                 } else {
                     a[i] = inside ? __ldg(at) : from_float<T>(0.0f);
                 }
             }
-            if constexpr (!kAsync) {  // waits for them: a block alone is slow, three hide it
+            if constexpr (!kAsync) {
 #pragma unroll
                 for (int i = 0; i < kLoadsA; ++i) to[place(i)] = to_float(a[i]);
             }
@@ -127,50 +115,47 @@ struct GemmTile {
 
         // 1) Weights of the first chunks, which depend on nothing that was computed before.
 #pragma unroll 1
-        for (int chunk = 0; chunk < min(kStages - 1, chunks); ++chunk) load_weights(chunk, chunk);
-        // 2) Where the input is read, and the input itself once the launch before has ended.
-        find_positions(slots);
-        x = input_of(p, g, unit.group);
-        const float* data = as_it_is(x.data + unit.channel * inputs);
-        auto load_input = [&](int chunk, int stage) {
-            const int k = chunk * kDepth + depth_b, channel = split.channel(k);
-            const bool inside = k < depth;
-            const std::int32_t* row = s.position + (inside ? (k - channel * slots) * kColumns + column_b : 0);
-            const float* from = as_it_is(data + channel * inputs);
-            float(&to)[kColumns + 8] = s.tiles.b[stage][depth_b];
-            int positions[kLoadsB];  // all read before the first copy: a copy is a barrier to the compiler
-#pragma unroll
-            for (int i = 0; i < kLoadsB; ++i) positions[i] = row[i * kStep];
-#pragma unroll
-            for (int i = 0; i < kLoadsB; ++i)
-                copy_async(&to[column_b + i * kStep], from + positions[i], inside && positions[i] >= 0);
-        };
-        __syncthreads();
-#pragma unroll 1
-        for (int chunk = 0; chunk < kStages - 1; ++chunk) {
-            if (chunk < chunks) load_input(chunk, chunk);
+        for (int chunk = 0; kAsync && chunk < kWeightStages - 1; ++chunk) {
+            if (chunk < chunks) load_weights(chunk);
             end_copy_group();
         }
-        // 3) Chunk after chunk. While one is multiplied later ones travel.
-        int stage = 0;
+        // 2) Where the input is read, and the input itself once the launch before has ended.
+        find_positions(slots);
+        const Input x = input_of(p, g, unit.group);
+        const float* data = as_it_is(x.data + unit.channel * inputs);
+        auto load_input = [&](int chunk) {
+            const int k = min(chunk * kDepth + depth_b, depth - 1), channel = split.channel(k);
+            const std::int32_t* row = s.position + ((k - channel * slots) * kColumns + column_b);
+            const float* from = as_it_is(data + channel * inputs);
+#pragma unroll
+            for (int i = 0; i < kLoadsB; ++i) {
+                const int position = row[i * kStepB];
+                b[i] = position >= 0 ? __ldg(from + position) : 0.0f;
+            }
+        };
+        auto stage_input = [&](int chunk) {
+            float(&to)[kColumns + 8] = s.tiles.b[chunk & 1][depth_b];
+#pragma unroll
+            for (int i = 0; i < kLoadsB; ++i) to[column_b + i * kStepB] = x.scaled(b[i]);
+        };
+        __syncthreads();
+        // 3) Chunk after chunk. While one is multiplied the next one's input and the weights of later ones travel. All
+        //    loads are under way before the first of them is used.
 #pragma unroll 1
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            wait_for_copies<kStages - 2>();
-            if (!scales_sums()) {  // this thread's own copies
-                for (int i = 0; i < kLoadsB; ++i) {
-                    float& value = s.tiles.b[stage][depth_b][column_b + i * kStep];
-                    value = x.scaled(value);
-                }
+        for (int chunk = -1;; ++chunk) {
+            if (chunk >= 0) {
+                wait_for_copies<kWeightStages - 2>();
+                __syncthreads();
             }
-            __syncthreads();
-            const int ahead = chunk + kStages - 1, free = stage == 0 ? kStages - 1 : stage - 1;
-            if (ahead < chunks) {
-                load_weights(ahead, free);
-                load_input(ahead, free);
-            }
-            end_copy_group();
-            product.add(s.tiles.a[stage], s.tiles.b[stage]);
-            stage = stage + 1 == kStages ? 0 : stage + 1;
+            const bool more = chunk + 1 < chunks;
+            const int ahead = chunk + kWeightStages - 1;
+            if (kAsync && chunk >= 0 && ahead < chunks) load_weights(ahead);
+            if (chunk >= 0) end_copy_group();
+            if (more) load_input(chunk + 1);
+            if (chunk >= 0) product.add(s.tiles.a[chunk & (kWeightStages - 1)], s.tiles.b[chunk & 1]);
+            if (!more) break;
+            if (!kAsync) load_weights(chunk + 1);  // it waits for them: a block alone is slow, three hide it
+            stage_input(chunk + 1);
         }
         // 4) The tables and buffers are free again.
         __syncthreads();
@@ -178,7 +163,7 @@ struct GemmTile {
 
     // The tile by way of shared memory, so that neighbouring threads store neighbouring positions.
     __device__ void store() {
-        constexpr int kStepRows = kTileThreads / kColumns;
+        constexpr int kStep = kTileThreads / kColumns;
         // 1) The sums, from wherever the product left them.
 #pragma unroll
         for (int i = 0; i < TileProduct<kColumns>::kSums; ++i)
@@ -191,7 +176,7 @@ struct GemmTile {
         float* out = p.outputs + g.output + (unit.group * g.rows + unit.row) * positions + position;
         double square_sum = 0.0;
 #pragma unroll 4
-        for (int row = thread / kColumns; row < rows; row += kStepRows) {
+        for (int row = thread / kColumns; row < rows; row += kStep) {
             const float value = s.result[row][column];
             out[row * positions] = value;
             square_sum += squared(value);

@@ -31,6 +31,8 @@ void power_step(const PowerStep& step, const Stream& stream) {
         finish.given[0][i] = reinterpret_cast<float*>(step.given[1][i]);
         finish.given[1][i] = reinterpret_cast<float*>(step.given[0][i]);
     }
+    // Where blocks of both fit on the device together; where they do not, early ones were seen to keep later ones waiting.
+    const bool early = step.n_units[0] + step.n_units[1] <= parallel_blocks(stream.device);
     for (int h = 0; h < 2; ++h) {
         half.gathers = step.gathers + h * count;
         half.units = step.units + h * step.n_units[0];
@@ -42,7 +44,7 @@ void power_step(const PowerStep& step, const Stream& stream) {
         half.counters = step.counters;
         half.taken = step.counters + h;
         for (int i = 0; i < count; ++i) half.given[i] = reinterpret_cast<const float*>(step.given[h][i]);
-        launch_half_step(half, stream, h > 0);
+        launch_half_step(half, stream, early && h > 0);
     }
     launch(finish_kernel, "finish", static_cast<unsigned>(step.n_pieces), kFinishThreads, sizeof(FinishShared), stream,
            finish, true);

@@ -19,10 +19,10 @@ constexpr int kTileDepth = kColumns == 64 ? 16 : 32;
 // Buffers: some are filled while another is multiplied. Rows are 8 elements longer than they need be, and in `a` the
 // elements of a row are exchanged by `swizzled`: then neither a warp that stores 16 depths of two rows nor one that loads
 // fragments of tf32 meets a bank of shared memory twice (one that stores 32 depths of a row does).
-template <int kColumns, int kBuffers = 2>
+template <int kColumns, int kBuffersA = 2>
 struct StagedTiles {
-    alignas(16) float a[kBuffers][kTileDepth<kColumns>][kTileRows + 8];
-    alignas(16) float b[kBuffers][kTileDepth<kColumns>][kColumns + 8];
+    alignas(16) float a[kBuffersA][kTileDepth<kColumns>][kTileRows + 8];
+    alignas(16) float b[2][kTileDepth<kColumns>][kColumns + 8];
 };
 
 // Where row `row` of one depth of `a` is kept: within its 8.

@@ -36,10 +36,6 @@ struct Input {
     float first, second;
 
     __device__ float scaled(float value) const { return value * first * second; }
-
-    // Whether sums of products may be scaled in place of what is multiplied: the norm is neither huge nor tiny.
-    __device__ bool may_wait() const { return first * second > 1e-12f && first * second < 1e12f; }
-
     __device__ float operator[](int i) const { return scaled(__ldg(data + i)); }
 };
 

@@ -71,8 +71,7 @@ class Plan:
         table = Table()
         slots = [[table.add_slots(t.map, t.active) for t in tilings] for tilings in halves]
         records = [
-            self._gather(table, tilings, h, offsets, norm_offsets, halves, slots[h])
-            for h, tilings in enumerate(halves)
+            self._gather(table, tilings, h, offsets, norm_offsets, halves, slots[h]) for h, tilings in enumerate(halves)
         ]
         budget = max(_PARTIALS * sum(self.result_sizes), _LEAST_PARTIALS)
         # The first counters are those of the units that blocks have taken, of either half step.

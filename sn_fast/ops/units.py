@@ -29,18 +29,21 @@ _DIRECT_MOST_ROWS = 8  # above it a GEMM tile wastes less
 
 # Costs in multiply-adds of a wide GEMM tile, of which one of three blocks on a multiprocessor does about 46,000 in a
 # microsecond (H200, float32). A weight read from memory takes as long as about 36 of them, and a narrow tile does fewer
-# per load from shared memory. The last three are 4 us, 1.2 us and 0.25 us for the 4096 sums of a wide tile.
-# benchmarks/NOTES.md says what of this was measured.
+# per load from shared memory. The last three are what the multiprocessor has to do, not how long the block takes: other
+# blocks compute while one waits. benchmarks/NOTES.md says what of this was measured.
 _WEIGHT_COST = 36
 _NARROW_COST = 1.4
 _DIRECT_COST = 4.0
-_UNIT_COST = 184_000  # to start and to end
-_PART_COST = 55_000  # to store its sums and be counted
-_JOIN_COST = 2.8  # per partial sum that the last part reads
+_UNIT_COST = 60_000  # to start and to end
+_PART_COST = 20_000  # to store its sums and be counted
+_JOIN_COST = 2.5  # per partial sum that the last part reads
 
 # How finely sums are split, in shares of what one block has to do: most tiles, the smallest ones that fill the gaps at
-# the end, and how much of the work those are.
-_COARSE = (math.inf, 8.0, 4.0, 2.0, 1.4, 1.2, 1.0, 0.8, 0.65, 0.5)
+# the end, and how much of the work those are. Blocks on one multiprocessor slow each other down, which the schedule does
+# not know: where each has much to do, the first of these shares that the memory allows is taken as it is (ResNet-18 on an
+# H200: 210 us with the schedule's choice, 157 us with three units for each block).
+_COARSE = (0.36, 0.5, 0.65, 0.8, 1.0, 1.4, 2.0, 4.0, 8.0, math.inf)
+_MUCH = 460_000  # 10 us
 _FINE, _LATE = (0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.5)
 _ENOUGH = 1.03  # times the time in which all blocks, equally busy, would end: nothing better is looked for
 
@@ -128,9 +131,9 @@ def make_units(
         ends = last_end(costs[order], parallel)
         if best is None or ends < best[0]:
             best = ends, splits, order
-        if best[0] <= _ENOUGH * (share + len(cost) * _UNIT_COST / parallel):
+        if share >= _MUCH or best[0] <= _ENOUGH * (share + len(cost) * _UNIT_COST / parallel):
             break
-    assert best is not None  # the first splits nothing
+    assert best is not None  # the last splits nothing
     return _cut(tilings, [units for units, _ in tiles], best[1], first_counter)[best[2]]
 
 

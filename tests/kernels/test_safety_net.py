@@ -95,12 +95,14 @@ def test_an_edit_that_changes_nothing_is_not_found(tmp_path: Path, module: Modul
     with planning(split=True):
         kinds |= kinds_of(Call.of(*operators()))
     assert len(kinds) == 10  # every kind, split and whole
-    unchanged = build(tmp_path, ("constexpr int kTileSlots = 32;", "constexpr int kTileSlots = 16 + 16;"))
+    unchanged = build(tmp_path, ("constexpr int kTileSlots = 64;", "constexpr int kTileSlots = 32 + 32;"))
     assert wrong_orders(module, unchanged) == []
 
 
 def test_a_barrier_missing_from_the_gemm_tile(tmp_path: Path, module: ModuleType) -> None:
-    broken = build(tmp_path, ("            __syncthreads();\n            const int ahead", "            const int ahead"))
+    broken = build(
+        tmp_path, ("wait_for_copies<kWeightStages - 2>();\n                __syncthreads();", "wait_for_copies<0>();")
+    )
     assert wrong_orders(module, broken)
 
 
@@ -110,8 +112,8 @@ BARRIERS: dict[str, Edit] = {
         "slots_at(p.table, unit.slots)[begin + thread];",
     ),
     "gemm: positions before their use": (
-        "        __syncthreads();\n#pragma unroll 1\n        for (int chunk = 0; chunk < kStages - 1; ++chunk) {",
-        "#pragma unroll 1\n        for (int chunk = 0; chunk < kStages - 1; ++chunk) {",
+        "        __syncthreads();\n        // 3) Chunk after chunk.",
+        "        // 3) Chunk after chunk.",
     ),
     "gemm: the last product before the tables are free": (
         "        // 4) The tables and buffers are free again.\n        __syncthreads();",
@@ -121,7 +123,10 @@ BARRIERS: dict[str, Edit] = {
         "s.result[product.row(i)][product.column(i)] = product.sums[i];\n        __syncthreads();",
         "s.result[product.row(i)][product.column(i)] = product.sums[i];",
     ),
-    "gemm: copies waited for too late": ("wait_for_copies<kStages - 2>();", "wait_for_copies<kStages - 1>();"),
+    "gemm: copies waited for too late": (
+        "wait_for_copies<kWeightStages - 2>();",
+        "wait_for_copies<kWeightStages - 1>();",
+    ),
     "direct: the slots' weights": (
         "            __syncwarp();\n            // 2) All (slot, channel) pairs,",
         "            // 2) All (slot, channel) pairs,",
@@ -220,7 +225,7 @@ def test_a_barrier_that_some_threads_do_not_reach(tmp_path: Path, name: str) -> 
 PARTS = "for (int part = 0; part < split.parts; ++part)"
 WRONG: dict[str, Edit] = {
     "an axis left out": ("? e0 + e1 + e2 : -1;\n}", "? e0 + e2 : -1;\n}"),
-    "a chunk of weights too few": ("chunk < min(kStages - 1, chunks); ++chunk)", "chunk < min(kStages - 2, chunks); ++chunk)"),
+    "a chunk of weights too few": ("chunk < kWeightStages - 1; ++chunk)", "chunk < kWeightStages - 2; ++chunk)"),
     "a part left out": (PARTS, "for (int part = 1; part < split.parts; ++part)"),
     "parts in another order": (PARTS, "for (int part = split.parts - 1; part >= 0; --part)"),
     "parts in the order of arrival": (
@@ -255,7 +260,7 @@ BEYOND: dict[str, tuple[Edit, str, str]] = {  # what is said of it, and where
         OVERFLOW,
         "gemm.cuh",
     ),
-    "a depth beyond the last": (("inside && positions[i] >= 0", "positions[i] >= 0"), OVERFLOW, "cuda_on_cpu.h"),
+    "a depth beyond the last": (("kDepth + depth_b, depth - 1)", "kDepth + depth_b, 1 << 20)"), OVERFLOW, "gemm.cuh"),
     "an element too many": (("if (e < count) sums[e]", "if (e <= count) sums[e]"), OVERFLOW, "axpy_tile"),
     "a wrong row": (("at[c * g.channel_stride + e]", "at[(c + 1) * g.channel_stride + e]"), OVERFLOW, "axpy_tile"),
     "a slot beyond its table": (
