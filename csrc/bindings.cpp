@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "attacks/pgd_step.h"
@@ -13,7 +14,7 @@
 #include "spectral/half_step.h"
 #include "spectral/lanczos.h"
 #include "spectral/normalize.h"
-#include "spectral/power_step.h"
+#include "spectral/refresh.h"
 #ifdef SN_FAST_ON_CPU
 #include "core/philox.cuh"
 #endif
@@ -39,8 +40,8 @@ Stream stream_of(Address handle, int device) {
 using BatchArg = std::tuple<long long, long long>;        // samples, elements of a sample
 using ElementsArg = std::tuple<Address, int, long long>;  // address (0: none), dtype code, batch stride
 using AmountArg = std::tuple<double, Address>;            // value; float32 per sample or 0
-// Kind, address, and batch stride, inner, count, stride of the numbers.
-using BoundArg = std::tuple<int, Address, std::array<long long, 4>>;
+// Kind, address, and batch stride, inner, count, stride of the numbers; and the number that takes their place.
+using BoundArg = std::tuple<int, Address, std::array<long long, 4>, double>;
 using StreamArg = std::tuple<Address, int>;
 
 Samples samples_of(const BatchArg& batch) { return {std::get<0>(batch), std::get<1>(batch)}; }
@@ -54,10 +55,10 @@ Amount amount_of(const AmountArg& arg) {
 }
 
 Bound bound_of(const BoundArg& arg) {
-    const auto [kind, address, sizes] = arg;
+    const auto [kind, address, sizes, number] = arg;
     const auto [batch_stride, inner, count, stride] = sizes;
     return {static_cast<Bound::Kind>(kind), elements_of({address, 0, batch_stride}), Divisor(inner), Divisor(count),
-            stride};
+            stride, static_cast<float>(number)};
 }
 
 Stream stream_of(const StreamArg& arg) { return stream_of(std::get<0>(arg), std::get<1>(arg)); }
@@ -92,7 +93,7 @@ void register_attacks(py::module_& m) {
     });
     m.def("random_start", [](BatchArg batch, ElementsArg out, ElementsArg x, int norm, AmountArg eps, BoundArg lower,
                              BoundArg upper, Address seed, const std::vector<std::array<long long, 2>>& digits,
-                             StreamArg stream) {
+                             long long resident_bytes, StreamArg stream) {
         const Samples samples = samples_of(batch);
         LogicalIndex logical;  // digits: size and stride, fastest first
         SN_CHECK(digits.size() <= LogicalIndex::kMaxDigits, digits.size());
@@ -102,7 +103,7 @@ void register_attacks(py::module_& m) {
         }
         random_start({samples, elements_of(out), elements_of(x), amount_of(eps),
                       bound_of(lower), bound_of(upper), pointer<const std::uint64_t>(seed), logical},
-                     static_cast<Norm>(norm), stream_of(stream));
+                     static_cast<Norm>(norm), resident_bytes, stream_of(stream));
     });
 #ifdef SN_FAST_ON_CPU
     m.def("philox", [](std::array<std::uint32_t, 4> c, std::array<std::uint32_t, 2> k) {
@@ -115,15 +116,38 @@ void register_attacks(py::module_& m) {
 // -- spectral ---------------------------------------------------------------------------------------------------------
 
 using Addresses = std::vector<Address>;
+// Tables, number of units, weights, records; memory that is zeroed (sums, changes, arrived), its bytes; alarms, force,
+// replaced.
+using ContentArg = std::tuple<std::array<Address, 3>, int, Addresses, Addresses, std::array<Address, 3>, std::size_t,
+                              Address, bool, float>;
+
+Content content_of(const ContentArg& arg) {
+    const auto& [tables, n_units, weights, records, zeroed, bytes, alarms, force, replaced] = arg;
+    SN_CHECK(weights.size() <= kMaxOperators && records.size() == weights.size(), records.size(), " records of ",
+             weights.size(), " weights in one call");
+    Content c{};
+    c.n_units = n_units, c.zeroed = pointer<void>(zeroed[0]), c.zeroed_bytes = bytes;
+    FingerprintParams& p = c.params;
+    p.words = pointer<const Words>(tables[0]), p.units = pointer<const WordsUnit>(tables[1]);
+    p.table = pointer<const std::int32_t>(tables[2]);
+    p.n_operators = static_cast<int>(weights.size()), p.force = force, p.replaced = replaced;
+    p.sums = pointer<unsigned long long>(zeroed[0]), p.alarms = pointer<std::int32_t>(alarms);
+    p.changes = pointer<std::int32_t>(zeroed[1]), p.arrived = pointer<std::int32_t>(zeroed[2]);
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        p.weights[i] = pointer<const void>(weights[i]);
+        p.records[i] = pointer<std::int64_t>(records[i]);
+    }
+    return c;
+}
 
 void register_spectral(py::module_& m) {
     m.def("parallel_blocks", &parallel_blocks);
     m.def("plan_struct_sizes", &plan_struct_sizes);
     m.def("power_step", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_pieces, Addresses weights,
                            Addresses starts, Addresses others, std::array<Address, 2> results, Address sigmas,
-                           Address groups, Address targets, std::array<Address, 2> norms, Address partials,
-                           Address counters, int n_counters, int precision, StreamArg stream) {
-        PowerStep step;
+                           Address groups, std::array<Address, 2> norms, Address partials, Address counters,
+                           int n_counters, int precision, StreamArg stream) {
+        PowerStep step{};
         step.gathers = pointer<const Gather>(plan[0]), step.units = pointer<const Unit>(plan[1]);
         step.pieces = pointer<const Piece>(plan[2]), step.table = pointer<const std::int32_t>(plan[3]);
         step.n_pieces = n_pieces;
@@ -134,26 +158,59 @@ void register_spectral(py::module_& m) {
             step.results[h] = pointer<float>(results[h]), step.norms[h] = pointer<double>(norms[h]);
         }
         step.sigmas = pointer<float>(sigmas), step.groups = pointer<std::int64_t>(groups);
-        step.targets = pointer<const Targets>(targets);
         step.partials = pointer<float>(partials), step.counters = pointer<std::int32_t>(counters);
         step.n_counters = n_counters, step.precision = precision;
         power_step(step, stream_of(stream));
     });
-    m.def("lanczos", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_spans, int n_iterations,
-                        Addresses weights, std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,
-                        std::array<Address, 2> bases, std::array<Address, 2> results, std::array<Address, 3> norms,
+    py::class_<Refresh>(m, "Refresh", py::module_local())
+        .def(py::init([](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_pieces, Addresses weights,
+                         Addresses starts, Addresses others, Address targets, int n_counters, int precision) {
+            Refresh r{};
+            PowerStep& step = r.step;
+            step.gathers = pointer<const Gather>(plan[0]), step.units = pointer<const Unit>(plan[1]);
+            step.pieces = pointer<const Piece>(plan[2]), step.table = pointer<const std::int32_t>(plan[3]);
+            step.n_units[0] = n_units[0], step.n_units[1] = n_units[1], step.n_pieces = n_pieces;
+            step.targets = pointer<const Targets>(targets);
+            step.n_counters = n_counters, step.precision = precision;
+            step.weights = std::move(weights);
+            step.given[0] = std::move(starts), step.given[1] = std::move(others);
+            return r;
+        }))
+        // Results and norms of both half steps, partial sums, counters; copies: sigmas, both vectors, groups.
+        .def("run", [](const Refresh& self, int n_iterations, std::array<Address, 2> results,
+                       std::array<Address, 2> norms, Address partials, Address counters, std::array<Address, 4> copies,
+                       const std::optional<ContentArg>& content, StreamArg stream) {
+            Refresh r = self;
+            for (int h = 0; h < 2; ++h) {
+                r.step.results[h] = pointer<float>(results[h]), r.step.norms[h] = pointer<double>(norms[h]);
+                r.copies.vectors[h] = pointer<float>(copies[1 + h]);
+            }
+            r.copies.sigmas = pointer<float>(copies[0]), r.copies.groups = pointer<std::int64_t>(copies[3]);
+            r.step.partials = pointer<float>(partials), r.step.counters = pointer<std::int32_t>(counters);
+            r.n_iterations = n_iterations;
+            if (content) r.content = content_of(*content);
+            refresh(std::move(r), stream_of(stream));
+        });
+    m.def("record_struct_sizes", &record_struct_sizes);
+    m.def("record", [](const ContentArg& content, StreamArg stream) { record(content_of(content), stream_of(stream)); });
+    m.def("lanczos", [](std::array<Address, 3> plan, std::array<int, 2> n_units, std::array<Address, 2> parts,
+                        std::array<int, 2> n_parts, int n_iterations, Addresses weights,
+                        std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,
+                        std::array<Address, 2> bases, std::array<Address, 2> results, std::array<Address, 4> norms,
                         Address partials, Address counters, int n_counters, StreamArg stream) {
         Lanczos l;
         l.gathers = pointer<const Gather>(plan[0]), l.units = pointer<const Unit>(plan[1]);
-        l.spans = pointer<const Span>(plan[2]), l.table = pointer<const std::int32_t>(plan[3]);
-        l.n_spans = n_spans, l.n_iterations = n_iterations;
+        l.table = pointer<const std::int32_t>(plan[2]);
+        l.n_iterations = n_iterations;
         l.weights = std::move(weights);
         for (std::size_t side = 0; side < 2; ++side) {
+            l.parts[side] = pointer<const Part>(parts[side]), l.n_parts[side] = n_parts[side];
             l.n_units[side] = n_units[side], l.offsets[side] = std::move(offsets[side]), l.sizes[side] = sizes[side];
             l.bases[side] = pointer<float>(bases[side]), l.results[side] = pointer<float>(results[side]);
         }
         l.norms = pointer<double>(norms[0]);
         l.diagonal = pointer<double>(norms[1]), l.off_diagonal = pointer<double>(norms[2]);
+        l.sums = pointer<double>(norms[3]);
         l.partials = pointer<float>(partials), l.counters = pointer<std::int32_t>(counters), l.n_counters = n_counters;
         lanczos(l, stream_of(stream));
     });
@@ -204,5 +261,13 @@ PYBIND11_MODULE(SN_FAST_MODULE, m) {
     register_spectral(m);
 #ifdef SN_FAST_ON_CPU
     m.def("set_thread_order", [](std::uint64_t seed) { on_cpu::thread_order() = seed; });
+    m.def("set_parallel", [](int blocks) { on_cpu::parallel() = blocks; });
+    m.def("set_tensor_core", [](int tf32_block, int bfloat16_block, int extra_bits) {
+        on_cpu::tensor_core() = {tf32_block, bfloat16_block, extra_bits};
+    });
+    m.def("tensor_core", [] {
+        const on_cpu::TensorCore& core = on_cpu::tensor_core();
+        return std::tuple(core.tf32_block, core.bfloat16_block, core.extra_bits);
+    });
 #endif
 }

@@ -40,6 +40,7 @@ def _driver() -> str:
     if version is None:
         return "none"
     text = f"up to CUDA {version[0]}.{version[1]}"
-    if compiled.MODULE is not None and compiled.too_old(version, compiled.MODULE):
+    gpus = [torch.cuda.get_device_capability()] if torch.cuda.is_available() else []
+    if compiled.MODULE is not None and compiled.too_old(version, compiled.MODULE, gpus):
         text += f": too old for kernels built with CUDA {compiled.MODULE.cuda_version}"
     return text

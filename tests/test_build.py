@@ -344,6 +344,7 @@ def test_info_says_what_the_gpu_and_the_driver_lack(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "T4")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("sn_fast.ops.library._SERVED", {})  # the kernels of this install, which would warn once
     facts = info()
     assert facts["gpu"] == "T4, compute capability 7.5: the kernels are not for it (built for 8.0 9.0)"
     assert facts["driver"] == "up to CUDA 12.4: too old for kernels built with CUDA 13.0"
@@ -355,8 +356,10 @@ def test_info_says_what_the_gpu_and_the_driver_lack(monkeypatch):
         ((13, 0), (9, 0), None),
         ((13, 2), (9, 0), None),
         (None, (9, 0), None),  # not told: torch has found a GPU all the same
-        ((12, 4), (9, 0), r"for CUDA 13.0, but the driver here supports 12.4 at most. Remedy: update the driver"),
-        ((13, 0), (7, 5), r"for 8.0 9.0, but a GPU here is 7.5. Remedy: reinstall with SN_FAST_CUDA_ARCHS=7.5"),
+        ((12, 4), (9, 0), r"for CUDA 13.1, but the driver here supports 12.4 at most. Remedy: update the driver"),
+        ((13, 0), (7, 5), r"for 8.0 9.0\+PTX, but a GPU here is 7.5. Remedy: reinstall with SN_FAST_CUDA_ARCHS=7.5"),
+        ((13, 1), (12, 0), None),
+        ((13, 0), (12, 0), r"for CUDA 13.1, but the driver here supports 13.0 at most"),  # compiles it from PTX
     ],
 )
 def test_plain_pytorch_where_the_kernels_cannot_run(monkeypatch, driver, capability, found):
@@ -364,7 +367,7 @@ def test_plain_pytorch_where_the_kernels_cannot_run(monkeypatch, driver, capabil
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     served = library.UseKernels.__new__(library.UseKernels)
-    served._module, served._runs = SimpleNamespace(archs="8.0 9.0", cuda_version="13.0"), None
+    served._module, served._runs = SimpleNamespace(archs="8.0 9.0+PTX", cuda_version="13.1"), None
     if found is None:
         assert served.runs()
         return

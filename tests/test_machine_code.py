@@ -141,12 +141,14 @@ def test_names_without_a_demangler(monkeypatch: pytest.MonkeyPatch) -> None:
 def complete() -> list[Kernel]:
     """Kernels in which nothing is missing."""
     names = {
-        "half_step_kernel": "half_step_kernel",
+        "half_step_kernel<0>": "half_step_kernel<0>",
+        "half_step_kernel<[123]>": "half_step_kernel<1>",
         "normalize_kernel": "normalize_kernel",
         "normalize_backward_kernel": "normalize_backward_kernel",
         "inner_kernel": "inner_kernel",
-        "pgd_step_(inf|sample|apply)|wrm_step|random_start": "wrm_step_chunk",
+        "pgd_step_(inf|held|apply)|wrm_step|random_start": "wrm_step_chunk",
         "pgd_step_(l2_sums|l1_gradient|l1_distance)": "pgd_step_l2_sums",
+        "pgd_step_(l2_)?sample": "pgd_step_l2_sample",
     }
     return [
         Kernel(names[pattern], "90", 32, 0, 0, 0, 0, 256, dict.fromkeys(wanted, 1))
@@ -157,13 +159,13 @@ def complete() -> list[Kernel]:
 def test_faults() -> None:
     kernels = complete()
     assert machine_code.faults(kernels) == []
-    kernels[0].instructions["HMMA"] = 0
+    kernels[0].instructions["FFMA"] = 0
     kernels[1].spill_loads = 4
     kernels[2].instructions["STL"] = 1
     found = machine_code.faults(kernels[:-1])
-    assert found[0] == "half_step_kernel, sm_90: no HMMA"
+    assert found[0] == "half_step_kernel<0>, sm_90: no FFMA"
     assert [f.split(": ")[1] for f in found[1:3]] == ["spills to local memory"] * 2
-    assert found[3].startswith("no kernel is called pgd_step_(l2_sums")
+    assert found[3].startswith(f"no kernel is called {list(machine_code.EXPECTED)[-1]}")
 
 
 def test_document(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_document(tmp_path: Path) -> None:
         assert text.startswith(f"before\n{machine_code.BEGIN}\n\n| kernel |")
         assert text.endswith(f"| 0 |\n\n{machine_code.END}\nafter\n")
         assert "old" not in text
-    assert "| `half_step_kernel` | 90 | 256 | 32 | 0 / 0 | 0 | 0 | 100% | 1 | 0 | 1 | 1 | 1 | 0 | 0 |" in text
+    assert "| `half_step_kernel<0>` | 90 | 256 | 32 | 0 / 0 | 0 | 0 | 100% | 1 | 0 | 1 | 0 | 1 | 0 | 0 |" in text
 
 
 @pytest.mark.slow

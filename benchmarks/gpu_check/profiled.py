@@ -54,8 +54,8 @@ def actions(device: str, small: bool) -> Iterator[tuple[str, Callable[[], Any]]]
         grads = [torch.randn_like(r) for r in raws]
         modules = [x.module for x in chosen]
 
-        def normalised(modules: Any = modules, raws: Any = raws, grads: Any = grads) -> Any:
-            return torch.autograd.grad(used_weights(modules), raws, grads)
+        def normalised(model: Any = model, modules: Any = modules, raws: Any = raws, grads: Any = grads) -> Any:
+            return torch.autograd.grad(used_weights(model, modules), raws, grads)
 
         yield f"{name}, normalise", normalised
     x = torch.rand((2, 3, 8, 8) if small else (256, 3, 224, 224), device=device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sn_fast.normalization.hooks import after_forward, before_forward
 from sn_fast.normalization.parametrization import SpectralNorm
 from sn_fast.reference.geometry import Geometry
 
@@ -36,9 +37,13 @@ class Layer(NamedTuple):
         return self.state.known_geometry
 
 
-def used_weights(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """The weights that layers compute with: normalised now, if they are."""
-    return [m.weight for m in modules]  # type: ignore[misc]
+def used_weights(model: nn.Module, modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The weights that layers compute with in one forward of ``model``: normalised now, if they are."""
+    before_forward(model, ())
+    try:
+        return [m.weight for m in modules]  # type: ignore[misc]
+    finally:
+        after_forward(model, (), None)
 
 
 def layers(model: nn.Module) -> list[Layer]:

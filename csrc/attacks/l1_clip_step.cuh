@@ -18,12 +18,11 @@ struct Climber {
     unsigned size;  // bits of |g|; 0: it does not move
 
     // How far it can go from `from`, at most `limit`.
-    __device__ double room(float from, double limit) const {
-        const double left = up ? static_cast<double>(bound) - from : static_cast<double>(from) - bound;
-        return fmin(fmax(left, 0.0), limit);
+    __device__ float room(float from, float limit) const {
+        return fminf(fmaxf(up ? bound - from : from - bound, 0.0f), limit);
     }
 
-    __device__ float filled(const Fill& fill, float from, double limit) const {
+    __device__ float filled(const Fill& fill, float from, float limit) const {
         if (size == 0) return from;
         if (fill.is_full(size)) return bound;
         const float step = static_cast<float>(fill.step(size, room(from, limit)));
@@ -34,7 +33,7 @@ struct Climber {
 };
 
 template <bool kResident>
-__global__ void __launch_bounds__(sample_threads(false), 1) pgd_step_l1_clip(PgdStep p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) pgd_step_l1_clip(PgdStep p) {
     SampleBlock& shared = shared_memory<SampleBlock>();
     const long long sample = blockIdx.x, chunks = p.samples.chunks;
     // 1) Read the sample, once if it stays on chip.
@@ -57,20 +56,20 @@ __global__ void __launch_bounds__(sample_threads(false), 1) pgd_step_l1_clip(Pgd
     // 2) Fill the steepest elements from where they are.
     unsigned long long top = 0;
     visit([&](const Climber& one) { top = one.size > top ? one.size : top; });
-    top = block_reduce(top, [](auto a, auto b) { return a > b ? a : b; }, shared.largest);
+    top = block_reduce(top, Larger{}, shared.largest);
     const unsigned largest = static_cast<unsigned>(top);
-    const double alpha = p.alpha.of(sample);
+    const float alpha = p.alpha.of(sample);
     const auto rooms = [&](const auto& body) {
         visit([&](const Climber& one) {
             if (one.size) body(one.size, one.room(one.z, alpha));
         });
     };
-    const Fill fill = fill_steepest(rooms, alpha, largest, shared.sums);
+    const Fill fill = fill_steepest(rooms, alpha, largest, shared.sums, shared.largest);
     // 3) What the ball leaves to the others; or, where the full ones exceed it, how far they are filled from x.
     Fill from_x;
     bool exceeds = false;
     double threshold = 0.0;
-    const double eps = p.eps.of(sample);
+    const float eps = p.eps.of(sample);
     if (p.ball) {
         double sums[2] = {}, farthest = 0.0;
         visit([&](const Climber& one) {
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(sample_threads(false), 1) pgd_step_l1_clip(Pgd
                 farthest = fmax(farthest, delta);
             }
         });
-        block_sums(sums, shared.sums);
+        block_reduce(sums, Add{}, shared.sums);
         exceeds = sums[0] > eps;
         if (exceeds) {
             const auto rooms_of_full = [&](const auto& body) {
@@ -90,9 +89,9 @@ __global__ void __launch_bounds__(sample_threads(false), 1) pgd_step_l1_clip(Pgd
                     if (fill.is_full(one.size)) body(one.size, one.room(one.x, eps));
                 });
             };
-            from_x = fill_steepest(rooms_of_full, eps, largest, shared.sums);
+            from_x = fill_steepest(rooms_of_full, eps, largest, shared.sums, shared.largest);
         } else if (sums[0] + sums[1] > eps) {
-            farthest = block_reduce(farthest, [](double a, double b) { return fmax(a, b); }, shared.sums);
+            farthest = block_reduce(farthest, Larger{}, shared.sums);
             const auto magnitudes = [&](const auto& body) {
                 visit([&](const Climber& one) {
                     if (fill.is_full(one.size)) return;

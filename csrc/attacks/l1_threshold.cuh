@@ -5,13 +5,6 @@
 
 namespace sn_fast {
 
-// A few sums over the block, each in fixed order, in every thread.
-template <int kCount>
-__device__ void block_sums(double (&sums)[kCount], double* scratch) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = block_reduce(sums[i], Add{}, scratch);
-}
-
 // `visit(body)` calls body(|element|) for each of this thread's elements; their sum over the block is `total` > eps,
 // there are `count`, and `largest` is the largest.
 //
@@ -23,7 +16,8 @@ template <class Visit>
 __device__ double l1_threshold(const Visit& visit, double eps, double total, double count, double largest,
                                double* scratch) {
     constexpr int kPasses = 64;
-    double low = (total - eps) / count, high = largest;
+    // The largest element loses no more than all together.
+    double low = fmax((total - eps) / count, largest - eps), high = largest;
     for (int pass = 0; pass < kPasses; ++pass) {
         // 1) Sum and number of the elements above the left end and above the middle of the bracket.
         const double middle = low + 0.5 * (high - low);
@@ -32,7 +26,7 @@ __device__ double l1_threshold(const Visit& visit, double eps, double total, dou
             if (magnitude > low) sums[0] += magnitude, sums[1] += 1.0;
             if (magnitude > middle) sums[2] += magnitude, sums[3] += 1.0;
         });
-        block_sums(sums, scratch);
+        block_reduce(sums, Add{}, scratch);
         // 2) Newton's steps from both.
         if (sums[1] == 0.0) break;  // nothing is above: low is the largest element, eps is 0
         double next = (sums[0] - eps) / sums[1];

@@ -1,4 +1,5 @@
 // Chooses between the kernels of a step by sizes alone, and starts them.
+#include "attacks/held_step.cuh"
 #include "attacks/l1_clip_step.cuh"
 
 #include <algorithm>
@@ -39,21 +40,6 @@ unsigned checked_blocks(long long blocks) {
     return static_cast<unsigned>(blocks);
 }
 
-// A block per sample.
-void launch_blocks(void (*kernel)(PgdStep), const char* name, int most_threads, bool resident, const PgdStep& p,
-                   const Stream& stream) {
-    const long long warps = divided_up(p.samples.chunks, kWarp);
-    const int threads = static_cast<int>(std::min<long long>(most_threads, warps * kWarp));
-    const std::size_t shared = resident ? static_cast<std::size_t>(shared_bytes(p)) : sizeof(SampleBlock);
-    launch(kernel, name, checked_blocks(p.samples.count), threads, shared, stream, p);
-}
-
-template <Norm kNorm, bool kResident>
-void launch_samples(const PgdStep& p, const Stream& stream) {
-    const int threads = sample_threads(kResident);
-    launch_blocks(pgd_step_sample<kNorm, kResident>, "pgd_step_sample", threads, kResident, p, stream);
-}
-
 }  // namespace
 
 long long pgd_step_partials(const Samples& samples, const std::vector<Dtype>& dtypes, Norm norm,
@@ -67,20 +53,30 @@ void pgd_step(PgdStep p, Norm norm, long long resident_bytes, const Stream& stre
     // 1) inf: elements are independent.
     if (norm == Norm::kInf)
         return launch(pgd_step_inf, "pgd_step_inf", chunk_blocks(p.samples), kChunkThreads, 0, stream, p);
-    // 2) 1-exact: a block per sample, on chip or not.
+    // 2) A block per sample. Few threads with several chunks each leave room for more blocks: one waits, others compute.
     const bool resident = shared_bytes(p) <= resident_bytes;
+    const auto per_sample = [&](void (*kernel)(PgdStep), const char* name, int chunks_per_thread, long long shared) {
+        const long long warps = divided_up(p.samples.chunks, kWarp * chunks_per_thread);
+        const int threads = static_cast<int>(std::min<long long>(kMaxThreads, warps * kWarp));
+        launch(kernel, name, checked_blocks(p.samples.count), threads, static_cast<std::size_t>(shared), stream, p);
+    };
+    const long long shared = resident ? shared_bytes(p) : static_cast<long long>(sizeof(SampleBlock));
     if (norm == Norm::kL1Exact) {
         SN_CHECK(p.samples.size < (1ll << 32), "samples of ", p.samples.size, " elements");
+        const int each = resident ? 3 : 1;
         if (p.grad.address && (p.lower.kind != Bound::Kind::kNone || p.upper.kind != Bound::Kind::kNone))
-            return launch_blocks(resident ? pgd_step_l1_clip<true> : pgd_step_l1_clip<false>, "pgd_step_l1_clip",
-                                 sample_threads(false), resident, p, stream);
-        return resident ? launch_samples<Norm::kL1Exact, true>(p, stream)
-                        : launch_samples<Norm::kL1Exact, false>(p, stream);
+            return per_sample(resident ? pgd_step_l1_clip<true> : pgd_step_l1_clip<false>, "pgd_step_l1_clip", each,
+                              shared);
+        return per_sample(resident ? pgd_step_sample<Norm::kL1Exact, true> : pgd_step_sample<Norm::kL1Exact, false>,
+                          "pgd_step_sample", each, shared);
     }
-    // 3) 2 and 1, on chip.
+    // 3) 2 and 1, on chip: in registers if they are of float32, since these hold 16-bit numbers as wide.
+    if (resident && p.x_adv.dtype == Dtype::kFloat32 && p.samples.chunks <= kHeldChunks * kHeldThreads)
+        return per_sample(norm == Norm::kL2 ? pgd_step_held<Norm::kL2> : pgd_step_held<Norm::kL1>, "pgd_step_held",
+                          kHeldChunks, sizeof(SampleBlock));
     if (resident)
-        return norm == Norm::kL2 ? launch_samples<Norm::kL2, true>(p, stream)
-                                 : launch_samples<Norm::kL1, true>(p, stream);
+        return per_sample(norm == Norm::kL2 ? pgd_step_l2_sample : pgd_step_sample<Norm::kL1, true>, "pgd_step_sample",
+                          6, shared);
     // 4) 2 and 1, in tiles. A launch whose sums nobody reads is left out.
     SN_CHECK(p.partials != nullptr, "a sample of ", p.samples.size, " elements does not fit on chip");
     const Tiling tiling = tiling_of(p.samples);

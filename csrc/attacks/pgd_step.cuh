@@ -13,13 +13,13 @@
 
 #include "attacks/chunk_step.cuh"
 #include "attacks/l1_threshold.cuh"
+#include "core/copy_async.cuh"
 
 namespace sn_fast {
 
-constexpr int kMaxThreads = 1024;
-
-// Threads of a block per sample: one that reads its sample again needs more registers.
-constexpr int sample_threads(bool resident) { return resident ? kMaxThreads : kMaxThreads / 2; }
+// Of a block per sample, at most. Fewer threads with more chunks each leave room for more blocks on a multiprocessor: one
+// waits for memory while others compute.
+constexpr int kMaxThreads = 512;
 
 __device__ inline float signed_alpha(const PgdStep& p, long long sample) {
     const float alpha = p.alpha.of(sample);
@@ -32,6 +32,14 @@ __device__ inline void finish(const PgdStep& p, const Chunk& c, Values z) {
 }
 
 __device__ inline bool is_inactive(const PgdStep& p, long long sample) { return p.active && !p.active[sample]; }
+
+// sign(g) * alpha, with 0 for the sign of what is not finite: of the bits without the sign, zero is 0 and all that is not
+// finite lies from 0x7f800000 upwards, so that one unsigned comparison finds both.
+__device__ inline float signed_step(float g, float alpha) {
+    const unsigned bits = float_as_bits(g);
+    const float step = bits_as_float(float_as_bits(alpha) ^ (bits & 0x80000000u));
+    return (bits & 0x7fffffffu) - 1u < 0x7f7fffffu ? step : 0.0f;
+}
 
 // -- inf: a thread per chunk ------------------------------------------------------------------------------------------
 
@@ -46,10 +54,10 @@ __global__ void __launch_bounds__(kChunkThreads) pgd_step_inf(PgdStep p) {
     Values z = decode(start, p.x_adv.dtype);
     // 2) Along the sign of the gradient.
     if (p.grad.address) {
-        const Values g = decode_gradient(gradient, p.grad.dtype);
+        const Values g = decode(gradient, p.grad.dtype);
         const float alpha = signed_alpha(p, c.sample);
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) z.at[e] += g.at[e] == 0.0f ? 0.0f : copysignf(1.0f, g.at[e]) * alpha;
+        for (int e = 0; e < kChunk; ++e) z.at[e] += signed_step(g.at[e], alpha);
     }
     // 3) Into the ball.
     if (p.ball) {
@@ -65,7 +73,7 @@ __global__ void __launch_bounds__(kChunkThreads) pgd_step_inf(PgdStep p) {
 // -- a block per sample -----------------------------------------------------------------------------------------------
 
 struct SampleBlock {
-    double sums[kMaxThreads / kWarp];
+    double sums[4 * kMaxThreads / kWarp];
     unsigned long long largest[kMaxThreads / kWarp];
 };
 
@@ -77,11 +85,17 @@ struct Resident {
     uint4* words;
     long long chunks;
 
-    __device__ uint4* fill(const Elements& t, const Chunk& c, long long index) {
+    // Whole chunks are there after wait_for_all_copies.
+    __device__ void fill(const Elements& t, const Chunk& c, long long index) {
+        if (c.whole() && t.vector) {
+            const uint4* from = reinterpret_cast<const uint4*>(address_of(t, c));
+            copy_async(words + index, from);
+            if (is_wide(t.dtype)) copy_async(words + chunks + index, from + 1);
+            return;
+        }
         const Raw raw = load(t, c);
         words[index] = get_words(raw, 0);
         if (is_wide(t.dtype)) words[chunks + index] = get_words(raw, 4);
-        return words + chunks * words_of(t.dtype);
     }
 
     __device__ Raw get(Dtype dtype, long long index) const {
@@ -104,13 +118,14 @@ struct Sample {
         start = {reinterpret_cast<uint4*>(&shared + 1), chunks};
         centre = {start.words + chunks * words_of(p.x_adv.dtype), chunks};
         gradient = {centre.words + (p.ball ? chunks * words_of(p.x.dtype) : 0), chunks};
-        if (kResident)
-            for (long long k = threadIdx.x; k < chunks; k += blockDim.x) {
-                const Chunk c = chunk_at(p.samples, index, k);
-                start.fill(p.x_adv, c, k);
-                if (p.ball) centre.fill(p.x, c, k);
-                if (p.grad.address) gradient.fill(p.grad, c, k);
-            }
+        if (!kResident) return;
+        for (long long k = threadIdx.x; k < chunks; k += blockDim.x) {
+            const Chunk c = chunk_at(p.samples, index, k);
+            start.fill(p.x_adv, c, k);
+            if (p.ball) centre.fill(p.x, c, k);
+            if (p.grad.address) gradient.fill(p.grad, c, k);
+        }
+        wait_for_all_copies();
     }
 
     __device__ Values x_adv(const Chunk& c, long long k) const {
@@ -149,8 +164,55 @@ struct LargestCount {
     }
 };
 
+// L2: |g|^2, <d, g>, |d|^2 with d = x_adv - x. A product of two float32 is exact in float64.
+__device__ inline void add_products(double (&sums)[kSums], const Values& z, const Values& x, const Values& g) {
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) {
+        const double ge = g.at[e], d = z.at[e] - x.at[e];
+        sums[0] += ge * ge;
+        sums[1] += d * ge;
+        sums[2] += d * d;
+    }
+}
+
+// L2: |d + s g|, from these sums.
+__device__ inline double moved_distance(const double (&sums)[kSums], const Direction& direction) {
+    const double s = direction.factor();
+    return sqrt(fmax(sums[2] + 2.0 * s * sums[1] + s * s * sums[0], 0.0));
+}
+
+// L2, on chip.
+__global__ void __launch_bounds__(kMaxThreads, 1) pgd_step_l2_sample(PgdStep p) {
+    SampleBlock& shared = shared_memory<SampleBlock>();
+    const long long sample = blockIdx.x, chunks = p.samples.chunks;
+    const bool moves = p.grad.address != nullptr;
+    // 1) Read the sample.
+    if (is_inactive(p, sample)) return copy_sample(p, sample);
+    const Sample<true> held(p, shared);
+    // 2) Three sums: the step and the distance after it follow from them.
+    double sums[kSums] = {};
+    for (long long k = threadIdx.x; k < chunks; k += blockDim.x) {
+        const Chunk c = chunk_at(p.samples, sample, k);
+        const Values z = held.x_adv(c, k);
+        add_products(sums, z, p.ball ? held.x(c, k) : z, moves ? held.g(c, k) : Values{});
+    }
+    block_reduce(sums, Add{}, shared.sums);
+    Direction direction;
+    if (moves) direction = direction_of(sqrt(sums[0]), signed_alpha(p, sample));
+    const float weight = p.ball ? weight_of(moved_distance(sums, direction), p.eps.of(sample)) : 1.0f;
+    // 3) Move, project, clip, round, write.
+    for (long long k = threadIdx.x; k < chunks; k += blockDim.x) {
+        const Chunk c = chunk_at(p.samples, sample, k);
+        Values z = held.x_adv(c, k);
+        if (moves) move<Norm::kL2>(z, held.g(c, k), direction);
+        if (weight != 1.0f) scale_into_ball(z, held.x(c, k), weight);
+        finish(p, c, z);
+    }
+}
+
+// 1, on chip; 1-exact without a clip, on chip or not.
 template <Norm kNorm, bool kResident>
-__global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(PgdStep p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) pgd_step_sample(PgdStep p) {
     SampleBlock& shared = shared_memory<SampleBlock>();
     const long long sample = blockIdx.x, chunks = p.samples.chunks, step = blockDim.x;
     const bool moves = p.grad.address != nullptr;
@@ -236,7 +298,7 @@ __global__ void __launch_bounds__(sample_threads(kResident), 1) pgd_step_sample(
 // -- samples in tiles: partial sums, then the update ------------------------------------------------------------------
 
 struct TileBlock {
-    double sums[kChunkThreads / kWarp];
+    double sums[kSums * kChunkThreads / kWarp];
 };
 
 struct Tile {
@@ -259,6 +321,13 @@ __device__ inline double total(const PgdStep& p, const Tile& tile, int which, Ti
     return block_reduce(sum, Add{}, shared.sums);
 }
 
+// All of them. Those that no launch before this one has left are not used.
+__device__ inline void totals(const PgdStep& p, const Tile& tile, double (&sums)[kSums], TileBlock& shared) {
+    for (long long i = threadIdx.x; i < p.tiles; i += kChunkThreads)
+        for (int which = 0; which < kSums; ++which) sums[which] += tile.partials[i * kSums + which];
+    block_reduce(sums, Add{}, shared.sums);
+}
+
 __device__ inline void leave(const Tile& tile, int which, double sum, TileBlock& shared) {
     sum = block_reduce(sum, Add{}, shared.sums);
     if (threadIdx.x == 0) tile.partials[tile.index * kSums + which] = sum;
@@ -269,27 +338,20 @@ __global__ void __launch_bounds__(kChunkThreads) pgd_step_l2_sums(PgdStep p) {
     TileBlock& shared = shared_memory<TileBlock>();
     const Tile tile = tile_of_block(p);
     if (is_inactive(p, tile.sample)) return;
-    double gg = 0.0, dg = 0.0, dd = 0.0;
+    double sums[kSums] = {};
     for (long long k = tile.first + threadIdx.x; k < tile.last; k += kChunkThreads) {
         // 1) Read before use.
         const Chunk c = chunk_at(p.samples, tile.sample, k);
         const Raw gradient = p.grad.address ? load(p.grad, c) : Raw{};
         const Raw start = p.ball ? load(p.x_adv, c) : Raw{}, centre = p.ball ? load(p.x, c) : Raw{};
-        // 2) A product of two float32 is exact in float64.
+        // 2) Add up.
         const Values g = decode_gradient(gradient, p.grad.dtype);
-        const Values z = decode(start, p.x_adv.dtype), x = decode(centre, p.x.dtype);
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) {
-            const double ge = g.at[e], d = z.at[e] - x.at[e];
-            gg += ge * ge;
-            dg += d * ge;
-            dd += d * d;
-        }
+        add_products(sums, decode(start, p.x_adv.dtype), decode(centre, p.x.dtype), g);
     }
     // 3) One number each per tile.
-    leave(tile, 0, gg, shared);
-    leave(tile, 1, dg, shared);
-    leave(tile, 2, dd, shared);
+    block_reduce(sums, Add{}, shared.sums);
+    if (threadIdx.x == 0)
+        for (int i = 0; i < kSums; ++i) tile.partials[tile.index * kSums + i] = sums[i];
 }
 
 // L1, first launch: |g|_1.
@@ -329,7 +391,7 @@ __global__ void __launch_bounds__(kChunkThreads) pgd_step_l1_distance(PgdStep p)
 
 // Last launch: the update itself.
 template <Norm kNorm>
-__global__ void __launch_bounds__(kChunkThreads) pgd_step_apply(PgdStep p) {
+__global__ void __launch_bounds__(kChunkThreads, 5) pgd_step_apply(PgdStep p) {
     TileBlock& shared = shared_memory<TileBlock>();
     const Tile tile = tile_of_block(p);
     const bool inactive = is_inactive(p, tile.sample), moves = p.grad.address && !inactive;
@@ -337,20 +399,11 @@ __global__ void __launch_bounds__(kChunkThreads) pgd_step_apply(PgdStep p) {
     Direction direction;
     float weight = 1.0f;
     if (!inactive) {
-        double gg = 0.0;
-        if (moves) {
-            gg = total(p, tile, 0, shared);
-            direction = direction_of(root<kNorm>(gg), signed_alpha(p, tile.sample));
-        }
+        double sums[kSums] = {};
+        totals(p, tile, sums, shared);
+        if (moves) direction = direction_of(root<kNorm>(sums[0]), signed_alpha(p, tile.sample));
         if (p.ball) {
-            double distance;
-            if (kNorm == Norm::kL2) {
-                const double s = direction.factor();
-                const double dg = total(p, tile, 1, shared), dd = total(p, tile, 2, shared);
-                distance = sqrt(fmax(dd + 2.0 * s * dg + s * s * gg, 0.0));
-            } else {
-                distance = total(p, tile, 1, shared);
-            }
+            const double distance = kNorm == Norm::kL2 ? moved_distance(sums, direction) : sums[1];
             weight = weight_of(distance, p.eps.of(tile.sample));
         }
     }

@@ -34,8 +34,9 @@ struct RandomStart {
     Bound lower, upper;
     const std::uint64_t* seed = nullptr;  // one number, in device memory: drawing it needs no wait
     LogicalIndex logical;
+    bool keeps_point = false;  // a sample's point fits on chip
 };
 
-void random_start(RandomStart start, Norm norm, const Stream& stream);
+void random_start(RandomStart start, Norm norm, long long resident_bytes, const Stream& stream);
 
 }  // namespace sn_fast

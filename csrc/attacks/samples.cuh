@@ -114,7 +114,7 @@ __device__ inline void store(const Elements& t, const Chunk& c, const Raw& raw) 
 }
 
 // 8 numbers in float32.
-struct Values {
+struct alignas(16) Values {
     float at[kChunk];
 };
 
@@ -186,7 +186,9 @@ __device__ inline Values load_bound(const Bound& bound, const Chunk& c, float no
         }
         return v;
     }
-    const float number = bound.kind == Bound::Kind::kPerSample ? numbers[0] : none;
+    float number = none;
+    if (bound.kind == Bound::Kind::kNumber) number = bound.number;
+    if (bound.kind == Bound::Kind::kPerSample) number = numbers[0];
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) v.at[e] = number;
     return v;
@@ -200,6 +202,14 @@ __device__ inline float clamp(float value, float low, float high) {
 
 __device__ inline void clip(Values& v, const Bound& lower, const Bound& upper, const Chunk& c) {
     if (lower.kind == Bound::Kind::kNone && upper.kind == Bound::Kind::kNone) return;
+    if (lower.kind == Bound::Kind::kNumber && upper.kind == Bound::Kind::kNumber) {  // neither is NaN
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+            const float above = v.at[e] < lower.number ? lower.number : v.at[e];
+            v.at[e] = above > upper.number ? upper.number : above;
+        }
+        return;
+    }
     const Values low = load_bound(lower, c, -INFINITY), high = load_bound(upper, c, INFINITY);
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) v.at[e] = clamp(v.at[e], low.at[e], high.at[e]);

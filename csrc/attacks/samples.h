@@ -65,14 +65,15 @@ struct Amount {
     __device__ float of(long long sample) const { return per_sample ? per_sample[sample] : value; }
 };
 
-// One side of the clip: float32 numbers that broadcast to the batch.
+// One side of the clip: a number, or float32 numbers in device memory that broadcast to the batch.
 struct Bound {
-    enum class Kind : int { kNone, kPerSample, kPerChannel, kDense };
+    enum class Kind : int { kNone, kPerSample, kPerChannel, kDense, kNumber };
 
     Kind kind = Kind::kNone;
     Elements elements;     // kDense: as the samples lie; else where the numbers start
     Divisor inner, count;  // kPerChannel: element i of a sample has the number (i / inner) % count
     long long stride = 0;  // between numbers
+    float number = 0.0f;   // kNumber: the same for all elements; no memory is read
 };
 
 }  // namespace sn_fast

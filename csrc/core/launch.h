@@ -14,6 +14,7 @@
 #include "on_cpu/cuda_on_cpu.h"
 #else
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #endif
 
 namespace sn_fast {
@@ -34,21 +35,45 @@ inline void check_cuda(cudaError_t status, const char* what) {
     throw std::runtime_error(text("sn_fast: ", what, ": ", cudaGetErrorString(status)));
 }
 
-// Makes a device current, and the one before it again on leaving.
+// The driver's functions for the context that is current in this thread; there are no libraries to link with.
+struct ContextOfThread {
+    using Context = void*;
+    int (*get)(Context*);
+    int (*set)(Context);
+
+    static const ContextOfThread& functions() {
+        static const ContextOfThread found = [] {
+            void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+            ContextOfThread all{};
+            if (driver != nullptr) {
+                all.get = reinterpret_cast<int (*)(Context*)>(dlsym(driver, "cuCtxGetCurrent"));
+                all.set = reinterpret_cast<int (*)(Context)>(dlsym(driver, "cuCtxSetCurrent"));
+            }
+            if (all.get == nullptr || all.set == nullptr) throw std::runtime_error("sn_fast: no CUDA driver");
+            return all;
+        }();
+        return found;
+    }
+};
+
+// Makes a device current, and on leaving the context that was current before, which may be none: cudaSetDevice(0) would
+// then create one, on a GPU that nobody uses.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {
-        check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-        if (device != previous_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
-        changed_ = device != previous_;
+        ContextOfThread::functions().get(&previous_);
+        int current = 0;
+        check_cuda(cudaGetDevice(&current), "cudaGetDevice");
+        changed_ = previous_ == nullptr || device != current;
+        if (changed_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
     }
     ~DeviceGuard() {
-        if (changed_) cudaSetDevice(previous_);
+        if (changed_) ContextOfThread::functions().set(previous_);
     }
     DeviceGuard(const DeviceGuard&) = delete;
 
 private:
-    int previous_ = 0;
+    ContextOfThread::Context previous_ = nullptr;
     bool changed_ = false;
 };
 
@@ -72,15 +97,52 @@ __device__ T& shared_memory() {
     return *reinterpret_cast<T*>(sn_fast_shared_memory);
 }
 
+// Lets the kernel that was launched `early` after this one start, once every block of this one came here or ended.
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// In a kernel that was launched `early`: waits until the one before it has ended, and its results can be read.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether the device and the driver can start a kernel before the one before it has ended, also in a CUDA graph.
+inline bool can_start_early(int device) {
+    int major = 0, driver = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    return major >= 9 && driver >= 12030;
+}
+
 // Starts `blocks` blocks of `threads` threads with `shared` bytes of shared memory; nothing waits for the device.
+// `early`: before the kernel before it on the stream has ended; it has to call wait_for_previous.
 template <class Params>
 void launch(void (*kernel)(Params), const char* name, unsigned blocks, int threads, std::size_t shared,
-            const Stream& stream, const Params& params) {
+            const Stream& stream, const Params& params, bool early = false) {
     if (blocks == 0) return;
     DeviceGuard guard(stream.device);
     if (shared > 48 * 1024)
         check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
                    name);
+    if (early && can_start_early(stream.device)) {
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(blocks);
+        config.blockDim = dim3(static_cast<unsigned>(threads));
+        config.dynamicSmemBytes = shared;
+        config.stream = stream.handle;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
+        return;
+    }
     kernel<<<blocks, threads, shared, stream.handle>>>(params);
     check_cuda(cudaGetLastError(), name);
 }

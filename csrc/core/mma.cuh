@@ -11,17 +11,21 @@
 
 namespace sn_fast {
 
-// float32 rounded to the 10 mantissa bits of tf32, to nearest, ties away from zero.
-__device__ inline std::uint32_t to_tf32(float value) {
+// float32 rounded to the 10 mantissa bits of tf32, to nearest, ties away from zero, as an operand: what is below those
+// bits is undefined, and not looked at by mma_tf32.
+__device__ inline std::uint32_t tf32_operand(float value) {
 #ifdef SN_FAST_ON_CPU
     const std::uint32_t bits = float_as_bits(value);
     return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 #else
     std::uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-    return bits & 0xffffe000u;  // the low bits are left undefined
+    return bits;
 #endif
 }
+
+// The same as a number.
+__device__ inline std::uint32_t to_tf32(float value) { return tf32_operand(value) & 0xffffe000u; }
 
 __device__ inline std::uint32_t pack_bfloat16(float low, float high) {
 #ifdef SN_FAST_ON_CPU
@@ -44,12 +48,15 @@ inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint
     const int lane = on_cpu::machine().lane(), g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        float left[8], right[8];
         for (int k = 0; k < 8; ++k) {
-            const auto left = sn_fast_lane_value<Fragments>(lanes, row % 8 * 4 + k % 4);
-            const auto right = sn_fast_lane_value<Fragments>(lanes, column * 4 + k % 4);
-            d[i] += bits_as_float(left.a[row / 8 + 2 * (k / 4)] & 0xffffe000u) *
-                    bits_as_float(right.b[k / 4] & 0xffffe000u);
+            const auto rows = sn_fast_lane_value<Fragments>(lanes, row % 8 * 4 + k % 4);
+            const auto columns = sn_fast_lane_value<Fragments>(lanes, column * 4 + k % 4);
+            left[k] = bits_as_float(rows.a[row / 8 + 2 * (k / 4)] & 0xffffe000u);
+            right[k] = bits_as_float(columns.b[k / 4] & 0xffffe000u);
         }
+        const int block = on_cpu::tensor_core().tf32_block;
+        for (int k = 0; k < 8; k += block) d[i] = on_cpu::tensor_core_sum(d[i], left + k, right + k, block);
     }
 }
 
@@ -60,11 +67,15 @@ inline void mma_bfloat16(float (&d)[4], const std::uint32_t (&a)[4], const std::
     const int lane = on_cpu::machine().lane(), g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        float left[16], right[16];
         for (int k = 0; k < 16; ++k) {
-            const auto left = sn_fast_lane_value<Fragments>(lanes, row % 8 * 4 + k % 8 / 2);
-            const auto right = sn_fast_lane_value<Fragments>(lanes, column * 4 + k % 8 / 2);
-            d[i] += half_of(left.a[row / 8 + 2 * (k / 8)], k % 2) * half_of(right.b[k / 8], k % 2);
+            const auto rows = sn_fast_lane_value<Fragments>(lanes, row % 8 * 4 + k % 8 / 2);
+            const auto columns = sn_fast_lane_value<Fragments>(lanes, column * 4 + k % 8 / 2);
+            left[k] = half_of(rows.a[row / 8 + 2 * (k / 8)], k % 2);
+            right[k] = half_of(columns.b[k / 8], k % 2);
         }
+        const int block = on_cpu::tensor_core().bfloat16_block;
+        for (int k = 0; k < 16; k += block) d[i] = on_cpu::tensor_core_sum(d[i], left + k, right + k, block);
     }
 }
 

@@ -43,4 +43,30 @@ __device__ T block_reduce(T value, Op op, T* scratch) {
     return value;
 }
 
+// The same for a few values at a time, between one pair of barriers: their exchanges overlap. `scratch` holds kCount
+// elements per warp.
+template <class T, int kCount, class Op>
+__device__ void block_reduce(T (&values)[kCount], Op op, T* scratch) {
+    const int thread = thread_number(), lane = thread % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+    // 1) Within each warp.
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) values[i] = op(values[i], __shfl_xor_sync(kAllLanes, values[i], step));
+    }
+    // 2) kCount values per warp to shared memory.
+    if (lane == 0) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) scratch[thread / kWarp * kCount + i] = values[i];
+    }
+    __syncthreads();
+    // 3) Every thread combines them in the same order.
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = scratch[i];
+    for (int w = 1; w < warps; ++w) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) values[i] = op(values[i], scratch[w * kCount + i]);
+    }
+    __syncthreads();
+}
+
 }  // namespace sn_fast

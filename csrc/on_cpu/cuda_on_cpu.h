@@ -1,14 +1,16 @@
-// Runs CUDA kernels on the CPU, for tests: one fibre per CUDA thread, blocks one after the other.
+// Runs CUDA kernels on the CPU, for tests: one fibre per CUDA thread, blocks one after the other or on OS threads.
 //
-// Between two synchronisations a fibre runs alone, and the order in which fibres (and blocks) run is shuffled by a
-// seed, so a kernel that needs a barrier it does not have computes different results under different seeds. Shared
+// Between two synchronisations a fibre runs alone in its block, and the order in which fibres (and blocks) run is shuffled
+// by a seed, so a kernel that needs a barrier it does not have computes different results under different seeds. Shared
 // memory is a heap block of exactly the size asked for, filled with NaN before each block, so AddressSanitizer sees
-// every access beyond it. It models neither the memory model nor time, and is no CPU path for users.
+// every access beyond it. With several blocks at a time, ThreadSanitizer sees what is not ordered between them
+// (memory_model.h). Time is not modelled, and it is no CPU path for users.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -19,8 +21,12 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "on_cpu/memory_model.h"
+#include "on_cpu/tensor_core.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -108,6 +114,30 @@ __noinline__ inline void make(Context& context, char* stack, std::size_t bytes, 
 
 #endif
 
+// Asynchronous copies of one thread: done when they are waited for and not before, so that a wait too few is seen.
+class Copies {
+public:
+    void add(float* to, const float* from, bool wanted) { copies_.push_back({to, wanted ? from : nullptr, group_}); }
+    void end_group() { ++group_; }
+    void wait(int groups) {
+        const float zero = 0.0f;
+        std::size_t done = 0;
+        for (; done < copies_.size() && copies_[done].group < group_ - groups; ++done)
+            std::memcpy(copies_[done].to, copies_[done].from ? copies_[done].from : &zero, sizeof zero);
+        copies_.erase(copies_.begin(), copies_.begin() + static_cast<std::ptrdiff_t>(done));
+    }
+    void clear() { copies_.clear(), group_ = 0; }
+
+private:
+    struct Copy {
+        float* to;
+        const float* from;
+        int group;
+    };
+    std::vector<Copy> copies_;
+    int group_ = 0;
+};
+
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fibre {
@@ -117,6 +147,7 @@ struct Fibre {
     dim3 thread;
     int shuffles = 0;      // parity chooses the exchange slot, so that one barrier per exchange is enough
     void* fake = nullptr;  // AddressSanitizer's fake stack
+    Copies copies;
 };
 
 // One exchange slot per lane and parity: large enough for the fragments of a matrix instruction.
@@ -129,7 +160,25 @@ inline std::uint64_t& thread_order() {
     return seed;
 }
 
-// Runs the blocks of one launch.
+// How many blocks run at once, each on an OS thread of its own.
+inline int& parallel() {
+    static int count = 1;
+    return count;
+}
+
+// The blocks of one launch, in the order in which they start.
+struct Queue {
+    std::vector<unsigned> blocks;
+    std::atomic<std::size_t> taken{0};
+
+    explicit Queue(unsigned count) : blocks(count) {
+        for (unsigned b = 0; b < count; ++b) blocks[b] = b;
+        std::mt19937_64 random(thread_order());
+        if (thread_order() != 0) std::shuffle(blocks.begin(), blocks.end(), random);
+    }
+};
+
+// Runs blocks of one launch, one after the other.
 class Machine {
 public:
     Machine(unsigned blocks, int threads, std::size_t shared) : threads_(threads), warps_(threads / kWarpLanes) {
@@ -139,40 +188,68 @@ public:
         shared_bytes = shared;
     }
 
-    void run(const std::function<void()>& body) {
+    // Takes blocks until there are none.
+    void run(Queue& queue, const std::function<void()>& body) {
         body_ = &body;
         Machine* outer = current();
         current() = this;
         struct Restore {
             Machine* outer;
-            ~Restore() { current() = outer; }
+            ~Restore() {
+                current() = outer;
+                if (kWatched) pool().clear();
+            }
         } restore{outer};
-        std::mt19937_64 random(thread_order());
-        std::vector<unsigned> order(gridDim.x);
-        for (unsigned b = 0; b < gridDim.x; ++b) order[b] = b;
-        if (thread_order() != 0) std::shuffle(order.begin(), order.end(), random);
         pool().resize(std::max(pool().size(), static_cast<std::size_t>(threads_)));
-        for (unsigned b : order) run_block(b, random);
+        for (std::size_t i; (i = queue.taken.fetch_add(1, std::memory_order_relaxed)) < queue.blocks.size();) {
+            std::mt19937_64 random(thread_order() + i);
+            run_block(queue.blocks[i], random);
+        }
+        acquire(&done_);  // not before: blocks are not ordered
     }
 
     static Machine*& current() {
-        static Machine* machine = nullptr;
+        static thread_local Machine* machine = nullptr;
         return machine;
     }
 
     Fibre& fibre() { return pool()[static_cast<std::size_t>(running_)]; }
 
-    void block_barrier() { wait(State::kAtBlockBarrier); }
-    void warp_barrier() { wait(State::kAtWarpBarrier); }
+    // What has a fibre of its own and is no access of the kernel is unwatched.
+    void block_barrier() {
+        const Unwatched unwatched;
+        ordering_->arrive(running_, running_ / kWarpLanes, true);
+        wait(State::kAtBlockBarrier);
+        ordering_->depart(running_, running_ / kWarpLanes, true);
+    }
+    void warp_barrier() {
+        const Unwatched unwatched;
+        ordering_->arrive(running_, running_ / kWarpLanes, false);
+        wait(State::kAtWarpBarrier);
+        ordering_->depart(running_, running_ / kWarpLanes, false);
+    }
+    void fence() {
+        const Unwatched unwatched;
+        ordering_->fence(running_);
+    }
+    template <class T>
+    T atomic_add(T* address, T value) {
+        const Unwatched unwatched;  // which does not apply to atomics
+        ordering_->before_atomic(running_, address);
+        const T old = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+        ordering_->after_atomic(running_, address);
+        return old;
+    }
 
     // Publishes `mine` to the warp; returns all lanes' values, valid until the next exchange but one.
     template <class T>
     const std::uint64_t (*exchange(const T& mine))[8] {
         static_assert(sizeof(T) <= 64 && std::is_trivially_copyable_v<T>);
+        const Unwatched unwatched;
         Fibre& self = fibre();
         auto& slots = warps_[static_cast<std::size_t>(running_ / kWarpLanes)].slots[self.shuffles++ % 2];
         std::memcpy(slots[running_ % kWarpLanes], &mine, sizeof mine);
-        warp_barrier();
+        wait(State::kAtWarpBarrier);  // which orders no memory
         return slots;
     }
 
@@ -184,12 +261,14 @@ public:
 
 private:
     static std::vector<Fibre>& pool() {
-        static std::vector<Fibre> fibres;
+        static thread_local std::vector<Fibre> fibres;
         return fibres;
     }
 
     void run_block(unsigned block, std::mt19937_64& random) {
         blockIdx.x = block;
+        ordering_ = std::make_unique<Ordering>(threads_);
+        scheduler_fiber_ = Fiber::running();
         shared.reset(new unsigned char[shared_bytes]);
         std::memset(shared.get(), 0xff, shared_bytes);
         std::vector<int> order(static_cast<std::size_t>(threads_));
@@ -228,6 +307,8 @@ private:
         Fibre& f = pool()[static_cast<std::size_t>(t)];
         f.state = State::kReady;
         f.shuffles = 0;
+        f.copies.clear();
+        if (kWatched) f.stack.reset(new char[kStackBytes]);  // nobody has been there
         f.thread = {static_cast<unsigned>(t), 0, 0};
         make(f.context, f.stack.get(), kStackBytes, &Machine::enter);
     }
@@ -260,6 +341,7 @@ private:
         void* fake = nullptr;
         __sanitizer_start_switch_fiber(&fake, f.stack.get(), kStackBytes);
 #endif
+        Fiber::go_on_as(ordering_->fiber(t));
         swap(scheduler_, f.context);
 #ifdef __SANITIZE_ADDRESS__
         __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
@@ -278,6 +360,7 @@ private:
 #else
         (void)for_good;
 #endif
+        Fiber::go_on_as(scheduler_fiber_);
         swap(f.context, scheduler_);
 #ifdef __SANITIZE_ADDRESS__
         __sanitizer_finish_switch_fiber(f.fake, &scheduler_stack_, &scheduler_stack_bytes_);
@@ -295,14 +378,25 @@ private:
         } catch (...) {
             m.failure_ = std::current_exception();
         }
-        f.state = State::kDone;
-        m.leave(f, true);
+        m.end(f);
+    }
+
+    void end(Fibre& f) {
+        {
+            const Unwatched unwatched;
+            f.state = State::kDone;
+            release(&done_);
+        }
+        leave(f, true);
     }
 
     int threads_;
     std::vector<Warp> warps_;
     int running_ = 0;
     Context scheduler_;
+    void* scheduler_fiber_ = nullptr;
+    std::unique_ptr<Ordering> ordering_;
+    char done_ = 0;  // what all threads have done, for who waits for the launch
     const std::function<void()>* body_ = nullptr;
     std::exception_ptr failure_;
 #ifdef __SANITIZE_ADDRESS__
@@ -321,6 +415,9 @@ struct Stream;
 
 inline int multiprocessors(int) { return 3; }
 
+inline void let_next_start() {}
+inline void wait_for_previous() {}
+
 inline void fill_zero(void* memory, std::size_t bytes, const Stream&) { std::memset(memory, 0, bytes); }
 
 template <class T>
@@ -331,8 +428,27 @@ T& shared_memory() {
 
 template <class Params>
 void launch(void (*kernel)(Params), const char*, unsigned blocks, int threads, std::size_t shared, const Stream&,
-            const Params& params) {
-    on_cpu::Machine(blocks, threads, shared).run([&] { kernel(params); });
+            const Params& params, bool = false) {
+    on_cpu::Queue queue(blocks);
+    const std::size_t machines = std::min(static_cast<std::size_t>(on_cpu::parallel()), queue.blocks.size());
+    std::vector<std::exception_ptr> failures(machines);
+    const auto work = [&](std::size_t machine) {
+        const on_cpu::Unwatched unwatched;  // as is all that is not done by the fibres
+        try {
+            on_cpu::Machine(blocks, threads, shared).run(queue, [&] { kernel(params); });
+        } catch (...) {
+            failures[machine] = std::current_exception();
+        }
+    };
+    if (machines == 1 && !on_cpu::kWatched) {
+        work(0);
+    } else {
+        std::vector<std::thread> os_threads;
+        for (std::size_t i = 0; i < machines; ++i) os_threads.emplace_back(work, i);
+        for (std::thread& t : os_threads) t.join();
+    }
+    for (const std::exception_ptr& failure : failures)
+        if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace sn_fast
@@ -346,7 +462,7 @@ void launch(void (*kernel)(Params), const char*, unsigned blocks, int threads, s
 
 inline void __syncthreads() { sn_fast::on_cpu::machine().block_barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { sn_fast::on_cpu::machine().warp_barrier(); }
-inline void __threadfence() {}
+inline void __threadfence() { sn_fast::on_cpu::machine().fence(); }
 
 template <class T>
 T sn_fast_lane_value(const std::uint64_t (*slots)[8], int lane) {
@@ -374,9 +490,7 @@ T __shfl_down_sync(unsigned, T value, int delta) {
 
 template <class T>
 T atomicAdd(T* address, T value) {
-    const T old = *address;
-    *address = old + value;
-    return old;
+    return sn_fast::on_cpu::machine().atomic_add(address, value);
 }
 
 template <class T>
@@ -393,7 +507,10 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }
 
-inline float cospif(float x) { return static_cast<float>(std::cos(3.14159265358979323846 * static_cast<double>(x))); }
+inline void sincospif(float x, float* sine, float* cosine) {
+    const double angle = 3.14159265358979323846 * static_cast<double>(x);
+    *sine = static_cast<float>(std::sin(angle)), *cosine = static_cast<float>(std::cos(angle));
+}
 
 template <class T>
 T min(T a, T b) {

@@ -8,9 +8,12 @@ namespace sn_fast {
 constexpr int kDirectRows = 4;
 constexpr int kDirectPerLane = 4;
 constexpr int kDirectTile = kWarp * kDirectPerLane;  // positions of one warp
-constexpr int kDirectChunk = 16;                      // channels that are summed up on their own
+constexpr int kDirectSlots = 16;                      // slots whose positions are kept at a time
+constexpr int kDirectChunk = 16;                      // products that are summed up on their own
 
 struct DirectShared {
+    std::int32_t position[kTileWarps][kDirectSlots][kDirectTile];  // input position of (slot, place), or -1
+    std::int32_t weight[kTileWarps][kDirectSlots];                 // weight offset of a slot
     std::int32_t last;
 };
 
@@ -23,43 +26,58 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
     const int group = number / g.norms_out;
     const int block = number % g.norms_out / g.tiles, tile = number % g.tiles;
     float sums[kDirectRows * kDirectPerLane] = {};
-    Place places[kDirectPerLane];
+    int place_position[kDirectPerLane];
     const bool any = group < g.groups;  // the last block of an operator may have idle warps
     const int rows = any ? min(kDirectRows, g.rows - block * kDirectRows) : 0;
     if (any) {
-        const Input x = input_of(p, g, group);
         // Read once, not for every channel.
-        const int inputs = g.inputs, channel_stride = g.channel_stride;
+        const int inputs = g.inputs, channel_stride = g.channel_stride, channels = unit.channel_end - unit.channel;
         int row[kDirectRows];  // a row past the end repeats the last, unused
 #pragma unroll
         for (int r = 0; r < kDirectRows; ++r) row[r] = min(r, rows - 1) * g.row_stride;
+        Place places[kDirectPerLane];
 #pragma unroll
-        for (int i = 0; i < kDirectPerLane; ++i)
+        for (int i = 0; i < kDirectPerLane; ++i) {
             places[i] = place_of(g, p.table, tile * kDirectTile + i * kWarp + lane);
-        const T* block_weights = weights + group * g.group_stride + block * kDirectRows * g.row_stride;
-        const int first = p.table[g.tile_slots + 2 * tile], count = p.table[g.tile_slots + 2 * tile + 1];
-        for (int j = 0; j < count; ++j) {
-            // 1) Where this slot reads, for every position of the lane.
-            const Slot slot = slot_of(g, p.table, p.table[first + j]);
-            int at[kDirectPerLane];
-#pragma unroll
-            for (int i = 0; i < kDirectPerLane; ++i) at[i] = input_position(g, p.table, places[i], slot);
-            // 2) All channels, in sums of sums: the error grows as the root of their number, not as that of all terms.
-            const T* w = as_it_is(block_weights + slot.tap * g.tap_stride + unit.channel * channel_stride);
-            const float* data = as_it_is(x.data + unit.channel * inputs);
-            const int channels = unit.channel_end - unit.channel;
-            for (int begin = 0; begin < channels; begin += kDirectChunk) {
-                const int end = min(begin + kDirectChunk, channels);
-                float chunk[kDirectRows * kDirectPerLane] = {};
+            place_position[i] = places[i].position;
+        }
+        const T* w = as_it_is(weights + group * g.group_stride + block * kDirectRows * g.row_stride +
+                              unit.channel * channel_stride);
+        const Slot* slots = slots_at(p.table, p.table[g.tile_slots + 2 * tile]);
+        const int count = p.table[g.tile_slots + 2 * tile + 1];
+        const Input x = input_of(p, g, group);
+        const float* data = as_it_is(x.data + unit.channel * inputs);
+        auto& position = s.position[warp];
+        for (int begin = 0; begin < count; begin += kDirectSlots) {
+            // 1) Where the slots read. Each lane keeps its own places: only the weights' offsets are for all.
+            const int n_slots = min(kDirectSlots, count - begin), depth = n_slots * channels;
+            if (lane < n_slots) s.weight[warp][lane] = slots[begin + lane].weight;
 #pragma unroll 2
-                for (int c = begin; c < end; ++c) {
+            for (int j = 0; j < n_slots; ++j) {
+                const Slot slot = slots[begin + j];
+#pragma unroll
+                for (int i = 0; i < kDirectPerLane; ++i)
+                    position[j][i * kWarp + lane] = input_position(p.table, places[i], slot);
+            }
+            __syncwarp();
+            // 2) All (slot, channel) pairs, in sums of sums: the error grows as the root of their number, not as that
+            //    of all terms.
+            int slot = 0, channel = 0;
+            for (int first = 0; first < depth; first += kDirectChunk) {
+                float chunk[kDirectRows * kDirectPerLane] = {};
+                const int end = min(first + kDirectChunk, depth);
+#pragma unroll 2
+                for (int k = first; k < end; ++k) {
                     float values[kDirectPerLane];
                     T factors[kDirectRows];
 #pragma unroll
-                    for (int i = 0; i < kDirectPerLane; ++i)
-                        values[i] = at[i] >= 0 ? __ldg(data + (c * inputs + at[i])) : 0.0f;
+                    for (int i = 0; i < kDirectPerLane; ++i) {
+                        const int at = position[slot][i * kWarp + lane];
+                        values[i] = at >= 0 ? __ldg(data + (channel * inputs + at)) : 0.0f;
+                    }
+                    const int corner = s.weight[warp][slot] + channel * channel_stride;
 #pragma unroll
-                    for (int r = 0; r < kDirectRows; ++r) factors[r] = __ldg(w + (c * channel_stride + row[r]));
+                    for (int r = 0; r < kDirectRows; ++r) factors[r] = __ldg(w + (corner + row[r]));
 #pragma unroll
                     for (int i = 0; i < kDirectPerLane; ++i) values[i] = x.scaled(values[i]);
 #pragma unroll
@@ -68,10 +86,14 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
                         for (int i = 0; i < kDirectPerLane; ++i)
                             chunk[r * kDirectPerLane + i] += to_float(factors[r]) * values[i];
                     }
+                    const bool wraps = channel + 1 == channels;
+                    channel = wraps ? 0 : channel + 1;
+                    slot += wraps ? 1 : 0;
                 }
 #pragma unroll
                 for (int i = 0; i < kDirectRows * kDirectPerLane; ++i) sums[i] += chunk[i];
             }
+            __syncwarp();
         }
     }
     if (!join_splits(sums, unit, p, s.last)) return;
@@ -83,8 +105,8 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
     for (int r = 0; r < kDirectRows; ++r) {
 #pragma unroll
         for (int i = 0; i < kDirectPerLane; ++i) {
-            if (r >= rows || places[i].position < 0) continue;
-            out[r * g.positions + places[i].position] = sums[r * kDirectPerLane + i];
+            if (r >= rows || place_position[i] < 0) continue;
+            out[r * g.positions + place_position[i]] = sums[r * kDirectPerLane + i];
             square_sum += squared(sums[r * kDirectPerLane + i]);
         }
     }

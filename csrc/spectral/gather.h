@@ -26,15 +26,20 @@ struct Gather {
     std::int32_t size[kAxes];  // output positions along each axis
     std::int32_t slots[kAxes];
     std::int32_t entry[kAxes];  // in `table`: [size][slots]
-    std::int32_t tap[kAxes];    // in `table`: [slots], tap of a slot, times the taps of the later axes
     std::int32_t order;         // in `table`: position of each place of the tiles or -1; -1: as numbered
-    std::int32_t tile_slots;    // in `table`: per tile of positions (first active slot in `table`, their number)
+    std::int32_t tile_slots;    // in `table`: per tile of positions (its Slots in `table`, their number)
     std::int32_t tiles;         // tiles of positions
     std::int32_t input, output;  // first element of the vectors in their buffers
     std::int32_t norm_in;       // first partial square sum of the input, and their number per group; number 0: unit
     std::int32_t norms_in;
     std::int32_t norm_out;      // likewise of the result
     std::int32_t norms_out;
+};
+
+// A slot of all axes together, as the table holds it.
+struct alignas(16) Slot {
+    std::int32_t along[kAxes];  // the slot of each axis
+    std::int32_t weight;        // offset of its tap in the weight
 };
 
 enum class TileKind : std::int32_t {
@@ -57,6 +62,7 @@ struct Unit {
     std::int32_t counter;               // counts the parts that are done
     std::int32_t partial;               // first element of the tile's partial sums
     std::int32_t norm;                  // where the tile's square sum goes
+    std::int32_t slots, n_slots;        // of the tile: its Slots in `table` (kGemm64, kGemm16)
 };
 
 // A piece of a vector to be normalised, or (length 0) sigma of an operator to be found.

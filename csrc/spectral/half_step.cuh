@@ -11,6 +11,7 @@ constexpr int kBlocksPerMultiprocessor = 3;  // leaves 168 registers a thread: e
 
 struct HalfStepShared {
     Unit unit;  // not in registers: tiles need them all
+    Gather gather;
     int next;
     union {
         MatrixShared matrix;
@@ -21,45 +22,61 @@ struct HalfStepShared {
 };
 
 // A unit of an operator whose weights are of type T.
-template <class T>
-__device__ void run_unit(const Gather& g, const HalfStepParams& p, HalfStepShared& s) {
+template <class T, Precision kPrecision>
+__device__ void run_unit(const HalfStepParams& p, HalfStepShared& s) {
     const Unit& unit = s.unit;
+    const Gather& g = s.gather;
     const T* weight = static_cast<const T*>(p.weights[g.op]);
     switch (static_cast<TileKind>(unit.kind)) {
         case TileKind::kDot: return dot_tile(g, unit, weight + unit.group * g.group_stride, p, s.matrix);
         case TileKind::kAxpy: return axpy_tile(g, unit, weight + unit.group * g.group_stride, p, s.matrix);
         case TileKind::kDirect: return direct_tile(g, unit, weight, p, s.direct);
-        case TileKind::kGemm64: return GemmTile<T, 64>(g, unit, p, s.gemm64).run();
-        case TileKind::kGemm16: return GemmTile<T, 16>(g, unit, p, s.gemm16).run();
+        case TileKind::kGemm64: return GemmTile<T, 64>(g, unit, p, kPrecision, s.gemm64).run();
+        case TileKind::kGemm16: return GemmTile<T, 16>(g, unit, p, kPrecision, s.gemm16).run();
     }
+}
+
+// Copies a struct of integers to shared memory, an integer per lane.
+template <class T>
+__device__ void copy_by_lanes(T& to, const T* from, int lane) {
+    static_assert(sizeof(T) % sizeof(std::int32_t) == 0 && sizeof(T) <= kWarp * sizeof(std::int32_t));
+    if (lane < static_cast<int>(sizeof(T) / sizeof(std::int32_t)))
+        reinterpret_cast<std::int32_t*>(&to)[lane] = __ldg(reinterpret_cast<const std::int32_t*>(from) + lane);
 }
 
 // One half step of all operators. Blocks take the units in their order, the costly ones first, whenever they are free:
 // also those blocks that start late because other work holds their place.
+template <Precision kPrecision>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_step_kernel(HalfStepParams p) {
     HalfStepShared& s = shared_memory<HalfStepShared>();
-    constexpr int kWords = sizeof(Unit) / sizeof(std::int32_t);
+    let_next_start();
+    if (p.changes && p.changes[p.n_operators] == 0) return wait_for_previous();
     if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);
     __syncthreads();
     for (int number = s.next; number < p.n_units; number = s.next) {
+        // 1) The unit and its operator to shared memory; meanwhile another warp asks for the number of the next unit.
         const int thread = thread_number();
-        // 1) The unit to shared memory.
-        if (thread < kWords)
-            reinterpret_cast<std::int32_t*>(&s.unit)[thread] =
-                reinterpret_cast<const std::int32_t*>(p.units + number)[thread];
+        int next = 0;
+        if (thread < kWarp) {
+            copy_by_lanes(s.unit, p.units + number, thread);
+            __syncwarp();
+            copy_by_lanes(s.gather, p.gathers + s.unit.gather, thread);
+        } else if (thread == kWarp) {
+            next = atomicAdd(p.taken, 1);
+        }
         __syncthreads();
-        // 2) The number of the next one, asked for together with what the tile begins with.
-        const Gather& g = p.gathers[s.unit.gather];
-        const auto dtype = static_cast<Dtype>(g.dtype);
-        if (thread == 0) s.next = atomicAdd(p.taken, 1);
-        // 3) The tile.
-        switch (dtype) {
-            case Dtype::kFloat32: run_unit<float>(g, p, s); break;
-            case Dtype::kFloat16: run_unit<half_t>(g, p, s); break;
-            case Dtype::kBfloat16: run_unit<bfloat16_t>(g, p, s); break;
+        if (thread == kWarp) s.next = next;
+        // 2) The tile, of a weight that has changed.
+        if (!p.changes || p.changes[s.gather.op] != 0) {
+            switch (static_cast<Dtype>(s.gather.dtype)) {
+                case Dtype::kFloat32: run_unit<float, kPrecision>(p, s); break;
+                case Dtype::kFloat16: run_unit<half_t, kPrecision>(p, s); break;
+                case Dtype::kBfloat16: run_unit<bfloat16_t, kPrecision>(p, s); break;
+            }
         }
         __syncthreads();  // the next unit uses the same shared memory
     }
+    wait_for_previous();  // also where there was no unit: what is launched next relies on both having ended
 }
 
 }  // namespace sn_fast

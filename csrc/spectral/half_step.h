@@ -31,13 +31,16 @@ struct HalfStepParams {
     float* partials;
     std::int32_t* counters;   // 0 at the start, as `taken`
     std::int32_t* taken;      // counts the units that blocks have taken
+    const std::int32_t* changes;  // per operator, 0: there is nothing to do; then how many have changed. Null: all have
+    int n_operators;
     const void* weights[kMaxOperators];
     const float* given[kMaxOperators];  // what the vector is where there is nothing to normalise
 };
 
 static_assert(sizeof(HalfStepParams) <= 4096, "kernel parameters");
 
-void launch_half_step(const HalfStepParams& params, const Stream& stream);
+// `early`: the half step before it on the stream may still run.
+void launch_half_step(const HalfStepParams& params, const Stream& stream, bool early = false);
 
 // Blocks of its kernel that run at the same time on one device: what the plan divides the work by.
 int parallel_blocks(int device);

@@ -17,9 +17,14 @@ void lanczos(const Lanczos& l, const Stream& stream) {
 
     const auto orthogonalize = [&](int side, int index) {
         double* norms = side == 1 ? l.diagonal : index > 0 ? l.off_diagonal : nullptr;
-        launch(orthogonalize_kernel, "orthogonalize", static_cast<unsigned>(l.n_spans), kLanczosThreads,
-               sizeof(OrthogonalizeShared), stream,
-               OrthogonalizeParams{l.spans, l.bases[side], norms, l.sizes[side], side == 1, index, l.n_iterations});
+        OrthogonalizeParams params{l.parts[side], l.bases[side],  norms,         l.sums,
+                                   l.sizes[side], index, l.n_iterations, Pass::kMeasure};
+        for (Pass pass : {Pass::kMeasure, Pass::kSubtract, Pass::kAgain, Pass::kScale}) {
+            if (index == 0 && (pass == Pass::kSubtract || pass == Pass::kAgain)) continue;  // nothing before it
+            params.pass = pass;
+            launch(orthogonalize_kernel, "orthogonalize", static_cast<unsigned>(l.n_parts[side]), kLanczosThreads,
+                   sizeof(OrthogonalizeShared), stream, params);
+        }
     };
     // Vector `index` of one side, through A or A^T, to vector `to` of the other.
     const auto apply = [&](int side, int index, int to) {
@@ -41,9 +46,11 @@ void lanczos(const Lanczos& l, const Stream& stream) {
         apply(1, j, j + 1);
         orthogonalize(0, j + 1);
     }
-    launch(combine_kernel, "combine", static_cast<unsigned>(l.n_spans), kLanczosThreads, sizeof(CombineShared), stream,
-           CombineParams{l.spans, {l.bases[0], l.bases[1]}, {l.results[0], l.results[1]}, l.diagonal, l.off_diagonal,
-                         {l.sizes[0], l.sizes[1]}, l.n_iterations});
+    for (int side = 0; side < 2; ++side)
+        launch(combine_kernel, "combine", static_cast<unsigned>(l.n_parts[side]), kLanczosThreads,
+               sizeof(CombineShared), stream,
+               CombineParams{l.parts[side], l.bases[side], l.results[side], l.diagonal, l.off_diagonal, l.sizes[side],
+                             side == 1, l.n_iterations});
 }
 
 }  // namespace sn_fast

@@ -1,4 +1,4 @@
-// The kernels of the Lanczos start: one block per group of an operator.
+// The kernels of the Lanczos start: one block per part of a group's vectors.
 #pragma once
 
 #include "spectral/lanczos.h"
@@ -7,16 +7,25 @@
 namespace sn_fast {
 
 constexpr int kLanczosThreads = 512;
-constexpr int kMaxLanczos = 32;
+
+// A new vector is made orthogonal to those before it and a unit vector in four launches, each of which begins with the
+// sums over all parts that the one before left.
+enum class Pass : int {
+    kMeasure = 0,   // inner products with the vectors before it, and its square sum
+    kSubtract = 1,  // Gram and Schmidt; inner products once more
+    kAgain = 2,     // Gram and Schmidt, twice, which is enough; its square sum
+    kScale = 3,
+};
 
 struct OrthogonalizeParams {
-    const Span* spans;
+    const Part* parts;
     float* basis;
     double* norms;  // [span][n_iterations]
+    double* sums;   // [pass][part][n_iterations + 1]: inner products with vectors before `index`, there the square sum
     std::int64_t size;
-    bool is_image;
     int index;  // of the new vector in the basis
     int n_iterations;
+    Pass pass;
 };
 
 struct OrthogonalizeShared {
@@ -24,54 +33,71 @@ struct OrthogonalizeShared {
     double scratch[kLanczosThreads / kWarp];
 };
 
-// Makes vector `index` of a basis orthogonal to those before it and a unit vector, and stores its length. Where only
-// rounding is left, the span is exhausted: the vector and its length become zero.
+// Where only rounding is left, the span is exhausted: the vector and its length become zero.
 __global__ void __launch_bounds__(kLanczosThreads) orthogonalize_kernel(OrthogonalizeParams p) {
     OrthogonalizeShared& s = shared_memory<OrthogonalizeShared>();
-    const Span span = p.spans[blockIdx.x];
-    const int first = p.is_image ? span.image_first : span.start_first;
-    const int length = p.is_image ? span.image_length : span.start_length;
-    const int thread = static_cast<int>(threadIdx.x);
-    float* x = p.basis + p.index * p.size + first;
-    auto square_sum = [&] {
+    const Part part = p.parts[blockIdx.x];
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
+    const std::int64_t columns = p.n_iterations + 1, of_pass = gridDim.x * columns;
+    float* x = p.basis + p.index * p.size + part.first;
+    // One sum over all parts of the group, in every lane of the warp.
+    auto total = [&](Pass pass, int column) {
+        const double* sums = p.sums + static_cast<int>(pass) * of_pass +
+                             (static_cast<std::int64_t>(blockIdx.x) - part.number) * columns + column;
         double sum = 0.0;
-        for (int i = thread; i < length; i += kLanczosThreads) sum += squared(x[i]);
-        return block_reduce(sum, Add{}, s.scratch);
+        for (int i = thread % kWarp; i < part.parts; i += kWarp) sum += sums[i * columns];
+        return warp_reduce(sum, Add{});
     };
-    // 1) The length before.
-    const double before = square_sum();
-    // 2) Gram and Schmidt, twice, which is enough.
-    for (int pass = 0; pass < 2; ++pass) {
-        for (int j = 0; j < p.index; ++j) {
-            const float* b = p.basis + j * p.size + first;
-            double sum = 0.0;
-            for (int i = thread; i < length; i += kLanczosThreads) sum += static_cast<double>(b[i]) * x[i];
-            sum = block_reduce(sum, Add{}, s.scratch);
-            if (thread == 0) s.coefficients[j] = sum;
+    if (p.pass == Pass::kScale) {
+        // 1) A unit vector, in the end.
+        const double before = total(Pass::kMeasure, p.index);
+        const double after = p.index > 0 ? total(Pass::kAgain, p.index) : before;
+        const Scale scale = inverse_norm(after);
+        const bool alive = scale.alive && after > 4e-12 * before;
+        for (int i = thread; i < part.length; i += kLanczosThreads)
+            x[i] = alive ? x[i] * scale.first * scale.second : 0.0f;
+        if (thread == 0 && part.number == 0 && p.norms != nullptr)
+            p.norms[part.span * p.n_iterations + p.index] = alive ? sqrt(after) : 0.0;
+        return;
+    }
+    if (p.pass != Pass::kMeasure) {
+        // 2) What lies along the vectors before is taken away.
+        for (int j = warp; j < p.index; j += kLanczosThreads / kWarp) {
+            const double sum = total(static_cast<Pass>(static_cast<int>(p.pass) - 1), j);
+            if (thread % kWarp == 0) s.coefficients[j] = sum;
         }
         __syncthreads();
-        for (int i = thread; i < length; i += kLanczosThreads) {
+        for (int i = thread; i < part.length; i += kLanczosThreads) {
             double value = x[i];
-            for (int j = 0; j < p.index; ++j) value -= s.coefficients[j] * p.basis[j * p.size + first + i];
+            for (int j = 0; j < p.index; ++j) value -= s.coefficients[j] * p.basis[j * p.size + part.first + i];
             x[i] = static_cast<float>(value);
         }
-        __syncthreads();
     }
-    // 3) A unit vector.
-    const double after = square_sum();
-    const Scale scale = inverse_norm(after);
-    const bool alive = scale.alive && after > 4e-12 * before;
-    for (int i = thread; i < length; i += kLanczosThreads) x[i] = alive ? x[i] * scale.first * scale.second : 0.0f;
-    if (thread == 0 && p.norms != nullptr) p.norms[blockIdx.x * p.n_iterations + p.index] = alive ? sqrt(after) : 0.0;
+    // 3) This part of the next sums. Every thread reads what it has written itself.
+    auto store = [&](int column, double sum) {
+        sum = block_reduce(sum, Add{}, s.scratch);
+        if (thread == 0) p.sums[static_cast<int>(p.pass) * of_pass + blockIdx.x * columns + column] = sum;
+    };
+    for (int j = 0; j < p.index && p.pass != Pass::kAgain; ++j) {
+        const float* b = p.basis + j * p.size + part.first;
+        double sum = 0.0;
+        for (int i = thread; i < part.length; i += kLanczosThreads) sum += static_cast<double>(b[i]) * x[i];
+        store(j, sum);
+    }
+    if (p.pass == Pass::kSubtract) return;
+    double square_sum = 0.0;
+    for (int i = thread; i < part.length; i += kLanczosThreads) square_sum += squared(x[i]);
+    store(p.index, square_sum);
 }
 
 struct CombineParams {
-    const Span* spans;
-    const float* bases[2];
-    float* results[2];
+    const Part* parts;
+    const float* basis;
+    float* result;
     const double* diagonal;
     const double* off_diagonal;
-    std::int64_t sizes[2];
+    std::int64_t size;
+    bool is_image;
     int n_iterations;
 };
 
@@ -83,13 +109,13 @@ struct CombineShared {
 
 constexpr int kSquarings = 30;
 
-// The leading singular vectors of the bidiagonal matrix B of one span, and with them those of the operator.
+// The leading singular vectors of the bidiagonal matrix B of one span, and with them a part of one of the operator's.
 __global__ void __launch_bounds__(kLanczosThreads) combine_kernel(CombineParams p) {
     CombineShared& s = shared_memory<CombineShared>();
-    const Span span = p.spans[blockIdx.x];
+    const Part part = p.parts[blockIdx.x];
     const int thread = static_cast<int>(threadIdx.x), n = p.n_iterations;
-    const double* d = p.diagonal + blockIdx.x * n;
-    const double* e = p.off_diagonal + blockIdx.x * n;  // e[j] couples vector j with j - 1
+    const double* d = p.diagonal + part.span * n;
+    const double* e = p.off_diagonal + part.span * n;  // e[j] couples vector j with j - 1
     // 1) B^T B, scaled to a largest element of about 1. It is tridiagonal.
     double scale = 0.0;
     for (int j = 0; j < n; ++j) scale = fmax(scale, fmax(d[j], j > 0 ? e[j] : 0.0));
@@ -136,16 +162,12 @@ __global__ void __launch_bounds__(kLanczosThreads) combine_kernel(CombineParams 
         for (int j = 0; j < n; ++j) s.left[j] /= sqrt(left);
     }
     __syncthreads();
-    // 4) The vectors; of a zero or not finite operator, equal elements.
-    for (int side = 0; side < 2; ++side) {
-        const int first = side == 0 ? span.start_first : span.image_first;
-        const int length = side == 0 ? span.start_length : span.image_length;
-        const double* weights = side == 0 ? s.right : s.left;
-        for (int i = thread; i < length; i += kLanczosThreads) {
-            double value = alive ? 0.0 : 1.0 / sqrt(static_cast<double>(length));
-            for (int j = 0; alive && j < n; ++j) value += weights[j] * p.bases[side][j * p.sizes[side] + first + i];
-            p.results[side][first + i] = static_cast<float>(value);
-        }
+    // 4) The vector; of a zero or not finite operator, equal elements.
+    const double* weights = p.is_image ? s.left : s.right;
+    for (int i = thread; i < part.length; i += kLanczosThreads) {
+        double value = alive ? 0.0 : 1.0 / sqrt(static_cast<double>(part.whole));
+        for (int j = 0; alive && j < n; ++j) value += weights[j] * p.basis[j * p.size + part.first + i];
+        p.result[part.first + i] = static_cast<float>(value);
     }
 }
 

@@ -10,20 +10,25 @@
 
 namespace sn_fast {
 
-// One group of one operator: its part of all operators' vectors, on the side that the first half step reads (start)
-// and on the other one (image).
-struct Span {
-    std::int32_t start_first, start_length;
-    std::int32_t image_first, image_length;
+// What one block works on: a part of one group's vectors, on the side that the first half step reads (start) or on the
+// other one (image). The parts of a group are neighbours.
+struct Part {
+    std::int32_t span;           // number of the group among those of all operators
+    std::int32_t first, length;  // elements, among all operators' vectors on this side
+    std::int32_t number, parts;  // of this group
+    std::int32_t whole;          // length of the group's vector
 };
+
+constexpr int kMaxLanczos = 32;
+constexpr int kLanczosPasses = 3;  // of an orthogonalisation that leave partial sums
 
 struct Lanczos {
     const Gather* gathers;  // plan as in PowerStep
     const Unit* units;
     const std::int32_t* table;
-    const Span* spans;
+    const Part* parts[2];  // start side, image side
     int n_units[2];
-    int n_spans;
+    int n_parts[2];
     int n_iterations;  // at most kMaxLanczos
     std::vector<std::uintptr_t> weights;
     std::vector<int> offsets[2];  // of each operator's vectors: start side, image side
@@ -33,6 +38,7 @@ struct Lanczos {
     double* norms;                // of the half steps; not used
     double* diagonal;             // [span][n_iterations]
     double* off_diagonal;
+    double* sums;                 // [kLanczosPasses][the more parts of the two sides][n_iterations + 1]
     float* partials;
     std::int32_t* counters;
     int n_counters;

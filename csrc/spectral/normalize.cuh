@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
                     load_chunk(next, buffer ^ 1);
                     find_positions(next + kGradientDepth, buffer);
                 }
-                product.add(s.tiles, buffer);
+                product.add(s.tiles.a[buffer], s.tiles.b[buffer]);
                 if (!more) break;
                 stage(buffer ^ 1);
                 __syncthreads();

@@ -14,14 +14,18 @@ void power_step(const PowerStep& step, const Stream& stream) {
     SN_CHECK(count <= kMaxOperators, count, " operators in one call");
     SN_CHECK(step.given[0].size() == step.weights.size() && step.given[1].size() == step.weights.size(),
              step.given[0].size(), " and ", step.given[1].size(), " vectors for ", count, " weights");
-    fill_zero(step.counters, static_cast<std::size_t>(step.n_counters) * sizeof(std::int32_t), stream);
+    SN_CHECK(step.targets || !(step.changes || step.copies.sigmas), "copies and choices are of a state in place");
+    if (!step.counters_are_zero)
+        fill_zero(step.counters, static_cast<std::size_t>(step.n_counters) * sizeof(std::int32_t), stream);
 
     FinishParams finish{step.pieces, {step.results[0], step.results[1]}, {step.norms[0], step.norms[1]},
-                        step.sigmas, step.groups, step.targets, {}};
+                        step.sigmas, step.groups, step.targets, step.changes, step.copies, {}};
     HalfStepParams half{};
     half.precision = static_cast<Precision>(step.precision);
     half.table = step.table;
     half.partials = step.partials;
+    half.changes = step.changes;
+    half.n_operators = count;
     for (int i = 0; i < count; ++i) {
         half.weights[i] = reinterpret_cast<const void*>(step.weights[i]);
         finish.given[0][i] = reinterpret_cast<float*>(step.given[1][i]);
@@ -38,10 +42,10 @@ void power_step(const PowerStep& step, const Stream& stream) {
         half.counters = step.counters;
         half.taken = step.counters + h;
         for (int i = 0; i < count; ++i) half.given[i] = reinterpret_cast<const float*>(step.given[h][i]);
-        launch_half_step(half, stream);
+        launch_half_step(half, stream, h > 0);
     }
     launch(finish_kernel, "finish", static_cast<unsigned>(step.n_pieces), kFinishThreads, sizeof(FinishShared), stream,
-           finish);
+           finish, true);
 }
 
 }  // namespace sn_fast

@@ -9,6 +9,7 @@
 namespace sn_fast {
 
 constexpr int kFinishThreads = 256;
+constexpr int kFinishLoads = 8;  // of a thread, all under way together: a piece has 2048 elements at most
 
 struct FinishParams {
     const Piece* pieces;
@@ -17,6 +18,8 @@ struct FinishParams {
     float* sigmas;
     std::int64_t* groups;
     const Targets* targets;  // null: results stay where they are; else they go to `given`, and sigma and group to these
+    const std::int32_t* changes;  // null: all have
+    Copies copies;
     float* given[2][kMaxOperators];
 };
 
@@ -40,19 +43,45 @@ __device__ inline Candidate larger(const Candidate& a, const Candidate& b) {
     return a.sum > b.sum ? a : b;
 }
 
+// sigma and group, from where they are kept.
+__device__ inline void copy_scalars(const FinishParams& p, int op) {
+    const Targets& target = p.targets[op];
+    if (p.copies.sigmas) p.copies.sigmas[op] = *target.sigma;
+    if (p.copies.groups && target.group) p.copies.groups[op] = *target.group;
+}
+
 // Normalises one piece of a vector, or finds sigma and its group.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) {
     const Piece piece = p.pieces[blockIdx.x];
+    wait_for_previous();
     const int thread = static_cast<int>(threadIdx.x);
     const double* norms = p.norms[piece.second] + piece.norm;
+    const bool changed = !p.changes || p.changes[piece.op] != 0;
     if (piece.length > 0) {
         // 1) A piece of one group: scaled, or as given where its norm is zero or not finite.
-        const Scale scale = inverse_norm(sum_partials(norms, piece.norms));
+        const Scale scale = changed ? inverse_norm(sum_partials(norms, piece.norms)) : Scale{1.0f, 1.0f, false};
         float* result = p.results[piece.second] + piece.output + piece.first;
         float* given = p.given[piece.second][piece.op] + piece.first;
         float* target = p.targets ? given : result;
-        for (int i = thread; i < piece.length; i += kFinishThreads)
-            target[i] = scale.alive ? result[i] * scale.first * scale.second : given[i];
+        float* copy = p.copies.vectors[piece.second];
+        if (copy) copy += piece.output + piece.first;
+        if (!changed && !copy) return;
+        float values[kFinishLoads];
+        const float* from = scale.alive ? result : given;
+#pragma unroll
+        for (int i = 0; i < kFinishLoads; ++i)
+            values[i] = thread + i * kFinishThreads < piece.length ? from[thread + i * kFinishThreads] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kFinishLoads; ++i) {
+            const int at = thread + i * kFinishThreads;
+            const float value = values[i] * scale.first * scale.second;
+            if (at < piece.length && changed) target[at] = value;
+            if (at < piece.length && copy) copy[at] = value;
+        }
+        return;
+    }
+    if (!changed) {
+        if (thread == 0) copy_scalars(p, piece.op);
         return;
     }
     // 2) The largest norm over the groups: a thread sums up a group if its partial sums are few, else a warp.
@@ -79,6 +108,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) 
         const Targets& target = p.targets[piece.op];
         *target.sigma = sigma;
         if (target.group) *target.group = best.group;
+        copy_scalars(p, piece.op);
     } else {
         p.sigmas[piece.op] = sigma;
         p.groups[piece.op] = best.group;

@@ -16,6 +16,13 @@ struct Targets {
     std::int64_t* group;
 };
 
+// Where the state goes once more, for one forward: tensors that nothing writes to any more. Null: nowhere.
+struct Copies {
+    float* vectors[2];  // laid out as the results
+    float* sigmas;
+    std::int64_t* groups;
+};
+
 // Everything on the device, sizes in elements. `gathers` and `units` hold the first half step's, then the second's.
 struct PowerStep {
     const Gather* gathers;
@@ -34,7 +41,10 @@ struct PowerStep {
     float* partials;
     std::int32_t* counters;  // of units taken, one per half step; then of parts, as the units number them
     int n_counters;
+    bool counters_are_zero;
     int precision;
+    const std::int32_t* changes;  // null: all are iterated. Else those that have changed, see HalfStepParams
+    Copies copies;
 };
 
 void power_step(const PowerStep& step, const Stream& stream);

@@ -16,13 +16,13 @@ constexpr int kTileRows = 64;
 template <int kColumns>
 constexpr int kTileDepth = kColumns == 64 ? 16 : 32;
 
-// Two buffers: one is filled while the other is multiplied. Rows are 8 elements longer than they need be, and in `a` the
+// Buffers: some are filled while another is multiplied. Rows are 8 elements longer than they need be, and in `a` the
 // elements of a row are exchanged by `swizzled`: then neither a warp that stores 16 depths of two rows nor one that loads
 // fragments of tf32 meets a bank of shared memory twice (one that stores 32 depths of a row does).
-template <int kColumns>
+template <int kColumns, int kBuffers = 2>
 struct StagedTiles {
-    alignas(16) float a[2][kTileDepth<kColumns>][kTileRows + 8];
-    alignas(16) float b[2][kTileDepth<kColumns>][kColumns + 8];
+    alignas(16) float a[kBuffers][kTileDepth<kColumns>][kTileRows + 8];
+    alignas(16) float b[kBuffers][kTileDepth<kColumns>][kColumns + 8];
 };
 
 // Where row `row` of one depth of `a` is kept: within its 8.
@@ -60,10 +60,11 @@ struct TileProduct {
         return mma_column() + i / 4 % kMmaColumns * 8 + thread % 4 * 2 + i % 2;
     }
 
+    using Left = float[kDepth][kTileRows + 8];
+    using Right = float[kDepth][kColumns + 8];
+
     // sums += the product of one pair of staged tiles.
-    __device__ void add(const StagedTiles<kColumns>& tiles, int buffer) {
-        const auto& a = tiles.a[buffer];
-        const auto& b = tiles.b[buffer];
+    __device__ void add(const Left& a, const Right& b) {
         switch (precision) {
             case Precision::kFloat32: return add_float32(a, b);
             case Precision::kTf32: return add_tf32<1>(a, b);
@@ -73,9 +74,6 @@ struct TileProduct {
     }
 
 private:
-    using Left = float[kDepth][kTileRows + 8];
-    using Right = float[kDepth][kColumns + 8];
-
     __device__ void add_float32(const Left& a, const Right& b) {
         const int row = thread / kThreadsAcross * kRowsPerThread, column = thread % kThreadsAcross * 4;
         float chunk[kSums] = {};  // sums of 16 products: the error grows as the root of depth / 16, not of depth
@@ -160,8 +158,8 @@ private:
     // value = high + low, each a tf32.
     template <int kParts, int kCount>
     __device__ static void split(float value, std::uint32_t (&parts)[kParts][kCount], int i) {
-        parts[0][i] = to_tf32(value);
-        if constexpr (kParts == 2) parts[1][i] = to_tf32(value - bits_as_float(parts[0][i]));
+        parts[0][i] = kParts == 1 ? tf32_operand(value) : to_tf32(value);
+        if constexpr (kParts == 2) parts[1][i] = tf32_operand(value - bits_as_float(parts[0][i]));
     }
 
     __device__ void add_bfloat16(const Left& left, const Right& right) {

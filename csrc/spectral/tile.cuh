@@ -1,6 +1,8 @@
 // What all kinds of tiles share: the scaled input vector, the joining of split sums, and the result's square sum.
 #pragma once
 
+#include <type_traits>
+
 #include "core/numeric.cuh"
 #include "core/reduce.cuh"
 #include "spectral/half_step.h"
@@ -34,11 +36,16 @@ struct Input {
     float first, second;
 
     __device__ float scaled(float value) const { return value * first * second; }
+
+    // Whether sums of products may be scaled in place of what is multiplied: the norm is neither huge nor tiny.
+    __device__ bool may_wait() const { return first * second > 1e-12f && first * second < 1e12f; }
+
     __device__ float operator[](int i) const { return scaled(__ldg(data + i)); }
 };
 
-// Called by a whole warp.
+// Called by a whole warp, when the launch before may still run.
 __device__ inline Input input_of(const HalfStepParams& p, const Gather& g, int group) {
+    wait_for_previous();
     const std::int64_t start = static_cast<std::int64_t>(group) * g.channels * g.inputs;
     if (p.inputs == nullptr) return {p.given[g.op] + start, 1.0f, 1.0f};
     const Scale scale = inverse_norm(sum_partials(p.norms_in + g.norm_in + group * g.norms_in, g.norms_in));
@@ -46,10 +53,29 @@ __device__ inline Input input_of(const HalfStepParams& p, const Gather& g, int g
     return {p.inputs + g.input + start, scale.first, scale.second};
 }
 
+template <class T>
+__device__ T packed(const float* values);
+
+template <>
+__device__ inline float packed<float>(const float* values) {
+    return values[0];
+}
+
+template <>
+__device__ inline float4 packed<float4>(const float* values) {
+    return make_float4(values[0], values[1], values[2], values[3]);
+}
+
+__device__ inline void add_to(float* sums, float value) { sums[0] += value; }
+
+__device__ inline void add_to(float* sums, const float4& values) {
+    sums[0] += values.x, sums[1] += values.y, sums[2] += values.z, sums[3] += values.w;
+}
+
 // One of several parts of a sum that different blocks compute.
 struct Split {
     int part, parts;
-    float* partials;        // of this tile: [part][kCount][thread]
+    float* partials;        // of this tile: [part][kCount / 4][thread][4], or [part][thread]
     std::int32_t* counter;  // of the parts that are done; 0 at the start
 };
 
@@ -59,30 +85,35 @@ struct Split {
 template <int kCount>
 __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32_t& last) {
     if (split.parts == 1) return true;
+    using Several = typename std::conditional<kCount % 4 == 0, float4, float>::type;
+    constexpr int kEach = sizeof(Several) / sizeof(float), kLoads = kCount / kEach;
     const int thread = thread_number();
-    float* parts = split.partials + thread;
-    // 1) This part to memory, visible to all before it is counted.
+    Several* parts = reinterpret_cast<Several*>(split.partials) + thread;
+    // 1) This part to memory. What the block has written before the barrier, one thread's fence makes visible to whoever
+    // sees its count; and a fence after the count makes all that was counted before visible to the block.
+    Several* mine = parts + split.part * (kLoads * kTileThreads);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) parts[(split.part * kCount + i) * kTileThreads] = sum[i];
-    __threadfence();
+    for (int i = 0; i < kLoads; ++i) mine[i * kTileThreads] = packed<Several>(sum + i * kEach);
     __syncthreads();
-    if (thread == 0) last = atomicAdd(split.counter, 1) == split.parts - 1;
+    if (thread == 0) {
+        __threadfence();
+        last = atomicAdd(split.counter, 1) == split.parts - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!last) return false;
     // 2) The last one reads all, from the cache that all blocks share.
-    __threadfence();
-    constexpr int kAtATime = kCount < 8 ? kCount : 8;  // times the unrolling: loads in flight
-    [[maybe_unused]] constexpr int kUnroll = kCount < 8 ? 8 : 4;
+    [[maybe_unused]] constexpr int kUnroll = kLoads < 8 ? 8 : 2;  // parts whose loads are under way together
 #pragma unroll
-    for (int first = 0; first < kCount; first += kAtATime) {
-#pragma unroll
-        for (int i = first; i < first + kAtATime; ++i) sum[i] = 0.0f;
+    for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
 #pragma unroll kUnroll
-        for (int part = 0; part < split.parts; ++part) {
+    for (int part = 0; part < split.parts; ++part) {
+        const Several* at = parts + part * (kLoads * kTileThreads);
+        Several values[kLoads];
 #pragma unroll
-            for (int i = first; i < first + kAtATime; ++i)
-                sum[i] += __ldcg(parts + (part * kCount + i) * kTileThreads);
-        }
+        for (int i = 0; i < kLoads; ++i) values[i] = __ldcg(at + i * kTileThreads);
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) add_to(sum + i * kEach, values[i]);
     }
     return true;
 }
@@ -101,41 +132,31 @@ __device__ inline void store_square_sum(double square_sum, int norm, const HalfS
 
 __device__ inline double squared(float value) { return static_cast<double>(value) * static_cast<double>(value); }
 
-// Coordinates of a place in a tile: its position, and the position along each axis.
+// A place in a tile: its position, and where the table holds what it reads along each axis.
 struct Place {
     int position;  // -1: none
-    int along[kAxes];
+    int row[kAxes];
 };
 
 __device__ inline Place place_of(const Gather& g, const std::int32_t* table, int index) {
-    int position = g.order >= 0 ? table[g.order + index] : (index < g.positions ? index : -1);
-    const int inner = g.size[1] * g.size[2], rest = position < 0 ? 0 : position;
-    return {position, {rest / inner, rest % inner / g.size[2], rest % g.size[2]}};
+    const int position = g.order >= 0 ? table[g.order + index] : (index < g.positions ? index : -1);
+    const int some = position < 0 ? 0 : position, line = some / g.size[2], plane = line / g.size[1];
+    return {position,
+            {g.entry[0] + plane * g.slots[0], g.entry[1] + (line - plane * g.size[1]) * g.slots[1],
+             g.entry[2] + (some - line * g.size[2]) * g.slots[2]}};
 }
 
-// One slot: where it reads relative to each place, and which tap of the kernel it multiplies with.
-struct Slot {
-    int along[kAxes];
-    int tap;
-};
-
-__device__ inline Slot slot_of(const Gather& g, const std::int32_t* table, int slot) {
-    const int inner = g.slots[1] * g.slots[2];
-    Slot s{{slot / inner, slot % inner / g.slots[2], slot % g.slots[2]}, 0};
-    for (int a = 0; a < kAxes; ++a) s.tap += table[g.tap[a] + s.along[a]];
-    return s;
+// The Slots that start in the table at `first`.
+__device__ inline const Slot* slots_at(const std::int32_t* table, int first) {
+    return reinterpret_cast<const Slot*>(table + first);
 }
 
-// Input position that a slot reads for a place, or -1.
-__device__ inline int input_position(const Gather& g, const std::int32_t* table, const Place& place, const Slot& slot) {
-    if (place.position < 0) return -1;
-    int index = 0;
-    for (int a = 0; a < kAxes; ++a) {
-        const int entry = table[g.entry[a] + place.along[a] * g.slots[a] + slot.along[a]];
-        if (entry < 0) return -1;
-        index += entry;
-    }
-    return index;
+// Input position that a slot reads for a place, or -1. All axes are looked up at once.
+__device__ inline int input_position(const std::int32_t* table, const Place& place, const Slot& slot) {
+    const int e0 = __ldg(table + (place.row[0] + slot.along[0]));
+    const int e1 = __ldg(table + (place.row[1] + slot.along[1]));
+    const int e2 = __ldg(table + (place.row[2] + slot.along[2]));
+    return (place.position | e0 | e1 | e2) >= 0 ? e0 + e1 + e2 : -1;
 }
 
 }  // namespace sn_fast

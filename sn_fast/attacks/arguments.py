@@ -21,8 +21,13 @@ from .reading import Reading
 
 Bound = float | Tensor | Sequence[float]
 Clip = tuple[Bound | None, Bound | None] | None
+OneBound = Tensor | float | None
+"""A side of the clip as the operators take it."""
 
 _NORMS = ("inf", "2", "1", "1-exact")
+_SPELLINGS = {math.inf: "inf", "Linf": "inf", 2: "2", "L2": "2", 1: "1", "L1": "1", "L1-exact": "1-exact"}  # usual ones
+_LARGEST = torch.finfo(torch.float32).max
+_MOST_FILLS = 64  # numbers, one per channel, beyond which a copy is the smaller evil
 _MARGIN = 1e-4  # of the clip's width, by which x may lie outside: what rounding in a loader leaves
 
 
@@ -39,6 +44,8 @@ class Amount:
 
 def canonical_norm(norm: float | str) -> str:
     """inf, "inf", "Linf", 2, "2", "L2", 1, "1", "L1", "L1-exact" and the like as "inf", "2", "1" or "1-exact"."""
+    if type(norm) in (float, int, str) and norm in _SPELLINGS:
+        return _SPELLINGS[norm]
     key = norm.lower().removeprefix("l").lstrip("_") if isinstance(norm, str) else _number_text(norm)
     if key not in _NORMS:
         raise ValueError(f'norm={norm!r} is unknown; choose inf, 2, 1 (the radial l1 of the paper) or "L1-exact"')
@@ -59,7 +66,7 @@ def check_samples(x: Tensor) -> None:
         raise ValueError(
             f"x of shape {tuple(x.shape)} needs a batch dimension and one more; use x[None] for one sample"
         )
-    if math.prod(x.shape[1:]) == 0:
+    if x.numel() == 0 and math.prod(x.shape[1:]) == 0:
         raise ValueError(f"x of shape {tuple(x.shape)} has samples without elements")
 
 
@@ -105,7 +112,7 @@ def check_count(name: str, value: int) -> int:
 
 def number(name: str, value: float, *, finite: bool) -> float:
     """A number >= 0."""
-    if not isinstance(value, Real):
+    if type(value) is not float and not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not value >= 0 or (finite and value == math.inf):
         raise ValueError(f"{name}={value} must be >= 0" + finite * " and finite")
@@ -115,7 +122,7 @@ def number(name: str, value: float, *, finite: bool) -> float:
 def amount(name: str, value: float | Tensor, x: Tensor, *, finite: bool, reading: Reading | None = None) -> Amount:
     """A number >= 0, or one per sample, which is moved to x's device and to the precision of the maths."""
     if not isinstance(value, Tensor):
-        if not isinstance(value, Real):
+        if type(value) is not float and not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a tensor of shape (B,), got {type(value).__name__}")
         return Amount(number(name, value, finite=finite))
     if value.dim() == 0:
@@ -141,44 +148,54 @@ def refusal_unless(message: str) -> Callable[[float], None]:
     return judge
 
 
-def bounds(clip: Clip, x: Tensor, reading: Reading | None = None) -> tuple[Tensor | None, Tensor | None]:
-    """clip = (lower, upper) as two tensors that broadcast to x; None where there is no bound."""
+def bounds(clip: Clip, x: Tensor, reading: Reading | None = None) -> tuple[OneBound, OneBound]:
+    """clip = (lower, upper) as numbers, or tensors that broadcast to x; None where there is no bound."""
     if clip is None:
         return None, None
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise ValueError(
             f"clip={clip!r} must be a pair (lower, upper) of numbers, per-channel tensors or None (no bound), or None"
         )
-    numbers: list[Any] = [bound for bound in clip if isinstance(bound, Real)]
-    if any(math.isnan(n) for n in numbers) or (len(numbers) == 2 and numbers[0] > numbers[1]):
+    lower, upper = _bound(clip[0], -math.inf, x), _bound(clip[1], math.inf, x)
+    are_numbers = isinstance(lower, float) and isinstance(upper, float)
+    if _is_nan(lower) or _is_nan(upper) or (are_numbers and lower > upper):  # type: ignore[operator]
         raise ValueError(f"clip={clip!r}: the lower bound must not be above the upper, and neither may be NaN")
-    lower, upper = (
-        None if bound is None or (isinstance(bound, Real) and bound == nowhere) else per_channel("clip", bound, x)
-        for bound, nowhere in zip(clip, (-math.inf, math.inf))
-    )
-    if reading is not None and len(numbers) < 2:
-        low, high = (x.new_full((), n) if b is None else b for b, n in ((lower, -math.inf), (upper, math.inf)))
+    if reading is not None and (isinstance(lower, Tensor) or isinstance(upper, Tensor)):
+        low, high = as_tensor(lower, -math.inf, x), as_tensor(upper, math.inf, x)
         message = "clip: no element of the lower bound may be above the upper, or NaN"
         reading.expect(refusal_unless(message), (low <= high).all())
     return lower, upper
 
 
-def check_within(x: Tensor, clip: Clip, lower: Tensor | None, upper: Tensor | None, reading: Reading) -> None:
+def _is_nan(bound: OneBound) -> bool:
+    return isinstance(bound, float) and bound != bound
+
+
+def _bound(bound: Bound | None, nowhere: float, x: Tensor) -> OneBound:
+    if bound is None:
+        return None
+    if type(bound) not in (float, int) and not isinstance(bound, Real):
+        return per_channel("clip", bound, x)
+    number = float(bound)  # type: ignore[arg-type]
+    if not abs(number) <= _LARGEST:
+        number = _in_range(number, compute_dtype(x))
+    return None if number == nowhere else number
+
+
+def as_tensor(bound: OneBound, nowhere: float, x: Tensor) -> Tensor:
+    """A bound as a tensor of the precision of the maths, on x's device."""
+    if isinstance(bound, Tensor):
+        return bound
+    # A fill, so that the host need not wait for a copy.
+    return x.new_full((), nowhere if bound is None else bound, dtype=compute_dtype(x))
+
+
+def check_within(x: Tensor, clip: Clip, lower: OneBound, upper: OneBound, reading: Reading) -> None:
     """x lies within its clip, up to rounding: a clipped x_adv would else be far from x, whatever eps is."""
-    if (lower is None and upper is None) or x.numel() == 0:
+    if (lower is None and upper is None) or x.numel() == 0 or not reading.possible:
         return
     least, greatest = x.detach().aminmax()
     unit = torch.finfo(x.dtype).eps
-    dtype = compute_dtype(x)
-    low, high = (x.new_full((), n, dtype=dtype) if b is None else b for b, n in ((lower, -math.inf), (upper, math.inf)))
-    # Where one side is open, x itself shows how wide the range is.
-    first, last = (
-        torch.where(low.isfinite(), low, least.to(dtype)),
-        torch.where(high.isfinite(), high, greatest.to(dtype)),
-    )
-    slack = _MARGIN * (last - first).clamp(min=0) + unit * torch.maximum(first.abs(), last.abs())
-    smallest, largest = (least, greatest) if low.dim() == high.dim() == 0 else (x.detach(), x.detach())
-    outside = (smallest < low - slack) | (largest > high + slack)
     shown = f"clip={clip!r}" if all(b is None or isinstance(b, Real) for b in clip or ()) else "the clip"
 
     def judge(is_outside: float, least: float, greatest: float) -> None:
@@ -189,6 +206,24 @@ def check_within(x: Tensor, clip: Clip, lower: Tensor | None, upper: Tensor | No
                 "that holds x"
             )
 
+    if not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
+
+        def judge_numbers(least: float, greatest: float) -> None:
+            low, high = -math.inf if lower is None else lower, math.inf if upper is None else upper
+            # Where one side is open, x itself shows how wide the range is.
+            first, last = low if math.isfinite(low) else least, high if math.isfinite(high) else greatest
+            slack = _MARGIN * max(last - first, 0.0) + unit * max(abs(first), abs(last))
+            judge(least < low - slack or greatest > high + slack, least, greatest)
+
+        reading.expect(judge_numbers, least, greatest)
+        return
+    low, high = as_tensor(lower, -math.inf, x), as_tensor(upper, math.inf, x)
+    first, last = (
+        torch.where(low.isfinite(), low, least.to(low.dtype)),
+        torch.where(high.isfinite(), high, greatest.to(high.dtype)),
+    )
+    slack = _MARGIN * (last - first).clamp(min=0) + unit * torch.maximum(first.abs(), last.abs())
+    outside = (x.detach() < low - slack) | (x.detach() > high + slack)
     reading.expect(judge, outside.any(), least, greatest)
 
 
@@ -196,12 +231,9 @@ def per_channel(name: str, value: Bound, x: Tensor) -> Tensor:
     """A number, one number per channel, or a tensor that broadcasts to x, as a tensor that does."""
     dtype = compute_dtype(x)
     if isinstance(value, Real):
-        number = float(value)
-        if abs(number) > torch.finfo(dtype).max:
-            number = math.copysign(math.inf, number)
-        return x.new_full((), number, dtype=dtype)  # a fill, so that the host need not wait for a copy
+        return x.new_full((), _in_range(float(value), dtype), dtype=dtype)  # a fill: the host need not wait for a copy
     try:
-        tensor = torch.as_tensor(value, dtype=dtype, device=x.device).detach()
+        tensor = _on_device(value, dtype, x)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name}={value!r} must be a number, a sequence of {x.shape[1]} numbers (one per channel), or a tensor"
@@ -218,6 +250,23 @@ def per_channel(name: str, value: Bound, x: Tensor) -> Tensor:
             f"give a number, {x.shape[1]} numbers (one per channel), or a tensor of x's size"
         )
     return tensor
+
+
+def _on_device(value: Tensor | Sequence[float], dtype: torch.dtype, x: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(x.device, dtype)
+    if x.device.type == "cpu" or not (
+        isinstance(value, (list, tuple))
+        and 0 < len(value) <= _MOST_FILLS
+        and all(isinstance(number, Real) for number in value)
+    ):
+        return torch.as_tensor(value, dtype=dtype, device=x.device).detach()
+    # Fills: the host need not wait for a copy, and a captured graph may have none.
+    return torch.stack([x.new_full((), float(number), dtype=dtype) for number in value])
+
+
+def _in_range(number: float, dtype: torch.dtype) -> float:
+    return math.copysign(math.inf, number) if abs(number) > torch.finfo(dtype).max else number
 
 
 def normalisation(

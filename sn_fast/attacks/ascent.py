@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import updates as ops
+from ..ops import steps as ops
 from ..ops.library import has_kernels
 from ..reference.updates import box
-from .arguments import Amount
+from .arguments import Amount, OneBound
 from .gradient import Evaluation, Objective
 
 
@@ -41,12 +41,17 @@ class Ascent:
     several_starts: bool
     labels_at_x: bool
     """Predict labels at x first: they belong to x, and not to the start."""
+    low: float | None
+    high: float | None
+    """The clip, where it is numbers."""
 
     def run(self, objective: Objective, x: Tensor, region: Region, starts: Iterable[Tensor]) -> Tensor:
         """x_adv."""
         if self.labels_at_x:
             objective.evaluate(x)
-        ball, low, high = Amount(self.eps, region.eps), region.lower, region.upper
+        ball = Amount(self.eps, region.eps)
+        low: OneBound = self.low if region.lower is None else region.lower
+        high: OneBound = self.high if region.upper is None else region.upper
         if self.norm == "inf" and not has_kernels(x.device):
             # Ball and clip are one box: made once, it saves the steps from making it again. A kernel reads x instead.
             low, high = box(x, ball.value, ball.per_sample, low, high)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..normalization import frozen_sigma
 from ..normalization.parametrization import refresh
-from ..ops import updates as ops
+from ..ops import steps as ops
 from . import graph
 from .arguments import (
     Amount,
     Bound,
     Clip,
+    OneBound,
     amount,
     bounds,
     canonical_norm,
@@ -215,8 +216,12 @@ def pgd(
         keep_best=keep_best,
         several_starts=restarts > 1,
         labels_at_x=y is None and (random_start or x_init is not None),
+        low=lower if isinstance(lower, float) else None,
+        high=upper if isinstance(upper, float) else None,
     )
-    region = Region(radius.per_sample, stride.per_sample, lower, upper)
+    region = Region(
+        radius.per_sample, stride.per_sample, *(b if isinstance(b, Tensor) else None for b in (lower, upper))
+    )
     if cuda_graph:
         _check_graph(model, x)
     # In a graph normalised weights are part of what is captured: they must not be frozen before.
@@ -349,7 +354,7 @@ def wrm(
         return _result(x_adv, objective) if return_info else x_adv
 
 
-def _checked_bounds(clip: Clip, x: Tensor, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
+def _checked_bounds(clip: Clip, x: Tensor, reading: Reading) -> tuple[OneBound, OneBound]:
     lower, upper = bounds(clip, x, reading)
     check_within(x, clip, lower, upper, reading)
     return lower, upper

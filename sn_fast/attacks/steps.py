@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import updates as ops
+from ..ops import steps as ops
 from ..ops.library import has_kernels
 from ..reference.linear_map import compute_dtype
 from .arguments import (
     Amount,
     Clip,
+    OneBound,
     amount,
     bounds,
     canonical_norm,
@@ -25,7 +26,6 @@ from .arguments import (
 )
 
 
-@torch.no_grad()
 def pgd_step(
     x_adv: Tensor,
     x: Tensor,
@@ -73,23 +73,10 @@ def pgd_step(
     radius = amount("eps", eps, x, finite=False)
     stride = amount("alpha", alpha, x, finite=True)
     lower, upper = bounds(clip, x)
-    return ops.pgd_step(
-        x_adv,
-        x,
-        grad,
-        norm=order,
-        eps=radius.value,
-        alpha=stride.value,
-        eps_per_sample=radius.per_sample,
-        alpha_per_sample=stride.per_sample,
-        lower=lower,
-        upper=upper,
-        targeted=targeted,
-        active=active,
-    )
+    amounts = (radius.value, stride.value, radius.per_sample, stride.per_sample)
+    return ops.pgd_step(x_adv, x, grad, order, *amounts, lower, upper, targeted, active)
 
 
-@torch.no_grad()
 def wrm_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, eps: float | Tensor, step: float, clip: Clip = None) -> Tensor:
     """One ascent step on loss(z) - |z - x|^2 / (2 eps): x_adv + step (eps g - (x_adv - x)), the inner step of WRM.
 
@@ -113,7 +100,6 @@ def wrm_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, eps: float | Tensor, ste
     return ops.wrm_step(x_adv, x, grad, radius.value, radius.per_sample, step, lower, upper)
 
 
-@torch.no_grad()
 def project(x_adv: Tensor, x: Tensor, *, norm: float | str, eps: float | Tensor, clip: Clip = None) -> Tensor:
     """x_adv brought into the ball of radius eps around x, then clipped; samples already inside keep their bits.
 
@@ -165,7 +151,7 @@ def random_start(
 
 
 def random_point(
-    x: Tensor, norm: str, eps: Amount, lower: Tensor | None, upper: Tensor | None, generator: torch.Generator | None
+    x: Tensor, norm: str, eps: Amount, lower: OneBound, upper: OneBound, generator: torch.Generator | None
 ) -> Tensor:
     """``random_start`` with checked arguments."""
     if x.numel() == 0:

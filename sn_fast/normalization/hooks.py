@@ -33,14 +33,14 @@ def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     if not pairs:
         return
     for (member, _), snapshot in zip(pairs, with_ready_weights(pairs, snapshots(pairs))):
-        member.current = snapshot
+        member.__dict__["current"] = snapshot  # without nn.Module's check of every kind of attribute
 
 
 def after_forward(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
     """The states handed out are those of one forward."""
     for member in spectral_norms(module):
         if member.current is not None and not member.is_replica:
-            member.current = None
+            member.__dict__["current"] = None
 
 
 def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import refresh as operators
 from ..ops.fingerprint import is_replaced, record_of
-from ..ops.library import has_kernels, kernels_of
+from ..ops.library import has_kernels
 from ..ops.normalize import normalize_all
-from ..ops.precision import resolved
-from ..ops.prepared_step import PreparedStep, prepare
+from ..ops.records import is_on_host
 from ..ops.refresh import LOCK
 from ..ops.singular_vectors import POWER_STEPS
+from . import on_device
 from .certify import certified, certify
+from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
 from .state import Snapshot, State, is_wrapped, moment
-
-Pair: TypeAlias = "tuple[State, Tensor]"  # a parametrization, and the weight that it is given
 
 
 @contextmanager
@@ -52,19 +48,25 @@ def snapshots(pairs: Sequence[Pair]) -> list[Snapshot]:
     with _undisturbed():
         # What other parametrizations make within a transform is the transform's own.
         pairs = [(member, member.incoming() if is_wrapped(weight) else weight) for member, weight in pairs]
-        refresh(pairs)
-        return [member.snapshot(weight, vectors=vectors) for member, weight in pairs]
+        made = refresh(pairs, vectors=vectors)
+        return [made.get(member) or member.snapshot(weight, vectors=vectors) for member, weight in pairs]
 
 
-def refresh(pairs: Iterable[Pair]) -> None:
-    """Advance the states whose weight has moved, in eager code."""
-    moved: list[Pair] = []  # with the record that of the new weight already
+def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = False) -> dict[State, Snapshot]:
+    """Advance the states whose weight has moved, in eager code. Returns the snapshots that came with it.
+
+    ``settle``: wait for the device where only that can tell whether a weight is another one.
+    """
+    made: dict[State, Snapshot] = {}
+    moved: list[Pair] = []
     replaced: list[Pair] = []
+    marked: list[Pair] = []  # with the record that of the new weight already
     unknown: list[Pair] = []
-    early: list[Pair] = []
     unsure: list[Pair] = []
-    with _undisturbed():
-        try:
+    suspects: set[State] = set()
+    pairs = list(pairs)
+    with _undisturbed(), on_device.ordered(pairs):
+        with _unmarked_on_failure(marked):
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
                     start_again(member, weight)
@@ -72,32 +74,80 @@ def refresh(pairs: Iterable[Pair]) -> None:
                 has_moved = member.has_moved(weight)
                 if has_moved is None:
                     unsure.append((member, weight))
-                elif has_moved and member.record is None:
-                    unknown.append((member, weight))
+                    if settle or member.is_suspect(weight):
+                        suspects.add(member)
                 elif has_moved:
                     far = member.renew(weight)
-                    (early if far is None else replaced if far else moved).append((member, weight))
+                    (unknown if far is None else replaced if far else moved).append((member, weight))
+                    if far is not None:
+                        marked.append((member, weight))
             restart(unknown)
             restart(replaced, marked=True)
             advance(moved, marked=True)
-            advance(early)
-        except BaseException:
-            for member, _ in (*moved, *replaced):
-                member.record = None  # it is of the new weight, the state may not be
-            raise
         if unsure:
-            _by_operator(unsure, vectors=False)
-            for member, weight in unsure:
-                member.saw(weight)
+            made = _refresh_on_device(unsure, suspects, vectors)
+    return made
+
+
+def _refresh_on_device(
+    pairs: Sequence[Pair],
+    suspects: set[State],
+    vectors: bool = False,
+    *,
+    force: bool = False,
+    n_power_iterations: int | None = None,
+) -> dict[State, Snapshot]:
+    """Refresh, all if ``force``, where a device compares; ``suspects`` are looked at for another start."""
+    made: dict[State, Snapshot] = {}
+    done: set[State] = set()
+    for compared in on_device.compare(
+        pairs, copies=not force, vectors=vectors, force=force, n_iterations=n_power_iterations
+    ):
+        members = [member for member, _ in compared.batch]
+        done.update(members)
+        made.update(zip(members, compared.snapshots))
+        replaced = compared.alarmed
+        if not suspects.isdisjoint(members) and not _is_capturing(compared.changes.device):
+            replaced = on_device.replaced_now(compared, replaced)
+        if replaced:
+            with _unmarked_on_failure(replaced):
+                restart(replaced, marked=True)
+            for member, _ in replaced:
+                made.pop(member, None)
+    others = [(member, weight) for member, weight in pairs if member not in done]
+    if others:
+        doubtful = [(m, w) for m, w in others if m in suspects and not _is_capturing(w.device)]
+        restart([(m, w) for m, w in doubtful if m.record is None or is_replaced(m.operand(w), m.record)])
+        if force:
+            advance(others, n_power_iterations)
+        else:
+            _by_operator(others, vectors=False)
+        for member, weight in others:
+            member.saw(weight)
+    return made
+
+
+@contextmanager
+def _unmarked_on_failure(pairs: Sequence[Pair]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for member, _ in pairs:
+            member.record = None  # it is of the new weight, the state may not be
+        raise
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_replaced(member: State, weight: Tensor) -> bool:
     record = member.record
-    if record is None:
-        return True
-    if weight.device.type != "cpu" or record.device != weight.device:
-        return False
-    return is_replaced(member.operand(weight), record)
+    return _is_unknown(member, weight) or (record is not None and is_replaced(member.operand(weight), record))
+
+
+def _is_unknown(member: State, weight: Tensor) -> bool:
+    return member.record is None or member.record.device != weight.device
 
 
 def start_again(member: State, weight: Tensor) -> None:
@@ -113,6 +163,8 @@ def restart(pairs: Sequence[Pair], *, marked: bool = False) -> None:
 
     ``marked``: the records are those of the weights already.
     """
+    if not pairs:
+        return
     with _undisturbed():
         for member, weight in pairs:
             member.allocate(weight)
@@ -127,16 +179,17 @@ def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None, *, mar
 
     ``marked``: the records are those of the weights already.
     """
-    batches = _batches(pairs, n_power_iterations)
+    batches = batches_of(pairs, n_power_iterations)
+    if not batches:
+        return
     with _undisturbed():
         for (_, n, full, precision), batch in batches.items():
-            step = None if full else _prepared(batch, resolved(precision))
+            step = None if full else prepared(batch, precision)
             if step is None:
-                operators.advance(*_tensors(batch), [c for m, _ in batch for c in m.code], n, precision)
+                operators.advance(*tensors_of(batch), [c for m, _ in batch for c in m.code], n, precision)
             else:
                 step.run(n)
-                states = [m.buffer(name) for m, _ in batch for name in ("u", "v", m.iterated_name, "top_group")]
-                torch.autograd.graph.increment_version([t for t in states if t is not None])
+                note_writes(batch)
             for member, weight in batch:
                 if member.options.bound:
                     certify(member, weight)
@@ -149,63 +202,41 @@ def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
     pairs = list(pairs)
     _check_started(pairs)
     if not torch.compiler.is_compiling():
-        with _undisturbed():
+        with _undisturbed(), on_device.ordered(pairs):
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
                     start_again(member, weight)
-            restart([(member, weight) for member, weight in pairs if _is_replaced(member, weight)])
-            advance(pairs, n_power_iterations)
+            here = [(member, weight) for member, weight in pairs if is_on_host(weight.device)]
+            restart([(member, weight) for member, weight in here if _is_replaced(member, weight)])
+            advance(here, n_power_iterations)
+            if len(here) < len(pairs):
+                there = [(member, weight) for member, weight in pairs if not is_on_host(weight.device)]
+                restart([(member, weight) for member, weight in there if _is_unknown(member, weight)])
+                suspects = {member for member, weight in there if member.is_suspect(weight)}
+                _refresh_on_device(there, suspects, force=True, n_power_iterations=n_power_iterations)
         return
     with torch.no_grad():
-        for (device, n, _, precision), batch in _batches(pairs, n_power_iterations).items():
+        for (device, n, _, precision), batch in batches_of(pairs, n_power_iterations).items():
             records = [_record(m, w) for m, w in batch]
-            operators.update(*_tensors(batch), records, [c for m, _ in batch for c in m.code], n, precision)
+            operators.update(*tensors_of(batch), records, [c for m, _ in batch for c in m.code], n, precision)
             changed = torch.ones(len(batch), dtype=torch.bool, device=device)
             for i, (member, weight) in enumerate(batch):
                 if member.options.bound:
                     certified(member, member.operand(weight), changed, i)
 
 
-Batch: TypeAlias = "tuple[torch.device, int, bool, str]"  # what the members of one call share
-
-
-def _batches(pairs: Iterable[Pair], n_power_iterations: int | None) -> dict[Batch, list[Pair]]:
-    batches: dict[Batch, list[Pair]] = {}
-    for member, weight in pairs:
-        o = member.options
-        key = weight.device, n_power_iterations or o.n_power_iterations, o.full, o.product_precision
-        batches.setdefault(key, []).append((member, weight))
-    return batches
-
-
-Tensors: TypeAlias = "tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]"
-
-
-def _tensors(batch: Sequence[Pair]) -> Tensors:
-    """Weights, u, v, sigma, groups and previous vectors, as the operators take them."""
-    members = [m for m, _ in batch]
-    weights = [m.operand(w).detach() for m, w in batch]
-    us, vs, sigmas = (
-        [m.state("u") for m in members],
-        [m.state("v") for m in members],
-        [m.state(m.iterated_name) for m in members],
-    )
-    groups = [m.state("top_group") for m in members if m.known_geometry.groups > 1]
-    return weights, us, vs, sigmas, groups, [m.state(m.previous_name) for m in members if m.options.full]
-
-
 def _by_operator(pairs: Sequence[Pair], vectors: bool) -> list[Snapshot]:
     """Refresh by one operator per batch, which compares the weights when it runs."""
     found: dict[State, Snapshot] = {}
     with torch.no_grad():
-        for (_, n, _, precision), batch in _batches(pairs, None).items():
+        for (_, n, _, precision), batch in batches_of(pairs, None).items():
             states = _batch_by_operator(batch, vectors, n, precision)
             found.update({member: state for (member, _), state in zip(batch, states)})
     return [found[member] for member, _ in pairs]
 
 
 def _batch_by_operator(batch: list[Pair], vectors: bool, n_iterations: int, precision: str) -> list[Snapshot]:
-    weights, us, vs, sigmas, groups, previous = _tensors(batch)
+    weights, us, vs, sigmas, groups, previous = tensors_of(batch)
     records = [_record(m, w) for m, w in batch]
     states = [*sigmas, *us, *vs, *groups, *previous] if vectors or previous else sigmas
     fresh = [torch.empty_like(t) for t in states]
@@ -251,7 +282,6 @@ def with_ready_weights(pairs: Sequence[Pair], states: Sequence[Snapshot]) -> lis
     for i, (member, weight) in enumerate(pairs):
         if not (member.options.full or member.is_cached) and type(weight) is nn.Parameter:
             by_device.setdefault(weight.device, []).append(i)
-    result = list(states)
     for device, index in by_device.items():
         # A graph under capture has to contain the launch, and nothing that it makes may be used outside it.
         if not has_kernels(device) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -264,52 +294,13 @@ def with_ready_weights(pairs: Sequence[Pair], states: Sequence[Snapshot]) -> lis
                 [pairs[i][0].options.cap for i in index],
             )
         for i, value in zip(index, values):
-            result[i] = states[i]._replace(ready=[value])
-    return result
+            states[i].ready.append(value)  # a list of this snapshot alone
+    return list(states)
 
 
-# Prepared steps, by a batch's first member. A cache of the module, for members are copied and pickled.
-_Found: TypeAlias = "OrderedDict[tuple[int, ...], tuple[object, PreparedStep | None]]"
-_steps: weakref.WeakKeyDictionary[State, _Found] = weakref.WeakKeyDictionary()
-_MOST_BATCHES = 4  # the whole model, and parts that are trained in turn
-
-
-def _prepared(batch: Sequence[Pair], precision: str) -> PreparedStep | None:
-    """In place, by kernels, if nothing stands between a weight and its memory: found once for the same tensors."""
-    if kernels_of(batch[0][0].state("u").device) is None:
-        return None
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():  # these want operators
-        return None
-    found = _steps.setdefault(batch[0][0], OrderedDict())
-    members, where = tuple(id(m) for m, _ in batch), (precision, [_addresses(m, w) for m, w in batch])
-    known, step = found.get(members, (None, None))
-    if known != where:
-        step = _prepare(batch, precision)
-        found[members] = where, step
-    found.move_to_end(members)
-    while len(found) > _MOST_BATCHES:
-        found.popitem(last=False)
-    return step
-
-
-def _prepare(batch: Sequence[Pair], precision: str) -> PreparedStep | None:
-    weights, us, vs, sigmas, _, _ = _tensors(batch)
-    if not all(type(w) is nn.Parameter and o.data_ptr() == w.data_ptr() for (_, w), o in zip(batch, weights)):
-        return None
-    code = [c for m, _ in batch for c in m.code]
-    return prepare(weights, us, vs, sigmas, [m.buffer("top_group") for m, _ in batch], code, precision)
-
-
-def _addresses(member: State, weight: Tensor) -> tuple[object, ...]:
-    """All that a prepared step takes for given: where weight and state lie, and how."""
-    states = [member.buffer(name) for name in ("u", "v", member.iterated_name, "top_group")]
-    places = [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in states]
-    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), type(weight), member.geometry, *places
-
-
-def refresh_model(members: Iterable[State]) -> None:
-    """Refresh all whose own weight can be read now, outside a forward."""
-    refresh(readable(members))
+def refresh_model(members: Iterable[State], *, settle: bool = True) -> None:
+    """Refresh all whose own weight can be read now, outside a forward; see ``refresh``."""
+    refresh(readable(members), settle=settle)
 
 
 def readable(members: Iterable[State]) -> list[Pair]:

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..layers.linear import chain, conv_operator
 from ..ops.fingerprint import is_hashed, record_of, renew_record, same_content, update_record
 from ..ops.library import stream_of
+from ..ops.records import is_on_host
 from ..reference.geometry import Geometry
 from ..reference.linear_map import compute_dtype
+from .optimizer_steps import latest
 from .options import Options
 
 # Attributes of a layer from which its geometry follows.
@@ -230,13 +232,15 @@ class State(nn.Module):
         if self.record is None:
             return True
         operand = self.operand(weight)
-        if operand.device.type == "cpu":
+        if is_on_host(operand.device):
             return self.record.device != operand.device or not same_content(operand, self.record)
-        if self.record.device != operand.device:
-            return True
-        capturing = operand.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        # A new version says "changed" at once, and spares the device the choice. The old one proves nothing.
-        return True if self._seen != _identity(weight) and not capturing else None
+        return True if self.record.device != operand.device else None
+
+    def is_suspect(self, weight: Tensor) -> bool:
+        """Whether the host sees another weight: another tensor, or another version though no optimizer took a step."""
+        *seen, steps = self._seen or (None, None)
+        now = _identity(weight)
+        return tuple(seen) != now and (tuple(seen[1:]) != now[1:] or steps is latest())
 
     def mark(self, weight: Tensor) -> None:
         """Note that the state belongs to this weight."""
@@ -246,7 +250,7 @@ class State(nn.Module):
             self.__dict__["record"] = record_of(operand, hashed=hashed)
         else:
             self.__dict__["record"] = update_record(record, operand)
-        self.__dict__["_seen"] = _identity(weight)
+        self.saw(weight)
 
     def renew(self, weight: Tensor) -> bool | None:
         """``mark``, and whether the weight is so far from the one before that the vectors say little of it.
@@ -254,7 +258,7 @@ class State(nn.Module):
         None where the host cannot tell, and the record is left as it is.
         """
         record, operand = self.record, self.operand(weight)
-        if record is None or not operand.device.type == record.device.type == "cpu":
+        if record is None or not (is_on_host(operand.device) and operand.device == record.device):
             return None
         self.__dict__["record"], far = renew_record(record, operand)
         if is_hashed(record) != self.is_hashed_on(operand.device):  # it came from another device
@@ -264,11 +268,11 @@ class State(nn.Module):
 
     def is_hashed_on(self, device: torch.device) -> bool:
         """Whether the record on this device is a fingerprint: always where only the device can compare."""
-        return self.hashed or device.type != "cpu"
+        return self.hashed or not is_on_host(device)
 
     def saw(self, weight: Tensor) -> None:
         """Note in which version a weight was when its device compared it."""
-        self.__dict__["_seen"] = _identity(weight)
+        self.__dict__["_seen"] = (*_identity(weight), None if is_on_host(weight.device) else latest())
 
     # -- geometry and buffers -----------------------------------------------------------------------------------------
 
@@ -290,7 +294,7 @@ class State(nn.Module):
         return not self.as_matrix and self._settings != self._settings_now()
 
     def _settings_now(self) -> tuple[object, ...]:
-        return () if self.as_matrix else tuple(getattr(self.module, name, None) for name in _SETTINGS)
+        return () if self.as_matrix else tuple([getattr(self.module, name, None) for name in _SETTINGS])
 
     def allocate(self, weight: Tensor) -> None:
         """Buffers for the geometry at hand, where those that are there do not fit in shape, dtype or device."""
@@ -380,15 +384,16 @@ def is_current(snapshot: Snapshot, weight: Tensor) -> bool:
 
 def moment(weight: Tensor) -> tuple[int, ...]:
     """A weight's version, and the current stream: on another one nothing waits for what is made on this."""
-    return () if torch.compiler.is_compiling() else (_version(weight), *stream_of(weight.device))
+    return () if torch.compiler.is_compiling() else (version_of(weight), *stream_of(weight.device))
 
 
-def _version(weight: Tensor) -> int:
+def version_of(weight: Tensor) -> int:
+    """The count of a tensor's writes, where it has one."""
     return 0 if torch.compiler.is_compiling() or weight.is_inference() else weight._version
 
 
 def _identity(weight: Tensor) -> tuple[object, ...]:
-    return id(weight), _version(weight), weight.data_ptr(), weight.stride()
+    return version_of(weight), id(weight), weight.data_ptr(), weight.stride()
 
 
 def is_wrapped(t: Tensor) -> bool:

@@ -8,6 +8,7 @@ import importlib.util
 import platform
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -30,12 +31,12 @@ def load(name: str, version: str) -> tuple[ModuleType | None, str]:
     return module, f"CUDA kernels for {module.archs}, built with CUDA {module.cuda_version}"
 
 
-def covers(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels built for ``archs`` run on a GPU of this compute capability."""
+def covers(archs: str, capability: tuple[int, int], jit: bool = True) -> bool:
+    """Whether kernels built for ``archs`` run on a GPU of this compute capability; without ``jit``, as they are."""
     for major, minor, suffix, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", archs):
         built = (int(major), int(minor))
         older = built <= capability and suffix != "a"  # code with an a runs on that very GPU only
-        if built == capability or (older and (built[0] == capability[0] or (ptx and not suffix))):
+        if built == capability or (older and (built[0] == capability[0] or (jit and ptx and not suffix))):
             return True
     return False
 
@@ -50,9 +51,17 @@ def driver_version() -> tuple[int, int] | None:
     return (number.value // 1000, number.value % 1000 // 10) if found else None
 
 
-def too_old(driver: tuple[int, int] | None, module: ModuleType) -> bool:
-    """Whether a driver cannot run a module: it runs kernels of its own CUDA major version and of older ones."""
-    return driver is not None and driver[0] < int(module.cuda_version.split(".")[0])
+def too_old(driver: tuple[int, int] | None, module: ModuleType, capabilities: Iterable[tuple[int, int]] = ()) -> bool:
+    """Whether a driver cannot run a module on GPUs of these compute capabilities.
+
+    It runs kernels of its own CUDA major version and of older ones. Where it has to compile them first, from PTX for a
+    newer GPU than they were built for, its CUDA version must not be older at all.
+    """
+    if driver is None:
+        return False
+    major, minor = map(int, module.cuda_version.split(".")[:2])
+    compiles = any(covers(module.archs, c) and not covers(module.archs, c, jit=False) for c in capabilities)
+    return driver < (major, minor) if compiles else driver[0] < major
 
 
 def _absent(name: str) -> str:

@@ -6,19 +6,18 @@ import ctypes
 import math
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .library import define
+from .library import define, stream_of
+from .records import REPLACED, SAMPLE, SPREAD, is_dense, length_of, record_plan
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HOST_CHUNK = 1 << 15  # words that stay in a core's cache while they are mixed
 _DEVICE_CHUNK = 1 << 24  # bounds the memory of the temporaries
-SAMPLE = 1024  # words that a hashed record keeps beside the hash, to tell a replaced weight from a trained one
-_REPLACED = 0.4  # share of a weight's norm that is no multiple of the old weight: then it counts as another weight
-_SPREAD = 40507  # a prime, so no layer's sizes share a divisor with it
 _STRETCH = 1 << 16  # elements, of two weights, that stay in a core's cache
 _TINY = 1e-30  # squares below it may have lost numbers too small for float32
 
@@ -62,13 +61,29 @@ def _sample(flat: Tensor) -> Tensor:
     if step == 1:
         return flat
     starts = torch.arange(0, flat.numel(), step, device=flat.device)
-    return flat[(starts + starts // step * _SPREAD % step).clamp_(max=flat.numel() - 1)]
+    return flat[(starts + starts // step * SPREAD % step).clamp_(max=flat.numel() - 1)]
+
+
+def _fingerprint_kernel(module: ModuleType, weight: Tensor) -> Tensor:
+    weight = weight.detach().resolve_neg()
+    if not is_dense(weight):
+        weight = weight.contiguous()
+    plan = record_plan(module, [weight])
+    if plan is None:
+        return _fingerprint(weight)
+    record = torch.zeros(length_of(weight.numel()), dtype=torch.int64, device=weight.device)
+    scratch = torch.empty(plan.zeroed_bytes, dtype=torch.uint8, device=weight.device)
+    zeroed = [scratch.data_ptr() + offset for offset in plan.zeroed]
+    content = (plan.tables.addresses(), plan.n_units, [weight.data_ptr()], [record.data_ptr()])
+    module.record((*content, zeroed, plan.zeroed_bytes, 0, True, 0.0), stream_of(weight.device))
+    return record
 
 
 fingerprint = define(
     "fingerprint(Tensor weight) -> Tensor",
     _fingerprint,
-    lambda weight: weight.new_empty(1 + _sample(weight.reshape(-1)).numel(), dtype=torch.int64),
+    lambda weight: weight.new_empty(length_of(weight.numel()), dtype=torch.int64),
+    _fingerprint_kernel,
 )
 
 
@@ -100,14 +115,9 @@ def same_content(weight: Tensor, record: Tensor) -> bool:
         return False
     a, b = weight.detach().resolve_neg(), record
     dtype = _WORDS[a.element_size()]
-    if a.stride() != b.stride() or not _is_dense(a) or _memcmp is None:
+    if a.stride() != b.stride() or not is_dense(a) or _memcmp is None:
         return torch.equal(a.view(dtype), b.view(dtype))
     return a.numel() == 0 or _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
-
-
-def _is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in whatever order of the axes."""
-    return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()
 
 
 def _find_memcmp() -> Callable[[int, int, int], int] | None:
@@ -138,7 +148,7 @@ def renew_record(record: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
         return update_record(record, weight), replaced
     if now.shape != record.shape or now.dtype != record.dtype or now.device != record.device:
         return update_record(record, weight), True
-    if now.stride() != record.stride() or not _is_dense(now):
+    if now.stride() != record.stride() or not is_dense(now):
         replaced = _is_replaced(now.reshape(-1), record.reshape(-1))
         return update_record(record, weight), replaced
     # In the order of the memory, a stretch at a time: what is copied is in the cache by then.
@@ -168,14 +178,14 @@ def _is_far(new: float, both: float, old: float) -> bool:
     if not math.isfinite(new):
         return False  # vectors of such a weight would be no better
     away = new - (both * both / old if old > 0 else 0.0 if old == 0 else math.nan)
-    return not away <= _REPLACED**2 * new
+    return not away <= REPLACED**2 * new
 
 
 def _products(now: Tensor, before: Tensor, exact: bool) -> tuple[float, float, float]:
     """now . now, now . before, before . before; in float64 if ``exact``."""
     if not exact and now.dtype == torch.float32:
         return float(now.dot(now)), float(now.dot(before)), float(before.dot(before))
-    a, b = (t.double().numpy() for t in (now, before))  # for small vectors, a fifth of PyTorch's time
+    a, b = (t.double().cpu().numpy() for t in (now, before))  # for small vectors, a fifth of PyTorch's time
     with np.errstate(all="ignore"):  # the weights may be NaN
         return float(a.dot(a)), float(a.dot(b)), float(b.dot(b))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,8 +61,25 @@ def _tap_stride(weight: Tensor) -> int | None:
     return 0 if stride is None else stride
 
 
+def memory_digits(shape: Sequence[int], dims: Sequence[int]) -> list[tuple[int, int]]:
+    """From an element's place in dense memory to its logical index: sizes and strides, fastest first; [] if equal.
+
+    ``dims``: the axes, from the fastest in memory to the slowest.
+    """
+    digits: list[tuple[int, int]] = []
+    for d in dims:
+        size, stride = shape[d], math.prod(shape[d + 1 :])
+        if size == 1:
+            continue
+        if digits and stride == digits[-1][0] * digits[-1][1]:
+            digits[-1] = (digits[-1][0] * size, digits[-1][1])
+        else:
+            digits.append((size, stride))
+    return digits if len(digits) > 1 else []
+
+
 class Table:
-    """Integers that the kernels index into; equal arrays are stored once."""
+    """Integers that the kernels index into; equal arrays are stored once, each at a multiple of 16 bytes."""
 
     def __init__(self) -> None:
         self._parts: list[IntArray] = []
@@ -73,9 +91,16 @@ class Table:
         key = array.tobytes()
         if key not in self._places:
             self._places[key] = self._size
-            self._parts.append(array)
-            self._size += array.size
+            self._parts.append(np.pad(array, (0, -array.size % 4)))
+            self._size += self._parts[-1].size
         return self._places[key]
+
+    def add_slots(self, m: Map, tiles: list[npt.NDArray[Any]]) -> IntArray:
+        """The slots of every tile, as csrc/spectral/gather.h has them; returns where they begin and their numbers."""
+        along = np.stack(np.unravel_index(np.arange(math.prod(m.slots)), m.slots), axis=1)
+        weight = sum(taps[i].astype(np.int64) for taps, i in zip(m.taps, along.T)) * m.tap_stride
+        slots = np.column_stack([along, weight])
+        return np.array([(self.add(slots[active]), len(active)) for active in tiles], np.int32)
 
     def array(self) -> IntArray:
         return np.concatenate([*self._parts, np.zeros(1, np.int32)])

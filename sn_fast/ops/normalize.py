@@ -17,6 +17,7 @@ from .layout import Layout
 from .library import define, dtype_code, stream_of
 from .plan import GradientPlan
 from .precision import PRECISIONS, resolved
+from .records import is_dense
 
 _LEAST_BUDGET = 1 << 20  # elements of partial sums that are always allowed: 4 MB
 
@@ -28,10 +29,41 @@ def _normalize_kernel(
     betas: Sequence[float],
     caps: Sequence[bool],
 ) -> list[Tensor]:
+    return _normalize_into(module, None, weights, sigmas, betas, caps)
+
+
+def _normalize_in_place_kernel(
+    module: ModuleType,
+    weights: Sequence[Tensor],
+    sigmas: Sequence[Tensor],
+    betas: Sequence[float],
+    caps: Sequence[bool],
+) -> None:
+    for weight, result in zip(weights, _normalize_into(module, weights, weights, sigmas, betas, caps)):
+        if result is not weight:
+            weight.copy_(result)
+    _note_writes(weights)
+
+
+def _note_writes(weights: Sequence[Tensor]) -> None:
+    """Below autograd no write counts by itself."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([w for w in weights if not w.is_inference()])
+
+
+def _normalize_into(
+    module: ModuleType,
+    targets: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    sigmas: Sequence[Tensor],
+    betas: Sequence[float],
+    caps: Sequence[bool],
+) -> list[Tensor]:
+    """The normalised weights, in ``targets`` where these are dense."""
     results: list[Tensor] = []
     dense: list[Tensor] = []  # kept until the launch: some are copies
     arguments = []
-    for weight, sigma, beta, cap in zip(weights, sigmas, betas, caps, strict=True):
+    for i, (weight, sigma, beta, cap) in enumerate(zip(weights, sigmas, betas, caps, strict=True)):
         if weight.device != weights[0].device:
             raise ValueError(f"normalize: weights are on {weights[0].device} and on {weight.device}; give one device's")
         if sigma.device != weight.device:
@@ -41,7 +73,7 @@ def _normalize_kernel(
         if code is None or sigma.dtype != torch.float32:
             results.append(_reference.normalize(weight, sigma, beta, cap))
             continue
-        result = torch.empty_like(weight)
+        result = torch.empty_like(weight) if targets is None or not is_dense(targets[i]) else targets[i]
         dense.append(_laid_out_as(result, weight))
         results.append(result)
         addresses = dense[-1].data_ptr(), result.data_ptr(), sigma.data_ptr()
@@ -67,6 +99,23 @@ _normalize = define(
     lambda weights, sigmas, betas, caps: [torch.empty_like(w) for w in weights],
     _normalize_kernel,
 )
+
+
+def _normalize_in_place(
+    weights: Sequence[Tensor], sigmas: Sequence[Tensor], betas: Sequence[float], caps: Sequence[bool]
+) -> None:
+    for weight, result in zip(weights, _reference.normalize_all(weights, sigmas, betas, caps)):
+        weight.copy_(result)
+    _note_writes(weights)
+
+
+normalize_ = define(
+    "normalize_(Tensor(a!)[] weights, Tensor[] sigmas, float[] betas, bool[] caps) -> ()",
+    _normalize_in_place,
+    lambda weights, sigmas, betas, caps: None,
+    _normalize_in_place_kernel,
+)
+"""``normalize_all`` of weights where they are: a projection, in one launch where there are kernels."""
 
 
 def _backward_reference(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -113,6 +162,7 @@ def _normalize_backward_kernel(
     x, y = (u, v) if known.transposed else (v, u)
     # One allocation: the inner product's partial sums (float64, so first), the split sums', and counters.
     n_inner = module.normalize_backward_blocks(weight.numel())
+    n_inner += n_inner % 2  # parts of split sums are moved in 16 bytes
     scratch = torch.empty(2 * n_inner + plan.partial_size + plan.n_counters, dtype=torch.float32, device=device)
     inner = scratch.data_ptr()
     partials = inner + 8 * n_inner

@@ -8,6 +8,7 @@ the blocks of one launch take one after the other.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -25,16 +26,18 @@ from .units import GEMM64, TILE_COLUMNS, TILE_ROWS, UNIT, Tiling, make_units, pa
 GATHER = np.dtype(
     [(n, "<i4") for n in ("op", "dtype", "groups", "rows", "channels", "positions", "inputs")]
     + [(n, "<i4") for n in ("group_stride", "row_stride", "channel_stride", "tap_stride")]
-    + [(n, "<i4", AXES) for n in ("size", "slots", "entry", "tap")]
+    + [(n, "<i4", AXES) for n in ("size", "slots", "entry")]
     + [(n, "<i4") for n in ("order", "tile_slots", "tiles", "input", "output")]
     + [(n, "<i4") for n in ("norm_in", "norms_in", "norm_out", "norms_out")]
 )
 PIECE = np.dtype(
     [(n, "<i4") for n in ("op", "second", "first", "length", "output", "norm", "norms", "groups")],
 )
-SPAN = np.dtype([(n, "<i4") for n in ("start_first", "start_length", "image_first", "image_length")])  # lanczos.h
-_PARTIALS = 4  # times the memory of all vectors may go to partial sums
-_PIECE = 4096  # elements that one block normalises
+PART = np.dtype([(n, "<i4") for n in ("span", "first", "length", "number", "parts", "whole")])  # lanczos.h
+_PARTIALS, _LEAST_PARTIALS = 4, 1 << 20  # times the memory of all vectors may go to partial sums, or 4 MB
+_PIECE = 2048  # elements that one block normalises (csrc: kFinishLoads)
+_LEAST_PART = 4096  # elements that one block orthogonalises at least
+_MOST_PARTS = 256  # of a group's vector that is orthogonalised: each block reads the sums of all
 
 
 class Plan:
@@ -66,13 +69,18 @@ class Plan:
             norm_offsets.append([0, *np.cumsum(counts)[:-1].tolist()])
             self.norm_sizes.append(sum(counts))
         table = Table()
-        records = [self._gather(table, tilings, h, offsets, norm_offsets, halves) for h, tilings in enumerate(halves)]
-        budget = _PARTIALS * sum(self.result_sizes)
+        slots = [[table.add_slots(t.map, t.active) for t in tilings] for tilings in halves]
+        records = [
+            self._gather(table, tilings, h, offsets, norm_offsets, halves, slots[h])
+            for h, tilings in enumerate(halves)
+        ]
+        budget = max(_PARTIALS * sum(self.result_sizes), _LEAST_PARTIALS)
         # The first counters are those of the units that blocks have taken, of either half step.
         self.n_counters = len(halves)
         units = []
-        for tilings, first_norms in zip(halves, norm_offsets):
+        for tilings, first_norms, of_tiles in zip(halves, norm_offsets, slots):
             units.append(make_units(tilings, first_norms, parallel, budget, self.n_counters))
+            _set_slots(units[-1], of_tiles)
             self.n_counters = max(self.n_counters, units[-1]["counter"].max(initial=-1).item() + 1)
         self.partial_size = max(partial_size(u) for u in units)
         pieces = self._pieces(halves, offsets, norm_offsets)
@@ -82,15 +90,23 @@ class Plan:
         self.tables = Tables(parts, device)
 
     @functools.cached_property
-    def spans(self) -> Tables:
-        """Per group of each operator, where its vectors lie on the start side and on the other."""
-        rows = []
-        for i, groups in enumerate(self._groups):
-            start, image = (self._lengths[half][i] // groups for half in (1, 0))
+    def parts(self) -> tuple[Tables, list[int]]:
+        """Parts of every group's vectors for the Lanczos start, and their numbers: start side, image side."""
+        arrays = [self._parts(half) for half in (1, 0)]
+        return Tables(arrays, self.device), [len(array) for array in arrays]
+
+    def _parts(self, half: int) -> npt.NDArray[Any]:
+        rows: list[tuple[int, ...]] = []
+        span = 0
+        for first, length, groups in zip(self.offsets[half], self._lengths[half], self._groups):
+            whole = length // groups
+            n = min(_MOST_PARTS, -(-whole // _LEAST_PART))
+            edges = [whole * i // n for i in range(n + 1)]
             for group in range(groups):
-                firsts = self.offsets[1][i] + group * start, self.offsets[0][i] + group * image
-                rows.append((firsts[0], start, firsts[1], image))
-        return Tables([np.array(rows, SPAN)], self.device)
+                start = first + group * whole
+                rows += [(span, start + a, b - a, i, n, whole) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+                span += 1
+        return np.array(rows, PART)
 
     def _gather(
         self,
@@ -100,19 +116,18 @@ class Plan:
         offsets: list[list[int]],
         norm_offsets: list[list[int]],
         halves: list[list[Tiling]],
+        slots: list[IntArray],
     ) -> npt.NDArray[Any]:
         records = np.zeros(len(tilings), GATHER)
         for i, (record, tiling) in enumerate(zip(records, tilings)):
             m = tiling.map
-            slots = [(table.add(active), len(active)) for active in tiling.active]
             values: dict[str, Any] = {
                 "op": i,
                 "dtype": m.layout.dtype,
                 "size": m.size,
                 "entry": [table.add(e) for e in m.entries],
-                "tap": [table.add(t) for t in m.taps],
                 "order": -1 if tiling.order is None else table.add(_filled(tiling)),
-                "tile_slots": table.add(slots),
+                "tile_slots": table.add(slots[i]),
                 "tiles": len(tiling.active),
                 "input": offsets[0][i] if half else 0,
                 "output": offsets[half][i],
@@ -151,6 +166,12 @@ def _shapes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _lengths(tilings: list[Tiling]) -> list[int]:
     return [t.map.groups * t.map.rows * t.map.positions for t in tilings]
+
+
+def _set_slots(units: npt.NDArray[Any], of_tiles: list[IntArray]) -> None:
+    """Where each unit's slots lie in the table, and their number, from those of its operator's tiles."""
+    firsts = np.cumsum([0, *map(len, of_tiles)])[:-1]
+    units["slots"], units["n_slots"] = np.concatenate(of_tiles)[firsts[units["gather"]] + units["tile"]].T
 
 
 def _filled(tiling: Tiling) -> IntArray:

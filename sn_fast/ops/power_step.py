@@ -20,7 +20,8 @@ from .plan import Plan
 from .precision import PRECISIONS, resolved
 
 _MAX_OPERATORS = 200  # csrc/spectral/half_step.h: kMaxOperators
-_MAX_LANCZOS = 32  # csrc/spectral/lanczos.cuh: kMaxLanczos
+_MAX_LANCZOS = 32  # csrc/spectral/lanczos.h: kMaxLanczos
+_LANCZOS_PASSES = 3  # likewise: kLanczosPasses
 
 
 Vectors = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -218,7 +219,6 @@ def _power_step_once(
         [r.data_ptr() for r in results],
         sigmas.data_ptr(),
         groups.data_ptr(),
-        0,
         [norms.data_ptr(), norms.data_ptr() + 8 * plan.norm_sizes[0]],
         partials.data_ptr(),
         counters.data_ptr(),
@@ -256,17 +256,19 @@ def _lanczos_start_kernel(
     bases = [torch.empty(n, size, dtype=torch.float32, device=device) for size in sizes]
     torch.cat([x.reshape(-1) for x in starts], out=bases[0][0])
     results = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
+    parts, n_parts = plan.parts
     norms = [
-        torch.empty(size, dtype=torch.float64, device=device) for size in (max(plan.norm_sizes), n * count, n * count)
+        torch.empty(size, dtype=torch.float64, device=device)
+        for size in (max(plan.norm_sizes), n * count, n * count, _LANCZOS_PASSES * max(n_parts) * (n + 1))
     ]
     partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
     counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
     gathers, units, _, table = plan.tables.addresses()
-    (spans,) = plan.spans.addresses()
     module.lanczos(
-        (gathers, units, spans, table),
+        (gathers, units, table),
         plan.n_units,
-        count,
+        parts.addresses(),
+        n_parts,
         n,
         [w.data_ptr() for w in weights],
         plan.offsets[::-1],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from ..reference.geometry import decode
 from .fingerprint import fingerprint, renew_record, same_content, update_record
-from .library import define
+from .library import define, kernels_of
 from .power_step import lanczos_start, power_step, starts_of
+from .precision import resolved
+from .prepared_step import PreparedStep, prepare
+from .records import is_on_host
 from .singular_vectors import LANCZOS_STEPS, POWER_STEPS, random_starts
 
 # Threads that use one model on the host: a state moves once, and nobody reads it while it moves.
@@ -100,7 +104,7 @@ def _refresh(
     """
     with torch.no_grad(), LOCK, _exact(weights):
         weights = [w.detach() for w in weights]
-        advance_changed = _refresh_on_host if weights[0].device.type == "cpu" else _refresh_on_device
+        advance_changed = _refresh_on_host if is_on_host(weights[0].device) else _refresh_on_device
         advance_changed(weights, us, vs, sigmas, groups, previous, records, changed, geometry, n_iterations, precision)
         states = [*sigmas, *us, *vs, *groups, *previous]
         copy(fresh, states[: len(fresh)])
@@ -185,6 +189,10 @@ def _refresh_on_device(
     n_iterations: int,
     precision: str,
 ) -> None:
+    step = None if previous else _step(weights, us, vs, sigmas, groups, geometry, precision)
+    if step is not None:
+        changed.copy_(step.refresh(n_iterations, records, copies=False).changes[:-1])
+        return
     prints = [fingerprint(w) for w in weights]
     moved = [(p != r).any() for p, r in zip(prints, records)]
     torch.stack(moved, out=changed)
@@ -196,6 +204,37 @@ def _refresh_on_device(
     states = [*us, *vs, *sigmas, *previous, *groups]
     copy(states, [torch.where(flag, new, old) for flag, new, old in zip(flags, found, states, strict=True)])
     copy(records, prints)
+
+
+_STEPS: OrderedDict[tuple[object, ...], PreparedStep | None] = (
+    OrderedDict()
+)  # by addresses: what compiled code refreshes
+_MOST_STEPS = 16
+
+
+def _step(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    sigmas: Sequence[Tensor],
+    groups: Sequence[Tensor],
+    geometry: Sequence[int],
+    precision: str,
+) -> PreparedStep | None:
+    """Kernels that refresh these tensors where they are; None where there are none, or none for these tensors."""
+    if kernels_of(weights[0].device) is None:
+        return None
+    grouped = iter(groups)
+    tops = [next(grouped) if layer.groups > 1 else None for layer in decode(geometry)]
+    tensors = [*weights, *us, *vs, *sigmas, *groups]
+    key = (*geometry, precision, *((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors))
+    if key not in _STEPS:
+        step = prepare(weights, us, vs, sigmas, tops, geometry, resolved(precision))
+        _STEPS[key] = None if step is None or step.records is None else step
+    _STEPS.move_to_end(key)
+    while len(_STEPS) > _MOST_STEPS:
+        _STEPS.popitem(last=False)
+    return _STEPS[key]
 
 
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ from .layout import IntArray, Map
 # csrc/spectral/gather.h: the same fields in the same order.
 UNIT = np.dtype(
     [(n, "<i4") for n in ("kind", "gather", "group", "row", "tile", "channel", "channel_end")]
-    + [(n, "<i4") for n in ("split", "splits", "counter", "partial", "norm")]
+    + [(n, "<i4") for n in ("split", "splits", "counter", "partial", "norm", "slots", "n_slots")]
 )
 DOT, AXPY, DIRECT, GEMM64, GEMM16 = range(5)
 
@@ -27,19 +27,21 @@ _SUMS = {DOT: 1, AXPY: 1, DIRECT: 16, GEMM64: 32, GEMM16: 8}  # partial sums of 
 _DOT_ROWS, _AXPY_LANES, _DIRECT_ROWS, _DIRECT_WARPS = 16, 8, 4, 4
 _DIRECT_MOST_ROWS = 8  # above it a GEMM tile wastes less
 
-# Costs in multiply-adds of a GEMM tile. A weight read from memory takes as long as about 36 of them (H100: 55 TFLOP/s,
-# 3 TB/s), and a narrow tile does fewer per load from shared memory. One block does about 46,000 in a microsecond; the
-# last three are 3 us, 1 us and 0.4 us for the 4096 sums of a wide tile. Estimates, none measured.
+# Costs in multiply-adds of a wide GEMM tile, of which one of three blocks on a multiprocessor does about 46,000 in a
+# microsecond (H200, float32). A weight read from memory takes as long as about 36 of them, and a narrow tile does fewer
+# per load from shared memory. The last three are 4 us, 1.2 us and 0.25 us for the 4096 sums of a wide tile.
+# benchmarks/NOTES.md says what of this was measured.
 _WEIGHT_COST = 36
-_NARROW_COST = 1.6
-_DIRECT_COST = 2.5
-_UNIT_COST = 140_000  # to start and to end
-_PART_COST = 46_000  # to store its sums and be counted
-_JOIN_COST = 4.5  # per partial sum that the last part reads
+_NARROW_COST = 1.4
+_DIRECT_COST = 4.0
+_UNIT_COST = 184_000  # to start and to end
+_PART_COST = 55_000  # to store its sums and be counted
+_JOIN_COST = 2.8  # per partial sum that the last part reads
 
 # How finely sums are split, in shares of what one block has to do: most tiles, the smallest ones that fill the gaps at
 # the end, and how much of the work those are.
-_COARSE, _FINE, _LATE = (math.inf, 8.0, 2.0, 1.2, 1.0, 0.8, 0.65), (0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.5)
+_COARSE = (math.inf, 8.0, 4.0, 2.0, 1.4, 1.2, 1.0, 0.8, 0.65, 0.5)
+_FINE, _LATE = (0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.5)
 _ENOUGH = 1.03  # times the time in which all blocks, equally busy, would end: nothing better is looked for
 
 

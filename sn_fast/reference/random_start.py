@@ -1,7 +1,8 @@
 """A point drawn uniformly from a ball, as a function of a seed: equal on every device and for every layout.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) draws for each element, the key being the seed and the counter the
-element's index in the batch, in logical order. Integers are int64 here, of which a product's low 64 bits are exact.
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) draws, the key being the seed: counter q gives four words, of which
+elements 4q to 4q + 3 of the batch are made, in logical order. Which thread draws them has no part in it. Integers are
+int64 here, of which a product's low 64 bits are exact.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .linear_map import compute_dtype
-from .updates import project
+from .updates import Bound, project
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
-_ELEMENT, _RADIUS = 0, 1  # third word of the counter
+_ELEMENTS, _RADIUS = 0, 1  # third word of the counter
 
 
 def random_start(
@@ -24,15 +25,17 @@ def random_start(
     norm: str,
     eps: float,
     eps_per_sample: Tensor | None,
-    lower: Tensor | None,
-    upper: Tensor | None,
+    lower: Bound,
+    upper: Bound,
     seed: Tensor,
+    low: float | None = None,
+    high: float | None = None,
 ) -> Tensor:
     """x + a random point of the ball of radius eps, then clipped. ``seed``: int64, of one element."""
     dtype = compute_dtype(x)
     shape = (x.shape[0], *[1] * (x.dim() - 1))
-    bits = _draw(torch.arange(x.numel(), device=x.device), _ELEMENT, seed)
-    delta = _elements(bits, norm, dtype).reshape(x.shape)
+    words = _draw(torch.arange((x.numel() + 3) // 4, device=x.device), _ELEMENTS, seed)
+    delta = torch.stack(_elements(words, norm, dtype), dim=1).flatten()[: x.numel()].reshape(x.shape)
     scale = eps if eps_per_sample is None else eps_per_sample.to(dtype).reshape(shape)
     if norm != "inf":
         drawn = torch.linalg.vector_norm(delta.flatten(1).double(), 2 if norm == "2" else 1, dim=1)
@@ -43,7 +46,7 @@ def random_start(
     start = torch.empty_like(x, dtype=dtype)
     torch.add(x.to(dtype), delta * scale, out=start)
     # Every ball lies in the box: rounding must not leave it.
-    return project(start, x.to(dtype), "inf", eps, eps_per_sample, lower, upper).to(x.dtype)
+    return project(start, x.to(dtype), "inf", eps, eps_per_sample, lower, upper, low, high).to(x.dtype)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -77,11 +80,14 @@ def _signed_unit(bits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(bits >= 2**31, bits - 2**32, bits).to(dtype) * 2.0**-31
 
 
-def _elements(bits: tuple[Tensor, ...], norm: str, dtype: torch.dtype) -> Tensor:
+def _elements(words: tuple[Tensor, ...], norm: str, dtype: torch.dtype) -> list[Tensor]:
+    """Four elements of four words."""
     # A density that depends on the norm alone gives a uniform direction: Gauss for l2, Laplace for l1.
     if norm == "inf":
-        return _signed_unit(bits[0], dtype)
-    exponential = -_unit(bits[0], dtype).log()
-    if norm == "2":
-        return (2 * exponential).sqrt() * torch.cos(math.pi * _signed_unit(bits[1], dtype))  # Box, Muller 1958
-    return torch.where(bits[1] >= 2**31, -exponential, exponential)
+        return [_signed_unit(word, dtype) for word in words]
+    if norm == "2":  # Box, Muller 1958
+        radii = [(-2 * _unit(word, dtype).log()).sqrt() for word in words[::2]]
+        angles = [math.pi * _signed_unit(word, dtype) for word in words[1::2]]
+        return [radius * turn(angle) for radius, angle in zip(radii, angles) for turn in (torch.cos, torch.sin)]
+    exponentials = [-_unit((word << 1) & _MASK, dtype).log() for word in words]  # a sign and 31 bits
+    return [torch.where(word >= 2**31, -e, e) for word, e in zip(words, exponentials)]

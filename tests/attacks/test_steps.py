@@ -360,9 +360,9 @@ class PassCount(TorchDispatchMode):
     [
         ("Linf", None, 11),
         ("Linf", (0, 1), 11),  # ball and clip are one box
-        ("L2", None, 16),
-        ("L2", (0, 1), 18),
-        ("L1", (0, 1), 18),
+        ("L2", None, 11),
+        ("L2", (0, 1), 13),
+        ("L1", (0, 1), 17),
         ("wrm", None, 8),
         ("wrm", (0, 1), 10),
     ],
@@ -394,15 +394,46 @@ def test_passes_between_gradient_and_next_forward(
     assert segments[1:] == [passes] * 3
 
 
-@pytest.mark.parametrize(("norm", "passes"), [("Linf", 8), ("L2", 7), ("L1", 7)])
-def test_passes_of_single_calls(norm: str, passes: int) -> None:
+@pytest.mark.parametrize(("norm", "passes", "of_step"), [("Linf", 8, 15), ("L2", 7, 11), ("L1", 9, 15)])
+def test_passes_of_single_calls(norm: str, passes: int, of_step: int) -> None:
     x_adv, x, grad = triple()
     with PassCount(x.numel()) as counter:
         project(x_adv, x, norm=norm, eps=0.1)
         assert counter.passes == passes
         counter.passes = 0
         pgd_step(x_adv, x, grad, norm=norm, eps=0.1, alpha=0.1)
-        assert counter.passes == (15 if norm == "Linf" else 16)
+        assert counter.passes == of_step
+
+
+# -- parts of a batch on the CPU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_fastest"])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_parts_of_a_batch_are_its_samples(
+    monkeypatch: pytest.MonkeyPatch, norm: str, layout: str, samples: int
+) -> None:
+    """Whatever belongs to a sample goes with it: amounts, activity, bounds; whatever does not goes to all parts."""
+    x_adv, x, grad = triple(shape=(7, 3, 6, 5))
+    if layout == "channels_last":
+        x_adv, x = (t.to(memory_format=torch.channels_last) for t in (x_adv, x))
+    elif layout == "batch_fastest":
+        x_adv, grad = (t.movedim(0, -1).contiguous().movedim(-1, 0) for t in (x_adv, grad))
+    grad[3] = 0
+    grad[4, 0, 0, 0] = math.nan
+    eps, alpha, active = torch.rand(7), torch.rand(7), torch.arange(7) % 3 != 1
+    bounds = [None, 0.25, torch.rand(7, 1, 1, 1), torch.rand(3, 1, 1), torch.rand(1, 3, 6, 5), torch.rand(7, 3, 6, 5)]
+    for bound in bounds:
+        results = []
+        for part in (10**9, samples * x[0].numel() // torch.get_num_threads()):
+            monkeypatch.setattr(reference, "_PART", part)
+            args = (x_adv, x, grad, CANONICAL[norm], 0.3, 0.1, eps, alpha, bound, 0.9, True, active)
+            results.append((reference.pgd_step(*args), reference.project(*args[:2], *args[3:5], eps, bound, 0.9)))
+            results[-1] += (reference.wrm_step(*args[:3], 0.3, eps, 0.5, bound, None),)
+        for whole, parts in zip(*results, strict=True):
+            assert whole.stride() == parts.stride()
+            torch.testing.assert_close(parts, whole, rtol=0, atol=3e-7)
 
 
 # -- operators --------------------------------------------------------------------------------------------------------

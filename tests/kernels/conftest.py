@@ -12,7 +12,7 @@ from sn_fast.ops import compiled
 from sn_fast.ops.library import UseKernels, has_kernels
 
 from ..on_device import DEVICE
-from . import on_cpu
+from . import on_cpu, tensor_cores
 
 THREAD_ORDERS = (0, 1, 2, 3) if DEVICE.type == "cpu" else (0,)  # 0: as numbered; a GPU has its own
 
@@ -49,6 +49,18 @@ def kernels(module: ModuleType) -> Iterator[ModuleType]:
         module.set_thread_order(0)
         if served is not None:
             served.stop()
+
+
+@pytest.fixture(params=tensor_cores.TENSOR_CORES if DEVICE.type == "cpu" else ["as it is"])
+def rounding_kernels(kernels: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """``kernels`` once for every kind of tensor core that the emulation knows."""
+    if DEVICE.type != "cpu":
+        yield kernels
+        return
+    before = tensor_cores.tensor_core_of(kernels)
+    tensor_cores.use(kernels, tensor_cores.TENSOR_CORES[request.param])
+    yield kernels
+    tensor_cores.use(kernels, before)
 
 
 @pytest.fixture(params=THREAD_ORDERS, ids=lambda seed: f"order{seed}")

@@ -23,7 +23,17 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fvisibility=hidden")
+_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-fvisibility=hidden",
+)
 
 
 def compiler() -> str:
@@ -40,7 +50,7 @@ def sanitizers_loaded() -> bool:
 
 def sanitized_environment() -> dict[str, str]:
     """Environment of a Python that can load a module built with ``SANITIZERS``."""
-    libraries = [_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
+    libraries = [library_of_compiler(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
     return os.environ | {
         "LD_PRELOAD": " ".join(libraries),
         # Python and torch keep memory to the end; swapped stacks look like a use after return.
@@ -49,13 +59,29 @@ def sanitized_environment() -> dict[str, str]:
     }
 
 
-def _library(name: str) -> str:
+def library_of_compiler(name: str) -> str:
     path = subprocess.run([compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
     return str(Path(path.strip()).resolve())
 
 
 def build(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -> ModuleType:
     """Compile and load ``csrc`` for the CPU, with sanitizers where this process can take them."""
+    return load(library(csrc, name, extra), name)
+
+
+def load(path: Path, name: str = "_on_cpu") -> ModuleType:
+    # pybind11 keeps modules by their full name, of which only the last part has to be the library's.
+    digest = path.name.removeprefix(f"{name}_").split(".")[0]
+    spec = importlib.util.spec_from_file_location(f"{digest}.{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def library(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -> Path:
+    """Compile ``csrc`` for the CPU."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed: pip install '.[test]'")
     flags = [
         *_FLAGS,
@@ -92,19 +118,13 @@ def build(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = list(pool.map(compile_one, sources))
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-    library = cache / f"{name}_{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}.so")
+    result = cache / f"{name}_{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not result.exists():
+        partial = result.with_suffix(f".{os.getpid()}.so")
         shared = [f for f in flags if f.startswith("-fsanitize")]
-        _run([compiler(), "-shared", *shared, *map(str, objects), "-o", str(partial)])
-        partial.replace(library)
-    # pybind11 keeps modules by their full name, of which only the last part has to be the library's.
-    spec = importlib.util.spec_from_file_location(f"{digest}.{name}", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        _run([compiler(), "-shared", "-pthread", *shared, *map(str, objects), "-o", str(partial)])
+        partial.replace(result)
+    return result
 
 
 def _files_read(source: Path, csrc: Path) -> set[Path]:

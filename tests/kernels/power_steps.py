@@ -19,12 +19,14 @@ from sn_fast.ops import plan as plans
 from sn_fast.ops import power_step as ops
 from sn_fast.ops import units as dividing
 from sn_fast.ops.layout import Layout
+from sn_fast.ops.library import kernels_of
 from sn_fast.ops.plan import Plan
 from sn_fast.reference.linear_map import matvec, rmatvec
 from sn_fast.reference.power import power_step as reference
 
 from .accuracy import judge, round_operands
 from .small_operators import DTYPES, any_operator, conv, line, matrix
+from .tensor_cores import longest_chain, relative_size, tensor_core_of
 
 KINDS = ("dot", "axpy", "direct", "gemm64", "gemm16")  # csrc/spectral/gather.h: TileKind
 
@@ -95,7 +97,9 @@ class Call:
     def by_reference(self, n_iterations: int = 1) -> ops.Vectors:
         return reference(self.weights, self.us, self.vs, self.code, n_iterations)
 
-    def check(self, n_iterations: int = 1, precision: str = "fp32", factor: float = 2.0) -> ops.Vectors:
+    def check(
+        self, n_iterations: int = 1, precision: str = "fp32", factor: float = 2.0, cuts: float = 0.0
+    ) -> ops.Vectors:
         """The result, each operator of which must be about as near to the truth as PyTorch's in float32."""
         found = self.run(n_iterations, precision)
         for i, op in enumerate(self.operators):
@@ -107,7 +111,7 @@ class Call:
             operands = op.weight, self.us[i], self.vs[i]
             u, v, sigma, group = (part[i] for part in found)
             assert u.dtype == v.dtype == sigma.dtype == torch.float32
-            u_exact, v_exact, _ = judge([u, v, sigma], advance, operands, [groups, groups, 1], factor)
+            u_exact, v_exact, _ = judge([u, v, sigma], advance, operands, [groups, groups, 1], factor, cuts)
             check_top_group(op, u_exact, v_exact, int(group))
         return found
 
@@ -127,29 +131,33 @@ def check_precision(op: LayerOperator, precision: str) -> None:
         call.check(precision=precision, factor=2.0 if precision == "fp32" else 4.0)
         return
     (u,), (v,), (sigma,), _ = call.run(precision=precision)
-    first, second = (set(units["kind"]) for units in units_of(plan_of(call)))
+    module = kernels_of(op.weight.device)
+    assert module is not None
+    (plan,) = ops.plans_of(module, "power_step", call.weights, call.code) or ()  # the one that ran
     g = op.geometry
-    halves: list[tuple[Callable[..., Tensor], Tensor, Tensor, set[int]]] = [
-        (matvec, call.vs[0], u, first),
-        (rmatvec, u, v, second),
-    ]
+    halves: list[tuple[Callable[..., Tensor], Tensor, Tensor]] = [(matvec, call.vs[0], u), (rmatvec, u, v)]
     if not g.axes:
-        halves = [(rmatvec, call.us[0], v, first), (matvec, v, u, second)]
-    for apply, start, found, kinds in halves:
+        halves = [(rmatvec, call.us[0], v), (matvec, v, u)]
+    for half, (apply, start, found) in enumerate(halves):
 
         def normalized(weight: Tensor, x: Tensor, apply: Callable[..., Tensor] = apply) -> list[Tensor]:
             groups = apply(x[None], weight, g)[0].reshape(g.groups, -1)
             norms = groups.norm(dim=1, keepdim=True)
             return [groups / norms.clamp(min=1e-30), norms.max()]
 
-        gemm = any(KINDS[kind].startswith("gemm") for kind in kinds)
+        gemm = any(KINDS[kind].startswith("gemm") for kind in set(units_of(plan)[half]["kind"]))
         operands = round_operands(precision if gemm else "fp32", op.weight.float(), start)
-        alive = bool((normalized(*operands)[0].norm(dim=1) > 0).all())
-        if alive:
-            last = found is halves[1][2]
-            results = [found.reshape(g.groups, -1), sigma if last else normalized(*(x.double() for x in operands))[1]]
-            # Matrix instructions add one product after the other; that is still far below what rounding costs.
-            judge(results, normalized, operands, [g.groups, 1], factor=8.0 if gemm else 2.0)
+        weight, x = (t.double() for t in operands)
+        if not bool((normalized(weight, x)[0].norm(dim=1) > 0).all()):
+            continue
+        cuts = 0.0
+        if gemm:
+            squares, total = apply(x.square()[None], weight.square(), g)[0], apply(x[None], weight, g)[0]
+            depths, parts = longest_chain(plan, half)
+            size = relative_size(squares, total, g.groups)
+            cuts = tensor_core_of(module).error(precision, depths, size, parts)
+        results = [found.reshape(g.groups, -1), sigma if half else normalized(weight, x)[1]]
+        judge(results, normalized, operands, [g.groups, 1], cuts=cuts)
 
 
 def plan_of(call: Call, parallel: int = 9) -> Plan:

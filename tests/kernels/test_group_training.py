@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sn_fast import apply_spectral_norm, update_spectral_norm
-from sn_fast.normalization import refresh
+from sn_fast.normalization import prepared, refresh
 
 from ..normalization.models import X, states
 from .whole_models import agree, assert_close, interrupt, layers, normalised, plain_pytorch
@@ -30,12 +30,12 @@ def test_replaced_layers_and_models_are_freed(interrupted: bool) -> None:
         interrupt(model)
     first, parameter = weakref.ref(model[0]), weakref.ref(layers(model)[0].raw)
     gc.collect()
-    steps = len(refresh._steps)
+    steps = len(prepared._steps)
     model[0] = nn.Conv2d(2, 6, 3, stride=2, padding=1)
     gc.collect()
     assert first() is None
     assert parameter() is None
-    assert len(refresh._steps) == steps - 1
+    assert len(prepared._steps) == steps - 1
     agree(model)
     if interrupted:
         model[2].register_forward_hook(lambda *_: 1 / 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from sn_fast import ConvOperator, MatrixOperator
 from sn_fast.layers import LayerOperator
 from sn_fast.norms.estimate import start_vectors
+from sn_fast.ops import plan
 from sn_fast.ops import power_step as ops
 from sn_fast.reference.lanczos import lanczos_start as reference
 
@@ -121,6 +122,39 @@ def test_same_bits_on_repeat_and_in_every_thread_order(kernels: ModuleType, name
         kernels.set_thread_order(order)
         for a, b in zip(first, run([op], 5)):
             assert torch.equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_vectors_in_many_parts(ordered_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Several blocks to a vector, of which there is one here otherwise: the same vectors, up to the last bits."""
+    op = OPERATORS[name]()
+    whole = run([op], 5)
+    for piece, most in ((1, 7), (5, 256), (17, 3)):
+        monkeypatch.setattr(plan, "_PIECE", piece)
+        monkeypatch.setattr(plan, "_MOST_PARTS", most)
+        ops._plans.cache_clear()
+        (u,), (v,) = run([op], 5)
+        check(op, u, v, 5)
+        torch.testing.assert_close(u, whole[0][0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(v, whole[1][0], rtol=0, atol=1e-5)
+    ops._plans.cache_clear()
+
+
+@pytest.mark.parametrize("length", [4095, 4096, 4097, 20_001])
+def test_long_vectors(kernels: ModuleType, length: int) -> None:
+    """<u, A v> of every group, where the vectors themselves are badly determined."""
+    depthwise = ConvOperator(torch.randn(2, 1, 3), (length,), padding=1, groups=2)
+    for op in (MatrixOperator(torch.randn(3, length)), depthwise):
+        exact = LayerOperator(op.weight.double(), op.geometry)
+        (u,), (v,) = run([op], 3)
+        (u_wanted,), (v_wanted,) = reference([exact.weight], [start_of(op).double()], op.geometry.encode(), 3)
+        groups = op.geometry.groups
+        values, wanted = (
+            (a.double() * exact.matvec(b.double())).reshape(groups, -1).sum(1)
+            for a, b in ((u, v), (u_wanted, v_wanted))
+        )
+        torch.testing.assert_close(values, wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(v.reshape(groups, -1).norm(dim=1), torch.ones(groups), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

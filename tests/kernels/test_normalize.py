@@ -33,6 +33,9 @@ def check_normalize(
     tensors = [torch.tensor(s) for s in sigmas]
     found = torch.ops.sn_fast.normalize(list(weights), tensors, list(betas), list(caps))
     assert len(found) == len(weights)
+    places = [w.clone() for w in weights]
+    torch.ops.sn_fast.normalize_(places, tensors, list(betas), list(caps))
+    assert all(map(same, places, found))
     for w, old, s, beta, cap, result in zip(weights, before, sigmas, betas, caps, found):
         assert same(w, old)
         assert same(result, expected(w, s, beta, cap))
@@ -165,3 +168,19 @@ def test_any_weights(
     weights = [torch.randn(n, 1, generator=generator).to(DTYPES[(seed + n) % 3]) for n in sizes]
     betas = [max(b, 1e-30) for b in values[6:]]
     check_normalize(weights, values[: len(sizes)], betas[: len(sizes)], [cap] * len(sizes))
+
+
+def test_in_place_where_weights_are_no_block_of_memory(kernels: ModuleType) -> None:
+    """Slices, transposed and channels-last weights, float64: each is written where it is, and nothing beside it."""
+    large = torch.randn(8, 14)
+    weights = [large[:, 1::2], torch.randn(5, 7).T, torch.randn(2, 3, 3, 3).to(memory_format=torch.channels_last)]
+    weights += [torch.randn(4, 4, dtype=torch.float64), torch.randn(3, 3)]
+    sigmas = [torch.tensor(s) for s in (2.0, 3.0, 0.5, 4.0, 8.0)]
+    rest, versions = large[:, ::2].clone(), [w._version for w in weights]
+    caps = [True, False, True, True, True]
+    wanted = [reference.normalize(w, s, 1.0, cap) for w, s, cap in zip(weights, sigmas, caps)]
+    torch.ops.sn_fast.normalize_(weights, sigmas, [1.0] * 5, caps)
+    for w, value in zip(weights, wanted):
+        assert torch.equal(w, value)
+    assert torch.equal(large[:, ::2], rest)
+    assert all(w._version > before for w, before in zip(weights, versions))

@@ -92,12 +92,12 @@ def test_dtypes(kernels: ModuleType, weight_dtype: torch.dtype, grad_dtype: torc
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", [n for n in CHOSEN if n not in ("long_grouped_sum", "depthwise", "grouped")])
-def test_precisions(kernels: ModuleType, name: str, precision: str, n: int) -> None:
+def test_precisions(rounding_kernels: ModuleType, name: str, precision: str, n: int) -> None:
     with parts(n):
         Call.of(CHOSEN[name]()).check(precision, 4.0 if precision == "3xtf32" else 2.0)
 
 
-def test_lower_precision_is_lower(kernels: ModuleType) -> None:
+def test_lower_precision_is_lower(rounding_kernels: ModuleType) -> None:
     """The precisions do what their names say: the error is that of rounding the operands."""
     call = Call.of(CHOSEN["long_sum"]())
     call.grad = call.op.weight.clone()  # the inner product is large

@@ -16,8 +16,9 @@ from sn_fast.ops import power_step as ops
 from sn_fast.reference.geometry import Axis, Geometry
 
 from ..attacks.models import same_bits
+from .accuracy import UNIT_ROUNDOFF
 from .conftest import THREAD_ORDERS
-from .power_steps import CHOSEN, Call, check_precision, operators, planning
+from .power_steps import CHOSEN, Call, check_precision, gathers_of, operators, plan_of, planning
 from .small_operators import conv, line, matrix, properties
 
 
@@ -48,6 +49,29 @@ def test_every_geometry_in_every_precision(
     kernels.set_thread_order(order)
     with planning(split=split, _DIRECT_MOST_ROWS=0, _NARROW_COST=0.1 if narrow else 1e9):
         check_precision(op, precision)
+
+
+@settings(properties, max_examples=40)
+@given(data=st.data(), seed=st.integers(0, 2**31), split=st.booleans())
+def test_paddings_wider_than_the_kernel(kernels: ModuleType, data: st.DataObject, seed: int, split: bool) -> None:
+    """In the adjoint a border that is repeated is read through as many slots: hundreds, of few channels."""
+    mode = data.draw(st.sampled_from(["replicate", "replicate", "circular"]))
+    axes = data.draw(st.integers(1, 2))
+    widest = {1: 300, 2: 12}[axes]
+    size = [data.draw(st.integers(1, 3) if mode == "replicate" else st.integers(8, widest)) for _ in range(axes)]
+    kernel = [data.draw(st.integers(1, 3)) for _ in range(axes)]
+    pads = [
+        tuple(data.draw(st.integers(n // 2, n)) for _ in range(2))
+        for n in (widest if mode == "replicate" else s for s in size)
+    ]
+    groups, per_group = data.draw(st.sampled_from([1, 2])), data.draw(st.integers(1, 3))
+    weight = torch.randn(2 * groups, per_group, *kernel, generator=torch.Generator().manual_seed(seed))
+    op = ConvOperator(weight, size, padding=pads, groups=groups, padding_mode=mode)
+    call = Call.of(op, seed=seed)
+    with planning(split=split):
+        # Terms that are alike are rounded alike, up to half a unit each: in sums of 16, and in the sum of those.
+        products = max(int(g["slots"].prod() * g["channels"].max()) for g in gathers_of(plan_of(call)))
+        call.check(cuts=(16 + products / 16) / 2 * UNIT_ROUNDOFF)
 
 
 @pytest.mark.parametrize("n_iterations", [1, 2, 5])
@@ -182,6 +206,22 @@ def test_weights_that_are_not_finite(kernels: ModuleType, value: float, precisio
             assert same_bits(us[i], call.us[i])
             assert same_bits(vs[i], call.vs[i])
     assert sigmas[-1].isfinite()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize(("size", "kernel"), [((1, 1), 3), ((2, 5), 5), ((1, 4), 3)])
+def test_a_weight_that_reads_padding_alone_is_no_part_of_the_map(
+    kernels: ModuleType, value: float, rows: int, size: tuple[int, int], kernel: int
+) -> None:
+    op = ConvOperator(torch.randn(rows, 5, kernel, kernel), size, padding=kernel // 2)
+    op.weight[:, :, 0] = 0.0  # reads above the first row
+    without = Call.of(op).run()
+    op.weight[1, 2, 0, kernel // 2] = value
+    found = Call.of(op).run()
+    assert all(map(same_bits, (t for part in found for t in part), (t for part in without for t in part)))
+    op.weight[1, 2, kernel // 2, kernel // 2] = value
+    assert not Call.of(op).run()[2][0].isfinite()
 
 
 @pytest.mark.parametrize("groups", [2, 9, 40])

@@ -29,7 +29,7 @@ def test_kinds_of_tiles(kernels: ModuleType, name: str) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32", "3xtf32", "bf16"])
 @pytest.mark.parametrize("name", [name for name in CHOSEN if "matrix" not in name])
-def test_precisions(kernels: ModuleType, name: str, precision: str) -> None:
+def test_precisions(rounding_kernels: ModuleType, name: str, precision: str) -> None:
     check_precision(CHOSEN[name](), precision)
 
 
@@ -41,7 +41,17 @@ def test_long_sums_are_sums_of_sums(kernels: ModuleType, precision: str, factor:
         Call.of(*long).check(precision=precision, factor=factor)
 
 
-def test_lower_precision_is_lower(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("scale", [1e-30, 1e-34, 1e-36, 1e-38])
+def test_3xtf32_of_tiny_weights(kernels: ModuleType, scale: float) -> None:
+    """As accurate as fp32 until the lower part has lost bits: it is a multiple of 2^-136."""
+    op = CHOSEN["gemm64"]()
+    call = Call.of(LayerOperator(op.weight * scale, op.geometry))
+    exact = Call(call.operators, *([x.double() for x in xs] for xs in (call.us, call.vs))).by_reference()[0][0]
+    error = float((call.run(precision="3xtf32")[0][0] - exact).norm())
+    assert error < 5e-7 + 2.0**-137 / scale
+
+
+def test_lower_precision_is_lower(rounding_kernels: ModuleType) -> None:
     """The precisions do what their names say: the error is that of rounding the operands."""
     call = Call.of(CHOSEN["gemm64"]())
     exact = Call(call.operators, *([x.double() for x in xs] for xs in (call.us, call.vs))).by_reference()[0][0]
@@ -54,7 +64,7 @@ def test_lower_precision_is_lower(kernels: ModuleType) -> None:
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["gemm64", "gemm16"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_edges_of_gemm_tiles(kernels: ModuleType, narrow: bool, precision: str) -> None:
+def test_edges_of_gemm_tiles(rounding_kernels: ModuleType, narrow: bool, precision: str) -> None:
     with planning(_NARROW_COST=0.1 if narrow else 1e9, _DIRECT_MOST_ROWS=0):
         for rows in (1, 16, 17, 63, 64, 65):
             for positions in (1, 15, 16, 17, 63, 64, 65, 130):

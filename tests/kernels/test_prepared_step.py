@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import sn_fast
-from sn_fast.normalization import refresh
+from sn_fast.normalization import prepared, refresh
 from sn_fast.ops.prepared_step import PreparedStep
 
 from ..attacks.models import same_bits
 from ..normalization.models import Operators
-from .whole_models import every_kind, layers, move_in_place, plain_pytorch
+from .whole_models import every_kind, layers, move_in_place, plain_pytorch, same_gradients
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -42,8 +42,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One element for every step that was prepared."""
     found: list[int] = []
-    prepare = refresh.prepare
-    monkeypatch.setattr(refresh, "prepare", lambda *args: found.append(1) or prepare(*args))
+    prepare = prepared.prepare
+    monkeypatch.setattr(prepared, "prepare", lambda *args: found.append(1) or prepare(*args))
     return found
 
 
@@ -191,7 +191,7 @@ def test_parts_that_are_trained_in_turn(runs: list[int], made: list[int]) -> Non
         for last in members[1:]:
             chosen = [members[0], *[m for m in members[1:n] if m is not last], last]
             refresh.advance([(m, m.raw) for m in chosen])
-    assert len(refresh._steps[members[0]]) == refresh._MOST_BATCHES
+    assert len(prepared._steps[members[0]]) == prepared._MOST_BATCHES
 
 
 def test_float64_goes_to_the_operator(runs: list[int]) -> None:
@@ -223,7 +223,7 @@ def test_a_forward_before_it_goes_backward_with_its_own_state(runs: list[int]) -
     sn_fast.update_spectral_norm(model, 3)
     loss.backward()
     assert runs == [3]
-    assert all(map(torch.equal, [p.grad for p in model.parameters()], wanted))
+    assert same_gradients([p.grad for p in model.parameters()], wanted)
 
 
 def test_a_forward_after_a_step_takes_it(runs: list[int], made: list[int]) -> None:

@@ -95,27 +95,48 @@ def test_an_edit_that_changes_nothing_is_not_found(tmp_path: Path, module: Modul
     with planning(split=True):
         kinds |= kinds_of(Call.of(*operators()))
     assert len(kinds) == 10  # every kind, split and whole
-    unchanged = build(tmp_path, ("constexpr int kTileSlots = 64;", "constexpr int kTileSlots = 32 + 32;"))
+    unchanged = build(tmp_path, ("constexpr int kTileSlots = 32;", "constexpr int kTileSlots = 16 + 16;"))
     assert wrong_orders(module, unchanged) == []
 
 
 def test_a_barrier_missing_from_the_gemm_tile(tmp_path: Path, module: ModuleType) -> None:
-    broken = build(tmp_path, ("            stage(buffer ^ 1);\n            __syncthreads();", "stage(buffer ^ 1);"))
+    broken = build(tmp_path, ("            __syncthreads();\n            const int ahead", "            const int ahead"))
     assert wrong_orders(module, broken)
 
 
 BARRIERS: dict[str, Edit] = {
+    "gemm: slots before their use": (
+        "slots_at(p.table, unit.slots)[begin + thread];\n            __syncthreads();",
+        "slots_at(p.table, unit.slots)[begin + thread];",
+    ),
     "gemm: positions before their use": (
-        "s.tap[j] = slot.tap * g.tap_stride;\n        }\n        __syncthreads();",
-        "s.tap[j] = slot.tap * g.tap_stride;\n        }",
+        "        __syncthreads();\n#pragma unroll 1\n        for (int chunk = 0; chunk < kStages - 1; ++chunk) {",
+        "#pragma unroll 1\n        for (int chunk = 0; chunk < kStages - 1; ++chunk) {",
+    ),
+    "gemm: the last product before the tables are free": (
+        "        // 4) The tables and buffers are free again.\n        __syncthreads();",
+        "",
+    ),
+    "gemm: the result before its rows are stored": (
+        "s.result[product.row(i)][product.column(i)] = product.sums[i];\n        __syncthreads();",
+        "s.result[product.row(i)][product.column(i)] = product.sums[i];",
+    ),
+    "gemm: copies waited for too late": ("wait_for_copies<kStages - 2>();", "wait_for_copies<kStages - 1>();"),
+    "direct: the slots' weights": (
+        "            __syncwarp();\n            // 2) All (slot, channel) pairs,",
+        "            // 2) All (slot, channel) pairs,",
     ),
     "half_step: the first number": (
         "if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);\n    __syncthreads();",
         "if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);",
     ),
+    "half_step: the unit before its gather": (
+        "copy_by_lanes(s.unit, p.units + number, thread);\n            __syncwarp();",
+        "copy_by_lanes(s.unit, p.units + number, thread);",
+    ),
     "half_step: the unit before its use": (
-        "(p.units + number)[thread];\n        __syncthreads();",
-        "(p.units + number)[thread];",
+        "        __syncthreads();\n        if (thread == kWarp) s.next = next;",
+        "        if (thread == kWarp) s.next = next;",
     ),
     "half_step: the end of a unit": (
         "        __syncthreads();  // the next unit uses the same shared memory\n",
@@ -134,7 +155,6 @@ BARRIERS: dict[str, Edit] = {
         "stage(buffer ^ 1);\n                __syncthreads();",
         "stage(buffer ^ 1);",
     ),
-    "gemm: the first chunk": ("stage(0);\n        __syncthreads();", "stage(0);"),
     "dot: the vector's chunk": ("s.x[i] = x[chunk + i];\n        __syncthreads();", "s.x[i] = x[chunk + i];"),
     "dot: the rows' sums": (
         "s.values[warp * kDotRows + r] = sum;\n    }\n    __syncthreads();",
@@ -199,7 +219,8 @@ def test_a_barrier_that_some_threads_do_not_reach(tmp_path: Path, name: str) -> 
 
 PARTS = "for (int part = 0; part < split.parts; ++part)"
 WRONG: dict[str, Edit] = {
-    "taps of one axis alone": ("s.tap += table[", "s.tap = table["),
+    "an axis left out": ("? e0 + e1 + e2 : -1;\n}", "? e0 + e2 : -1;\n}"),
+    "a chunk of weights too few": ("chunk < min(kStages - 1, chunks); ++chunk)", "chunk < min(kStages - 2, chunks); ++chunk)"),
     "a part left out": (PARTS, "for (int part = 1; part < split.parts; ++part)"),
     "parts in another order": (PARTS, "for (int part = split.parts - 1; part >= 0; --part)"),
     "parts in the order of arrival": (
@@ -234,7 +255,7 @@ BEYOND: dict[str, tuple[Edit, str, str]] = {  # what is said of it, and where
         OVERFLOW,
         "gemm.cuh",
     ),
-    "a depth beyond the last": (("2 * i * kStepB, 2 * depth - 2)", "2 * i * kStepB, 1 << 20)"), OVERFLOW, "gemm.cuh"),
+    "a depth beyond the last": (("inside && positions[i] >= 0", "positions[i] >= 0"), OVERFLOW, "cuda_on_cpu.h"),
     "an element too many": (("if (e < count) sums[e]", "if (e <= count) sums[e]"), OVERFLOW, "axpy_tile"),
     "a wrong row": (("at[c * g.channel_stride + e]", "at[(c + 1) * g.channel_stride + e]"), OVERFLOW, "axpy_tile"),
     "a slot beyond its table": (

@@ -17,11 +17,14 @@ from torch import Tensor
 from sn_fast import LinearOperator
 from sn_fast.ops import normalize as ops
 from sn_fast.ops.layout import Layout
+from sn_fast.ops.library import kernels_of
 from sn_fast.ops.plan import GradientPlan
 from sn_fast.reference import normalize as reference
+from sn_fast.reference.linear_map import weight_gradient
 
 from .accuracy import UNIT_ROUNDOFF, judge, round_operands
 from .small_operators import DTYPES, any_operator, conv, line, matrix
+from .tensor_cores import relative_size, tensor_core_of
 
 INF, NAN = math.inf, math.nan
 
@@ -103,17 +106,43 @@ class Call:
 
         operands = self.grad, self.op.weight, self.sigma, u, v
         groups = self.op.geometry.groups
+        cuts = self._cuts(precision, u, v) if precision in ("tf32", "bf16") else torch.zeros(())
+        (exact,) = function(*(x.double() for x in operands))
         if found.dtype == torch.float32:
-            judge([found], function, operands, [groups], factor)
+            size = relative_size(cuts.square(), exact, groups) if cuts.dim() else 0.0
+            judge([found], function, operands, [groups], factor, cuts=size)
             return found
         # Half precision rounds once, at the end: each element is one of the two neighbours of the truth, or what
         # float32's error makes of it.
-        (exact,) = function(*(x.double() for x in operands))
         (single,) = function(*(x.float() for x in operands))
         half_ulp = exact.abs().clamp(min=torch.finfo(found.dtype).smallest_normal) * torch.finfo(found.dtype).eps / 2
         slack = factor * float((single - exact).abs().max()) + 16 * UNIT_ROUNDOFF * float(exact.abs().max())
+        slack += float(cuts.max())
         assert bool(((found.double() - exact).abs() <= half_ulp * (1 + 1e-6) + slack).all())
         return found
+
+    def _cuts(self, precision: str, u: Tensor, v: Tensor) -> Tensor:
+        """What tensor cores' cuts may do to each element (tensor_cores.py)."""
+        module, geometry = kernels_of(u.device), self.op.geometry
+        assert module is not None
+        layout = Layout.of(self.op.weight, geometry)
+        assert layout is not None
+        plan = ops._plan(module, layout, u.device, max(ops._LEAST_BUDGET, u.numel() + v.numel()))  # the one that ran
+        parts = plan.sizes[-1]
+        positions = math.prod(geometry.out_shape(self.op.weight.shape)[1:] if geometry.axes else ())
+        if geometry.transposed:
+            positions = math.prod(geometry.in_shape(self.op.weight.shape)[1:])
+        error = tensor_core_of(module).error(precision, [-(-positions // parts)], 1.0, parts)
+        u, v, weight, grad = u.double(), v.double(), self.op.weight.double(), self.grad.double()
+        squares = weight_gradient(u.square(), v.square(), weight.shape, geometry)
+        size = torch.maximum(squares.sqrt(), weight_gradient(u, v, weight.shape, geometry).abs())
+        factor = float((grad * weight).sum().abs() / self.sigma.double().square()) * self.beta
+        if self.cap and float(self.sigma) <= self.beta:
+            factor = 0.0  # nothing flows through sigma
+        cuts = (error * factor * size).reshape(geometry.groups, -1)
+        if self.group is not None:
+            cuts[[g for g in range(geometry.groups) if g != int(self.group)]] = 0.0
+        return cuts.reshape(weight.shape)
 
 
 def plan_of(op: LinearOperator, parallel: int = 9, budget: int | None = None) -> GradientPlan:

@@ -192,7 +192,7 @@ def test_a_layer_used_twice_is_bounded_once(monkeypatch: pytest.MonkeyPatch) -> 
         (nn.Fold((4, 4), 2), torch.randn(1, 4, 9), "no rule for Fold"),
         (nn.TransformerEncoderLayer(4, 2, batch_first=True), torch.randn(1, 3, 4), "dot products"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_modules_without_a_bound(module: nn.Module, x: Tensor, says: str) -> None:
     report = report_of(nn.Sequential(module), x)

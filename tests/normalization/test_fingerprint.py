@@ -34,7 +34,7 @@ def by_hand(weight: Tensor) -> list[int]:
     total = sum(splitmix64((w + (i + 1) * 0x9E3779B97F4A7C15) & MASK) for i, w in enumerate(words)) & MASK
     signed = total - (1 << 64) if total >> 63 else total
     step = max(1, math.ceil(len(words) / module.SAMPLE))
-    places = (start + (i * module._SPREAD % step) for i, start in enumerate(range(0, len(words), step)))
+    places = (start + (i * module.SPREAD % step) for i, start in enumerate(range(0, len(words), step)))
     return [signed, *(words[min(place, len(words) - 1)] for place in places)]
 
 

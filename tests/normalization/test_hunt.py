@@ -16,6 +16,8 @@ from sn_fast import sigmas, spectral_norm
 from sn_fast.ops.fingerprint import is_hashed, is_replaced, record_of
 from sn_fast.ops.refresh import LOCK
 
+from ..on_device import DEVICE
+
 
 def norm_of(weight: Tensor) -> float:
     return float(torch.linalg.matrix_norm(weight.detach().double(), 2))
@@ -108,7 +110,7 @@ def test_a_bound_holds_for_the_weight_that_a_change_of_dtype_has_rounded(start: 
         assert norm_of(layer.weight.flatten(1)) <= 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
+@pytest.mark.skipif(not hasattr(os, "fork") or DEVICE.type != "cpu", reason="processes do not fork here, or not CUDA's")
 def test_a_process_forked_while_a_thread_refreshes_can_use_the_model() -> None:
     layer, x = spectral_norm(nn.Linear(8, 8)), torch.randn(2, 8)
     held = threading.Event()
@@ -181,6 +183,7 @@ def test_a_weight_with_a_lazy_minus(hashed: bool) -> None:
         assert norm_of(layer.weight.resolve_neg()) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="about the host's two kinds of records")
 @pytest.mark.parametrize("hashed", [False, True])
 def test_a_replaced_weight_after_a_move_between_kinds_of_records(hashed: bool) -> None:
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sn_fast
 from sn_fast.normalization import certify as _certify  # noqa: F401 - registers the operators
-from sn_fast.normalization import refresh as refreshing
+from sn_fast.normalization import prepared
 from sn_fast.normalization.parametrization import SpectralNorm
 from sn_fast.normalization.state import State
 from sn_fast.ops import refresh as operators
@@ -57,7 +57,7 @@ class Arguments:
 
     def __init__(self, model: nn.Module, *, hashed: bool) -> None:
         batch = [(m, m.raw) for m in members(model)]
-        self.weights, *tensors = refreshing._tensors(batch)
+        self.weights, *tensors = prepared.tensors_of(batch)
         self.us, self.vs, self.sigmas, self.groups, self.previous = ([t.clone() for t in part] for part in tensors)
         self.records = [record_of(w, hashed=hashed) for w in self.weights]
         self.geometry = [c for m in members(model) for c in m.code]

@@ -144,7 +144,7 @@ def _graph_of_normalised_weights(context: Context, model: nn.Module) -> None:
     results: list[list[Tensor]] = []
 
     def forward_backward() -> None:
-        weights = used_weights(x.module for x in layers(model))
+        weights = used_weights(model, (x.module for x in layers(model)))
         results[:] = [[w.detach() for w in weights], list(torch.autograd.grad(weights, raws, grads))]
 
     forward_backward()

@@ -128,10 +128,10 @@ class _Measured:
 
         def forward() -> Any:
             with torch.no_grad():
-                return used_weights(modules)
+                return used_weights(model, modules)
 
         def both() -> Any:
-            return torch.autograd.grad(used_weights(modules), raws, grads)
+            return torch.autograd.grad(used_weights(model, modules), raws, grads)
 
         graphs = {"forward": self.timer.graph(forward), "forward_backward": self.timer.graph(both)}
         host = self.timer.on_host({"forward": forward, "forward_backward": both})

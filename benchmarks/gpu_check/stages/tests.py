@@ -20,7 +20,9 @@ _WORKERS = 12
 
 def run(context: Context) -> None:
     """Counts, and the names of what failed; also of a run that had to be stopped."""
-    where = context.pick(["tests"], ["tests/kernels/test_random_start.py", "tests/norms/test_estimate.py"])
+    # What meets kernels, first; layers and bounds of whole networks are plain PyTorch.
+    on_gpu = ["tests/kernels", "tests/attacks", "tests/norms", "tests/normalization"]
+    where = context.pick(on_gpu, ["tests/kernels/test_random_start.py", "tests/norms/test_estimate.py"])
     command = [sys.executable, "-m", "pytest", *where, "-q", "--no-header", "--tb=no"]
     command += ["-p", "benchmarks.gpu_check.report_plugin", "-p", "no:cacheprovider", "-m", "not slow"]
     cores = len(os.sched_getaffinity(0))
@@ -32,6 +34,7 @@ def run(context: Context) -> None:
             "SN_FAST_TEST_DEVICE": context.device,
             "SN_FAST_TEST_REPORT": str(report),
             "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",  # the workers have to agree on the tests' names and order
         }
         reference = next((p for p in _references() if p.is_dir()), None)
         if reference:

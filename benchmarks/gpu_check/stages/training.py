@@ -147,7 +147,7 @@ class _Training:
         grads = [torch.randn_like(r) for r in raws]
 
         def normalised() -> Any:
-            return torch.autograd.grad(used_weights(x.module for x in found), raws, grads)
+            return torch.autograd.grad(used_weights(model, (x.module for x in found)), raws, grads)
 
         actions: dict[str, Callable[[], Any]] = {"refresh": lambda: sn_fast.update_spectral_norm(model)}
         actions["normalised"] = normalised
