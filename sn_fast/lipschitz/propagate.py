@@ -49,7 +49,9 @@ def lipschitz_bound(
     The constants are certified: computed in float64 and rounded up. They are those of the exact function; the rounding
     of the network's own arithmetic, and of casts between floating-point dtypes, is not in them.
     A call has a finite constant only if a rule covers it with all its arguments. A layer whose forward, class or
-    methods were replaced is bounded by the code that it runs. ``detach`` and ``data`` cut gradients, not slopes: they
+    methods were replaced is bounded by the code that it runs. A choice by comparisons with the input has a finite one
+    where it is seen to be continuous: between two forms that are linear in it, and agree where the comparison changes.
+    ``detach`` and ``data`` cut gradients, not slopes: they
     count as the identity. At the end the graph is run beside the model at two more inputs; a slope above the bound, or
     another result, makes it infinite.
 
