@@ -32,6 +32,7 @@ KINDS = ("dot", "axpy", "direct", "gemm64", "gemm16")  # csrc/spectral/gather.h:
 
 CHOSEN: dict[str, Callable[[], LayerOperator]] = {
     "gemm64": lambda: line(70, 20, 70),
+    "gemm64_whole": lambda: line(70, 1, 200),
     "gemm64_split": lambda: conv(64, 128, (3, 3), (8, 8), padding=1),
     "gemm16": lambda: conv(40, 30, (3, 3), (4, 4), padding=1),
     "gemm16_split": lambda: conv(70, 80, (3, 3), (4, 4), padding=1),

@@ -100,7 +100,10 @@ def resnet18(reduced: bool = True) -> list[LinearOperator]:
 
 
 def test_blocks_end_together() -> None:
-    """With the costs that the plan reckons with: none works much longer than the mean, and little is done twice."""
+    """With the costs that the plan reckons with: none works much longer than the mean, and little is done twice.
+
+    Where each has much to do, it has three units or so: real blocks are not as even as the costs.
+    """
     call = Call.of(*resnet18())
     layouts = [Layout.of(op.weight, op.geometry) for op in call.operators]
     for half, units in enumerate(units_of(plan_of(call, 396))):
@@ -115,10 +118,12 @@ def test_blocks_end_together() -> None:
             extra = dividing._PART_COST + unit["splits"] * t.partial_sums * dividing._JOIN_COST
             costs.append(part + dividing._UNIT_COST + (extra if unit["splits"] > 1 else 0.0))
         ends = dividing.last_end(np.array(costs), 396)
-        assert ends <= 1.15 * sum(costs) / 396
-        assert ends <= 1.35 * work / 396
-        # The costly ones first: what comes late is short.
-        assert max(costs[len(costs) // 2 :]) <= np.median(costs[: len(costs) // 2])
+        assert 2.5 * 396 < len(units) < 4 * 396
+        assert max(costs) <= 0.7 * work / 396
+        assert ends <= 1.25 * sum(costs) / 396
+        assert ends <= 1.4 * work / 396
+        # The costly ones first: what comes late is no longer.
+        assert max(costs[len(costs) // 2 :]) <= 1.05 * np.median(costs[: len(costs) // 2])
 
 
 def test_parts_are_few_where_blocks_are() -> None:

@@ -28,13 +28,20 @@ STATES = ("u", "v", "sigma", "top_group")
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of iterations that were taken in place."""
     found: list[int] = []
-    run = PreparedStep.run
+    run, refresh = PreparedStep.run, PreparedStep.refresh
 
     def recorded(step: PreparedStep, n_iterations: int) -> None:
         found.append(n_iterations)
         run(step, n_iterations)
 
+    def compared(step: PreparedStep, n_iterations: int, *args: Any, **options: Any) -> Any:  # on devices alone
+        result = refresh(step, n_iterations, *args, **options)
+        if result.changes[-1]:
+            found.append(n_iterations)
+        return result
+
     monkeypatch.setattr(PreparedStep, "run", recorded)
+    monkeypatch.setattr(PreparedStep, "refresh", compared)
     return found
 
 
