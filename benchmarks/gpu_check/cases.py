@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ import sn_fast
 from sn_fast.layers import LayerOperator
 from sn_fast.norms.estimate import start_vectors
 from sn_fast.ops import normalize as _normalize_ops  # noqa: F401 - registers the operators
+from sn_fast.ops import refresh as _refresh_ops  # noqa: F401
 from sn_fast.ops import updates as updates_ops
+from sn_fast.ops.fingerprint import _fingerprint as _fingerprint_reference
+from sn_fast.ops.fingerprint import fingerprint
 from sn_fast.ops.power_step import PRECISIONS
+from sn_fast.reference.geometry import decode
 
 from .results import ROOT
 
@@ -50,10 +55,20 @@ class Case:
         return max(errors)
 
 
+class HashCase(Case):
+    """Integers, which are the reference's or wrong."""
+
+    def error(self, found: list[Tensor]) -> float:
+        """0, or infinite."""
+        exact = [_fingerprint_reference(w) for w in self.args[0]]
+        return 0.0 if all(map(torch.equal, found, exact)) else math.inf
+
+
 def all_cases(device: str, small: bool = False) -> list[Case]:
     """Every case, on ``device``; ``small``: for an emulator or a sanitizer."""
     torch.manual_seed(0)
-    spectral = [*_power_steps(device, small), *_lanczos(device, small), *_normalizations(device, small)]
+    spectral = [*_power_steps(device, small), *_refreshes(device, small), *_lanczos(device, small)]
+    spectral += _normalizations(device, small)
     return [*spectral, *_updates(device, small)]
 
 
@@ -104,6 +119,34 @@ def _power_steps(device: str, small: bool) -> Iterator[Case]:
             args = ([o.weight for o in operators], us, vs, code, 2, precision)
             name = f"power_step, {_short(dtype)} weights, {precision}"
             yield Case(name, op, args, _OF_PRECISION[precision], opcheck=dtype == torch.float32 and precision == "fp32")
+
+
+def _refreshes(device: str, small: bool) -> Iterator[Case]:
+    for dtype in TOLERANCE:
+        operators = list(_operators(device, dtype, small).values())
+        weights = [o.weight for o in operators]
+        yield HashCase(f"fingerprint, {_short(dtype)}", _fingerprints, (weights,), 0.0)
+        us = [torch.randn(o.out_shape, device=device) for o in operators]
+        vs = [torch.randn(o.in_shape, device=device) for o in operators]
+        args = (weights, us, vs, [c for o in operators for c in o.geometry.encode()])
+        yield Case(f"refresh, {_short(dtype)}", _refreshed, args, _FLOAT32)
+
+
+def _fingerprints(weights: list[Tensor]) -> list[Tensor]:
+    return [fingerprint(w) for w in weights]
+
+
+def _refreshed(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], code: list[int]) -> list[Tensor]:
+    """u, v and sigma after the weights have changed: every other one, so the rest stays."""
+    us, vs = [u.clone() for u in us], [v.clone() for v in vs]
+    sigmas = [torch.zeros((), dtype=u.dtype, device=u.device) for u in us]
+    groups = [torch.zeros((), dtype=torch.int64, device=us[0].device) for g in decode(code) if g.groups > 1]
+    records = [fingerprint(w) for w in weights]
+    for record in records[::2]:
+        record[:1] += 1
+    changed = torch.zeros(len(us), dtype=torch.bool, device=us[0].device)
+    torch.ops.sn_fast.refresh(weights, us, vs, sigmas, groups, [], records, [], changed, code, 1)
+    return [*us, *vs, *sigmas]
 
 
 def _lanczos(device: str, small: bool) -> Iterator[Case]:

@@ -39,9 +39,9 @@ _PART_COST = 20_000  # to store its sums and be counted
 _JOIN_COST = 2.5  # per partial sum that the last part reads
 
 # How finely sums are split, in shares of what one block has to do: most tiles, the smallest ones that fill the gaps at
-# the end, and how much of the work those are. Blocks on one multiprocessor slow each other down, which the schedule does
-# not know: where each has much to do, the first of these shares that the memory allows is taken as it is (ResNet-18 on an
-# H200: 210 us with the schedule's choice, 157 us with three units for each block).
+# the end, and how much of the work those are. Blocks on one multiprocessor slow each other down, which the schedule
+# does not know: where each has much to do, the first of these shares that the memory allows is taken as it is
+# (ResNet-18 on an H200: 210 us with the schedule's choice, 157 us with three units for each block).
 _COARSE = (0.36, 0.5, 0.65, 0.8, 1.0, 1.4, 2.0, 4.0, 8.0, math.inf)
 _MUCH = 460_000  # 10 us
 _FINE, _LATE = (0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.5)
