@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import refresh as operators
 from ..ops.fingerprint import is_replaced, record_of
-from ..ops.library import has_kernels
+from ..ops.library import has_kernels, is_capturing
 from ..ops.normalize import normalize_all
 from ..ops.records import is_on_host
 from ..ops.refresh import LOCK
@@ -107,7 +107,7 @@ def _refresh_on_device(
         done.update(members)
         made.update(zip(members, compared.snapshots))
         replaced = compared.alarmed
-        if not suspects.isdisjoint(members) and not _is_capturing(compared.changes.device):
+        if not suspects.isdisjoint(members) and not is_capturing(compared.changes.device):
             replaced = on_device.replaced_now(compared, replaced)
         if replaced:
             with _unmarked_on_failure(replaced):
@@ -116,7 +116,7 @@ def _refresh_on_device(
                 made.pop(member, None)
     others = [(member, weight) for member, weight in pairs if member not in done]
     if others:
-        doubtful = [(m, w) for m, w in others if m in suspects and not _is_capturing(w.device)]
+        doubtful = [(m, w) for m, w in others if m in suspects and not is_capturing(w.device)]
         restart([(m, w) for m, w in doubtful if m.record is None or is_replaced(m.operand(w), m.record)])
         if force:
             advance(others, n_power_iterations)
@@ -135,10 +135,6 @@ def _unmarked_on_failure(pairs: Sequence[Pair]) -> Iterator[None]:
         for member, _ in pairs:
             member.record = None  # it is of the new weight, the state may not be
         raise
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_replaced(member: State, weight: Tensor) -> bool:
@@ -284,7 +280,7 @@ def with_ready_weights(pairs: Sequence[Pair], states: Sequence[Snapshot]) -> lis
             by_device.setdefault(weight.device, []).append(i)
     for device, index in by_device.items():
         # A graph under capture has to contain the launch, and nothing that it makes may be used outside it.
-        if not has_kernels(device) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if not has_kernels(device) or is_capturing(device):
             continue
         with torch.inference_mode(False), torch.no_grad():
             values = normalize_all(

@@ -125,3 +125,8 @@ def stream_of(device: torch.device) -> tuple[int, int]:
         return 0, 0
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch._C._cuda_getCurrentRawStream(index), index
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is under capture on this device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

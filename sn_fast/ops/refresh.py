@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference.geometry import decode
 from .fingerprint import fingerprint, renew_record, same_content, update_record
-from .library import define, kernels_of
+from .library import define, is_capturing, kernels_of
 from .power_step import lanczos_start, power_step, starts_of
 from .precision import resolved
 from .prepared_step import PreparedStep, prepare
@@ -229,6 +229,8 @@ def _step(
     tensors = [*weights, *us, *vs, *sigmas, *groups]
     key = (*geometry, precision, *((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors))
     if key not in _STEPS:
+        if is_capturing(weights[0].device):  # its tables would have to be copied to the device now
+            return None
         step = prepare(weights, us, vs, sigmas, tops, geometry, resolved(precision))
         _STEPS[key] = None if step is None or step.records is None else step
     _STEPS.move_to_end(key)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .library import stream_of
+from .library import is_capturing, stream_of
 
 _CAPTURED: dict[int, Tables] = {}  # a graph reads its tables as long as it lives, which nobody is told
 
@@ -22,7 +22,7 @@ class Tables:
     """
 
     def __init__(self, arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> None:
-        if _is_capturing(device):
+        if is_capturing(device):
             raise RuntimeError(
                 "sn_fast: these layers are met for the first time while a CUDA graph is captured, and their tables "
                 "cannot be copied to the device then. Remedy: run the same call once before the capture"
@@ -35,7 +35,7 @@ class Tables:
 
     def addresses(self) -> list[int]:
         """For one use, on the current stream."""
-        if _is_capturing(self.device):
+        if is_capturing(self.device):
             _CAPTURED[id(self)] = self
         elif stream_of(self.device)[0] != 0:  # they were allocated on the default stream
             stream = torch.cuda.current_stream(self.device)
@@ -46,7 +46,3 @@ class Tables:
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
         """A copy of one array, as 4-byte integers."""
         return self._tensors[index].cpu().numpy()
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
