@@ -1,13 +1,13 @@
 // The kernel of a half step: every kind of tile, one unit of work after the other.
 #pragma once
 
+#include <algorithm>
+
 #include "spectral/direct.cuh"
 #include "spectral/gemm.cuh"
 #include "spectral/matrix.cuh"
 
 namespace sn_fast {
-
-constexpr int kBlocksPerMultiprocessor = 3;  // leaves 168 registers a thread: enough not to spill
 
 struct HalfStepShared {
     Unit unit;  // not in registers: tiles need them all
@@ -77,6 +77,12 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor) half_s
         __syncthreads();  // the next unit uses the same shared memory
     }
     wait_for_previous();  // also where there was no unit: what is launched next relies on both having ended
+}
+
+template <Precision kPrecision>
+void launch_half_step_in(const HalfStepParams& params, const Stream& stream, bool early) {
+    const unsigned blocks = static_cast<unsigned>(std::min(params.n_units, parallel_blocks(stream.device)));
+    launch(half_step_kernel<kPrecision>, "half_step", blocks, kTileThreads, sizeof(HalfStepShared), stream, params, early);
 }
 
 }  // namespace sn_fast

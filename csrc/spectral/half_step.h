@@ -39,8 +39,14 @@ struct HalfStepParams {
 
 static_assert(sizeof(HalfStepParams) <= 4096, "kernel parameters");
 
+constexpr int kBlocksPerMultiprocessor = 3;  // leaves 168 registers a thread: enough not to spill
+
 // `early`: the half step before it on the stream may still run.
 void launch_half_step(const HalfStepParams& params, const Stream& stream, bool early = false);
+
+// The kernel of one precision. Each is compiled in a file of its own, half_step_<precision>.cu, for that takes a minute.
+template <Precision kPrecision>
+void launch_half_step_in(const HalfStepParams& params, const Stream& stream, bool early);
 
 // Blocks of its kernel that run at the same time on one device: what the plan divides the work by.
 int parallel_blocks(int device);
