@@ -30,7 +30,7 @@ namespace sn_fast {
 namespace on_cpu {
 
 constexpr int kWarpLanes = 32;
-constexpr std::size_t kStackBytes = 256 * 1024;
+constexpr std::size_t kStackBytes = (kWatched ? 64 : 256) * 1024;  // new ones are dear under ThreadSanitizer
 
 // Switching between stacks. ucontext does it everywhere, but makes two system calls each time.
 #ifdef __x86_64__

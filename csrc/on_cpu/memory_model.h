@@ -12,7 +12,7 @@
 #pragma once
 
 #include <cstddef>
-#include <stdexcept>
+#include <memory>
 #include <vector>
 
 #ifdef __SANITIZE_THREAD__
@@ -113,11 +113,9 @@ public:
         if (!kWatched) return;
         Thread& t = threads_[static_cast<std::size_t>(thread)];
         if (!t.has_fenced) return;
-        if (messenger_of_ < 0) messenger_of_ = thread;
-        if (messenger_of_ != thread)
-            throw std::logic_error("cuda_on_cpu: atomics of two threads of a block after fences");
+        if (!t.messenger) t.messenger = std::make_unique<Fiber>();
         void* self = Fiber::running();
-        Fiber::go_on_as(messenger_.handle());
+        Fiber::go_on_as(t.messenger->handle());
         acquire(&t.fenced);
         release(address);
         Fiber::go_on_as(self);
@@ -131,6 +129,7 @@ private:
         Fiber fiber;
         char fenced = 0;  // the place of its fences
         bool has_fenced = false;
+        std::unique_ptr<Fiber> messenger;  // of the few threads that need one
         unsigned barriers[2] = {0, 0};  // passed, of its warp and of the block
         std::vector<void*> seen;        // by atomics since its last fence
     };
@@ -147,8 +146,6 @@ private:
     std::vector<Thread> threads_;
     std::vector<Places> warps_;
     char block_[2] = {0, 0};
-    Fiber messenger_;
-    int messenger_of_ = -1;
 };
 
 }  // namespace on_cpu
