@@ -1,17 +1,18 @@
 // Memory between threads as ThreadSanitizer is to see it: which emulated threads there are, and what orders them.
 //
-// An emulated thread is a fiber of its own to ThreadSanitizer, and switching between them orders nothing. Memory is ordered
-// by barriers, by __syncwarp and, between blocks, by fences (a shuffle orders none), as in the PTX memory model:
+// An emulated thread is a fiber of its own to ThreadSanitizer, and switching between them orders nothing. Memory is
+// ordered by barriers, by __syncwarp and, between blocks, by fences (a shuffle orders none), as PTX defines it:
 //
-//   A fence of thread A, then an atomic of A that thread B's atomic sees, then a fence of B: what came before A's fence, in
-//   A or in threads that A had met at a barrier, is visible to B and to threads that meet B at a barrier after that.
+//   A fence of thread A, then an atomic of A that thread B's atomic sees, then a fence of B: what came before A's
+//   fence, in A or in threads that A had met at a barrier, is visible to B and to threads that meet B at a
+//   barrier after that.
 //
 // Fences in other places order nothing here: on a GPU they do so at best because fences of the strongest kind are
 // numbered through. Without ThreadSanitizer all of this is empty.
 #pragma once
 
 #include <cstddef>
-#include <stdexcept>
+#include <memory>
 #include <vector>
 
 #ifdef __SANITIZE_THREAD__
@@ -82,10 +83,12 @@ public:
     explicit Ordering(int threads)
         : threads_(static_cast<std::size_t>(kWatched ? threads : 0)), warps_(static_cast<std::size_t>(threads) / 32) {}
 
-    void* fiber(int thread) const { return kWatched ? threads_[static_cast<std::size_t>(thread)].fiber.handle() : nullptr; }
+    void* fiber(int thread) const {
+        return kWatched ? threads_[static_cast<std::size_t>(thread)].fiber.handle() : nullptr;
+    }
 
-    // Before a thread waits at its n-th barrier of the block, or of its warp, and after it. Two places in turns are enough:
-    // nobody comes to the next but one before all have left this one.
+    // Before a thread waits at its n-th barrier of the block, or of its warp, and after it. Two places in turns are
+    // enough: nobody comes to the next but one before all have left this one.
     void arrive(int thread, int warp, bool whole_block) {
         if (!kWatched) return;
         release(place(thread, warp, whole_block));
@@ -110,10 +113,9 @@ public:
         if (!kWatched) return;
         Thread& t = threads_[static_cast<std::size_t>(thread)];
         if (!t.has_fenced) return;
-        if (messenger_of_ < 0) messenger_of_ = thread;
-        if (messenger_of_ != thread) throw std::logic_error("cuda_on_cpu: atomics of two threads of a block after fences");
+        if (!t.messenger) t.messenger = std::make_unique<Fiber>();
         void* self = Fiber::running();
-        Fiber::go_on_as(messenger_.handle());
+        Fiber::go_on_as(t.messenger->handle());
         acquire(&t.fenced);
         release(address);
         Fiber::go_on_as(self);
@@ -127,6 +129,7 @@ private:
         Fiber fiber;
         char fenced = 0;  // the place of its fences
         bool has_fenced = false;
+        std::unique_ptr<Fiber> messenger;  // of the few threads that need one
         unsigned barriers[2] = {0, 0};  // passed, of its warp and of the block
         std::vector<void*> seen;        // by atomics since its last fence
     };
@@ -143,8 +146,6 @@ private:
     std::vector<Thread> threads_;
     std::vector<Places> warps_;
     char block_[2] = {0, 0};
-    Fiber messenger_;
-    int messenger_of_ = -1;
 };
 
 }  // namespace on_cpu

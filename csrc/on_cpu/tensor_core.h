@@ -8,10 +8,10 @@
 namespace sn_fast {
 namespace on_cpu {
 
-// Of a matrix instruction's products, `block` are added to the sum at a time. They and the sum are aligned to the largest
-// exponent among them, what lies `extra_bits` below float32's last bit is cut off each, and the exact sum of the rest is
-// cut to float32. All cuts are towards zero. Measured by Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of
-// NVIDIA tensor cores" (A100), and in the same way since (H100).
+// Of a matrix instruction's products, `block` are added to the sum at a time. They and the sum are aligned to the
+// largest exponent among them, what lies `extra_bits` below float32's last bit is cut off each, and the exact sum
+// of the rest is cut to float32. All cuts are towards zero. Measured by Fasi, Higham, Mikaitis, Pranesh 2021,
+// "Numerical behavior of NVIDIA tensor cores" (A100), and in the same way since (H100).
 struct TensorCore {
     int tf32_block, bfloat16_block, extra_bits;
 };
@@ -31,7 +31,8 @@ inline float tensor_core_sum(float sum, const float* a, const float* b, int bloc
     for (int i = 0; i < block; ++i) {
         const double product = static_cast<double>(a[i]) * static_cast<double>(b[i]);
         plain += product;
-        if (product != 0.0 && std::isfinite(product)) exponent = std::max(exponent, std::ilogb(a[i]) + std::ilogb(b[i]));
+        if (product != 0.0 && std::isfinite(product))
+            exponent = std::max(exponent, std::ilogb(a[i]) + std::ilogb(b[i]));
     }
     if (!std::isfinite(plain)) return static_cast<float>(plain);
     // 2) All terms in units of the last bit that is kept: a conversion to an integer cuts.

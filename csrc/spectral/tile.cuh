@@ -85,8 +85,8 @@ __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32
     constexpr int kEach = sizeof(Several) / sizeof(float), kLoads = kCount / kEach;
     const int thread = thread_number();
     Several* parts = reinterpret_cast<Several*>(split.partials) + thread;
-    // 1) This part to memory. What the block has written before the barrier, one thread's fence makes visible to whoever
-    // sees its count; and a fence after the count makes all that was counted before visible to the block.
+    // 1) This part to memory. One thread's fence makes what the block wrote before the barrier visible to whoever sees
+    // its count, and its fence after the count makes all that was counted before visible to the block.
     Several* mine = parts + split.part * (kLoads * kTileThreads);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) mine[i * kTileThreads] = packed<Several>(sum + i * kEach);

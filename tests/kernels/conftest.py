@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,21 @@ from sn_fast.ops.library import UseKernels, has_kernels
 from ..on_device import DEVICE
 from . import on_cpu, tensor_cores
 
+_MOST_UNDER_SANITIZERS = 6  # sets of parameters of one test
 THREAD_ORDERS = (0, 1, 2, 3) if DEVICE.type == "cpu" else (0,)  # 0: as numbered; a GPU has its own
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under sanitizers, which are slow: a few of every test's sets of parameters, drawn."""
+    if not on_cpu.sanitizers_loaded():
+        return
+    sets: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        sets.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    few = [random.Random(0).sample(of_one, min(len(of_one), _MOST_UNDER_SANITIZERS)) for of_one in sets.values()]
+    kept = {item for of_one in few for item in of_one}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 class _OnGpu:

@@ -34,6 +34,8 @@ PROGRAM = """
     from pathlib import Path
     from sn_fast import ConvOperator, MatrixOperator
     from sn_fast.ops.library import UseKernels
+    from sn_fast.ops.prepared_step import prepare
+    from sn_fast.ops.records import length_of
     from tests.kernels import on_cpu
     from tests.kernels.power_steps import Call, planning
     from tests.kernels.weight_gradients import Call as Gradient, parts
@@ -46,26 +48,44 @@ PROGRAM = """
         MatrixOperator(torch.randn(16, 600)),
         MatrixOperator(torch.randn(500, 20)),
     ]
-    call = Call.of(*operators)
-    served = UseKernels(module, "cpu")
-    module.set_parallel(3)
-    for order in {orders!r}:
-        module.set_thread_order(order)
+
+    def steps():
+        call = Call.of(*operators)
         with planning(split=True, parallel=9):
             call.run()
         with planning(parallel=9):
             call.run(precision="3xtf32")
         with parts(3):
             Gradient.of(operators[0]).run()
+
+    def refresh():
+        call = Call.of(*operators)
+        sigmas = [torch.zeros(()) for _ in operators]
+        with planning(split=True, parallel=9):
+            step = prepare(call.weights, call.us, call.vs, sigmas, [None] * len(sigmas), call.code, "fp32")
+        records = [torch.zeros(length_of(w.numel()), dtype=torch.int64) for w in call.weights]
+        found = []
+        for changed in ([], [0, 3], []):
+            for i in changed:
+                call.weights[i].mul_(1.01)
+            found.append(step.refresh(2, records, copies=True, vectors=True).changes.tolist())
+        assert found == [[2] * 5 + [5], [1, 0, 0, 1, 0, 2], [0] * 6], found
+
+    served = UseKernels(module, "cpu")
+    module.set_parallel(3)
+    for order in {orders!r}:
+        module.set_thread_order(order)
+        for run in ({runs}):
+            run()
     served.stop()
     print("finished")
 """
 
 
-def watched(folder: Path, *edits: Edit, orders: Sequence[int] = (0, 1)) -> str:
+def watched(folder: Path, *edits: Edit, orders: Sequence[int] = (0, 1), runs: str = "steps, refresh") -> str:
     """What a process says in which blocks run at once."""
     library = on_cpu.library(edited(folder, *edits) if edits else on_cpu.CSRC, extra=FLAGS)
-    program = textwrap.dedent(PROGRAM).format(library=str(library), orders=tuple(orders))
+    program = textwrap.dedent(PROGRAM).format(library=str(library), orders=tuple(orders), runs=f"{runs},")
     # Addresses at random may lie where ThreadSanitizer keeps its own.
     fixed = [setarch, os.uname().machine, "-R"] if (setarch := shutil.which("setarch")) else []
     environment = os.environ | {
@@ -110,16 +130,42 @@ FAULTS: dict[str, Sequence[Edit]] = {
     "no barrier after counting": [(f"{AFTER}    }}\n    __syncthreads();\n", f"{AFTER}    }}\n")],
     "parts counted without an atomic": [("atomicAdd(split.counter, 1)", "(*split.counter)++")],
     "units taken without an atomic": [
-        ("s.next = atomicAdd(p.taken, 1);\n        // 3)", "s.next = (*p.taken)++;\n        // 3)"),
+        ("            next = atomicAdd(p.taken, 1);", "            next = (*p.taken)++;"),
     ],
     "no barrier at a unit's end": [("        __syncthreads();  // the next unit uses the same shared memory\n", "")],
     "no barrier in the gemm tile": [
-        ("            stage(buffer ^ 1);\n            __syncthreads();", "stage(buffer ^ 1);")
+        (
+            "wait_for_copies<kWeightStages - 2>();\n                __syncthreads();",
+            "wait_for_copies<kWeightStages - 2>();",
+        )
     ],
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(tmp_path: Path, name: str) -> None:
-    said = watched(tmp_path, *FAULTS[name])
+    said = watched(tmp_path, *FAULTS[name], runs="steps")
+    assert "WARNING: ThreadSanitizer: data race" in said, said[-8000:]
+
+
+HASHED = "atomicAdd(&p.sums[unit.op], sum);\n"
+COMPARED = "== w.units - 1;\n        __threadfence();\n"
+FAULTS_OF_A_REFRESH: dict[str, Sequence[Edit]] = {
+    "no fence before counting": [(f"{HASHED}        __threadfence();\n", HASHED)],
+    "no fence after counting": [(COMPARED, "== w.units - 1;\n")],
+    "no barrier after counting": [(f"{COMPARED}    }}\n    __syncthreads();\n", f"{COMPARED}    }}\n")],
+    "hashes added without an atomic": [(HASHED, "p.sums[unit.op] += sum;\n")],
+    "changes counted without an atomic": [("atomicAdd(&p.changes[p.n_operators], 1)", "++p.changes[p.n_operators]")],
+    "no barrier at the end of a unit that is left out": [
+        (
+            "if (!p.changes || p.changes[s.gather.op] != 0) {",
+            "if (p.changes && p.changes[s.gather.op] == 0) continue;\n{",
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_A_REFRESH)
+def test_a_fault_planted_in_a_refresh_is_found(tmp_path: Path, name: str) -> None:
+    said = watched(tmp_path, *FAULTS_OF_A_REFRESH[name], runs="refresh")
     assert "WARNING: ThreadSanitizer: data race" in said, said[-8000:]

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from sn_fast.reference import normalize as reference
 
 from ..on_device import DEVICE
 from .conftest import THREAD_ORDERS
-from .small_operators import DTYPES, properties
+from .small_operators import DTYPES, drawn
 from .weight_gradients import INF, NAN, above, same
 
 
@@ -152,7 +152,7 @@ def test_float64_goes_to_the_reference(kernels: ModuleType) -> None:
         assert same(result, wanted)
 
 
-@settings(properties, max_examples=60)
+@drawn(60)
 @given(
     seed=st.integers(0, 2**31),
     order=st.sampled_from(THREAD_ORDERS),

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sn_fast import MatrixOperator
@@ -16,11 +16,11 @@ from sn_fast.ops.power_step import PRECISIONS
 
 from ..layers.geometries import Case, cases
 from .conftest import THREAD_ORDERS
-from .small_operators import DTYPES, conv, line, matrix, properties
+from .small_operators import DTYPES, conv, drawn, line, matrix
 from .weight_gradients import CHOSEN, INF, NAN, Call, above, calls, parts, plan_of, same
 
 
-@settings(properties, max_examples=150)
+@drawn(150)
 @given(call=calls(), order=st.sampled_from(THREAD_ORDERS), n=st.sampled_from([None, 1, 2, 3, 5]))
 def test_every_geometry(kernels: ModuleType, call: Call, order: int, n: int | None) -> None:
     kernels.set_thread_order(order)
@@ -31,7 +31,7 @@ def test_every_geometry(kernels: ModuleType, call: Call, order: int, n: int | No
             call.check()
 
 
-@settings(properties, max_examples=60)
+@drawn(60)
 @given(
     call=calls(),
     order=st.sampled_from(THREAD_ORDERS),
@@ -44,7 +44,7 @@ def test_every_geometry_in_every_precision(kernels: ModuleType, call: Call, orde
         call.check(precision, 4.0 if precision == "3xtf32" else 2.0)
 
 
-@settings(properties, max_examples=40)
+@drawn(40)
 @given(case=cases(), cap=st.booleans(), seed=st.integers(0, 2**31))
 def test_it_is_the_derivative_of_pytorchs_own_layer(kernels: ModuleType, case: Case, cap: bool, seed: int) -> None:
     """W / (<u, A(W) v> / beta), u and v constant, through PyTorch's convolution in float64."""

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sn_fast import ConvOperator
@@ -19,10 +19,10 @@ from ..attacks.models import same_bits
 from .accuracy import UNIT_ROUNDOFF
 from .conftest import THREAD_ORDERS
 from .power_steps import CHOSEN, Call, check_precision, gathers_of, operators, plan_of, planning
-from .small_operators import conv, line, matrix, properties
+from .small_operators import conv, drawn, line, matrix
 
 
-@settings(properties, max_examples=200)
+@drawn(200)
 @given(
     mixture=st.lists(operators(), min_size=1, max_size=4),
     seed=st.integers(0, 2**31),
@@ -35,7 +35,7 @@ def test_every_geometry(kernels: ModuleType, mixture: list[LayerOperator], seed:
         Call.of(*mixture, seed=seed).check()
 
 
-@settings(properties, max_examples=60)
+@drawn(60)
 @given(
     op=operators(300_000),
     order=st.sampled_from(THREAD_ORDERS),
@@ -51,7 +51,7 @@ def test_every_geometry_in_every_precision(
         check_precision(op, precision)
 
 
-@settings(properties, max_examples=40)
+@drawn(40)
 @given(data=st.data(), seed=st.integers(0, 2**31), split=st.booleans())
 def test_paddings_wider_than_the_kernel(kernels: ModuleType, data: st.DataObject, seed: int, split: bool) -> None:
     """In the adjoint a border that is repeated is read through as many slots: hundreds, of few channels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sn_fast import LinearOperator
@@ -15,7 +15,7 @@ from sn_fast.ops.units import Tiling
 from sn_fast.reference.geometry import Geometry
 
 from .power_steps import KINDS, Call, gathers_of, operators, plan_from, plan_of, units_of
-from .small_operators import conv, matrix, properties
+from .small_operators import conv, drawn, matrix
 
 
 def check_plan(call: Call, parallel: int = 9) -> None:
@@ -62,7 +62,7 @@ def check_plan(call: Call, parallel: int = 9) -> None:
     assert plan.partial_size <= max(4 * sum(plan.result_sizes), 1 << 20)
 
 
-@settings(properties, max_examples=60)
+@drawn(60)
 @given(mixture=st.lists(operators(), min_size=1, max_size=4), parallel=st.sampled_from([1, 9, 400]))
 def test_plans_cover_all_work_once(mixture: list[LinearOperator], parallel: int) -> None:
     check_plan(Call.of(*mixture), parallel)

@@ -173,7 +173,10 @@ BARRIERS: dict[str, Edit] = {
         "scratch[thread / kWarp] = value;\n    __syncthreads();",
         "scratch[thread / kWarp] = value;",
     ),
-    "join_splits: who is last": ("split.parts - 1;\n    __syncthreads();", "split.parts - 1;"),
+    "join_splits: who is last": (
+        "split.parts - 1;\n        __threadfence();\n    }\n    __syncthreads();",
+        "split.parts - 1;\n        __threadfence();\n    }",
+    ),
     "finish: the warps' largest": (
         "s.best[thread / kWarp] = best;\n    __syncthreads();",
         "s.best[thread / kWarp] = best;",
@@ -254,13 +257,17 @@ def test_bits_do_not_depend_on_the_number_of_blocks(tmp_path: Path, module: Modu
 
 OVERFLOW = "ERROR: AddressSanitizer: heap-buffer-overflow"
 BEYOND: dict[str, tuple[Edit, str, str]] = {  # what is said of it, and where
-    "a unit too many": (("number < p.n_units", "number <= p.n_units"), OVERFLOW, "half_step.cuh"),
+    "a unit too many": (("number < p.n_units", "number <= p.n_units"), OVERFLOW, "half_step_kernel"),
     "a row beyond the last": (
         ("last_row = g.rows - unit.row - 1;", "last_row = g.rows - unit.row;"),
         OVERFLOW,
-        "gemm.cuh",
+        "GemmTile<float",
     ),
-    "a depth beyond the last": (("kDepth + depth_b, depth - 1)", "kDepth + depth_b, 1 << 20)"), OVERFLOW, "gemm.cuh"),
+    "a depth beyond the last": (
+        ("kDepth + depth_b, depth - 1)", "kDepth + depth_b, 1 << 20)"),
+        OVERFLOW,
+        "GemmTile<float",
+    ),
     "an element too many": (("if (e < count) sums[e]", "if (e <= count) sums[e]"), OVERFLOW, "axpy_tile"),
     "a wrong row": (("at[c * g.channel_stride + e]", "at[(c + 1) * g.channel_stride + e]"), OVERFLOW, "axpy_tile"),
     "a slot beyond its table": (
