@@ -272,7 +272,8 @@ class State(nn.Module):
 
     def saw(self, weight: Tensor) -> None:
         """Note in which version a weight was when its device compared it."""
-        self.__dict__["_seen"] = (*_identity(weight), None if is_on_host(weight.device) else latest())
+        asks = not (weight.is_meta or is_on_host(weight.device))  # whether the host will want to know who wrote it
+        self.__dict__["_seen"] = (*_identity(weight), latest() if asks else None)
 
     # -- geometry and buffers -----------------------------------------------------------------------------------------
 
