@@ -240,7 +240,7 @@ class State(nn.Module):
         """Whether the host sees another weight: another tensor, or another version though no optimizer took a step."""
         *seen, steps = self._seen or (None, None)
         now = _identity(weight)
-        return tuple(seen) != now and (tuple(seen[1:]) != now[1:] or steps is latest())
+        return tuple(seen) != now and (tuple(seen[1:]) != now[1:] or (steps is not None and steps is latest()))
 
     def mark(self, weight: Tensor) -> None:
         """Note that the state belongs to this weight."""
