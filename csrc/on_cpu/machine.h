@@ -166,9 +166,12 @@ public:
     }
     template <class T>
     T atomic_add(T* address, T value) {
-        const Unwatched unwatched;  // which does not apply to atomics
-        ordering_->before_atomic(running_, address);
-        const T old = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+        {
+            const Unwatched unwatched;
+            ordering_->before_atomic(running_, address);
+        }
+        const T old = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);  // watched, for plain accesses elsewhere
+        const Unwatched unwatched;
         ordering_->after_atomic(running_, address);
         return old;
     }

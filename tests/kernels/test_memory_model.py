@@ -75,17 +75,16 @@ PROGRAM = """
     module.set_parallel(3)
     for order in {orders!r}:
         module.set_thread_order(order)
-        for run in ({runs}):
-            run()
+        {runs}()
     served.stop()
     print("finished")
 """
 
 
-def watched(folder: Path, *edits: Edit, orders: Sequence[int] = (0, 1), runs: str = "steps, refresh") -> str:
+def watched(folder: Path, *edits: Edit, runs: str, orders: Sequence[int] = (0, 1)) -> str:
     """What a process says in which blocks run at once."""
     library = on_cpu.library(edited(folder, *edits) if edits else on_cpu.CSRC, extra=FLAGS)
-    program = textwrap.dedent(PROGRAM).format(library=str(library), orders=tuple(orders), runs=f"{runs},")
+    program = textwrap.dedent(PROGRAM).format(library=str(library), orders=tuple(orders), runs=runs)
     # Addresses at random may lie where ThreadSanitizer keeps its own.
     fixed = [setarch, os.uname().machine, "-R"] if (setarch := shutil.which("setarch")) else []
     environment = os.environ | {
@@ -103,8 +102,9 @@ def watched(folder: Path, *edits: Edit, orders: Sequence[int] = (0, 1), runs: st
     return done.stdout + done.stderr
 
 
-def test_blocks_at_once_are_ordered_where_they_meet(tmp_path: Path) -> None:
-    said = watched(tmp_path, orders=range(4))
+@pytest.mark.parametrize(("runs", "orders"), [("steps", range(4)), ("refresh", range(2))], ids=["steps", "refresh"])
+def test_blocks_at_once_are_ordered_where_they_meet(tmp_path: Path, runs: str, orders: Sequence[int]) -> None:
+    said = watched(tmp_path, orders=orders, runs=runs)
     assert "WARNING: ThreadSanitizer" not in said, said[:8000]
     assert "finished" in said, said[-8000:]
 
