@@ -389,9 +389,16 @@ __global__ void __launch_bounds__(kChunkThreads) pgd_step_l1_distance(PgdStep p)
     leave(tile, 1, sum, shared);
 }
 
+// Blocks of the last launch that share a multiprocessor: with one more, its registers do not suffice.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kApplyBlocks = 4;
+#else
+constexpr int kApplyBlocks = 5;
+#endif
+
 // Last launch: the update itself.
 template <Norm kNorm>
-__global__ void __launch_bounds__(kChunkThreads, 5) pgd_step_apply(PgdStep p) {
+__global__ void __launch_bounds__(kChunkThreads, kApplyBlocks) pgd_step_apply(PgdStep p) {
     TileBlock& shared = shared_memory<TileBlock>();
     const Tile tile = tile_of_block(p);
     const bool inactive = is_inactive(p, tile.sample), moves = p.grad.address && !inactive;

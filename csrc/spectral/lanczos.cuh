@@ -34,7 +34,7 @@ struct OrthogonalizeShared {
 };
 
 // Where only rounding is left, the span is exhausted: the vector and its length become zero.
-__global__ void __launch_bounds__(kLanczosThreads) orthogonalize_kernel(OrthogonalizeParams p) {
+__global__ void __launch_bounds__(kLanczosThreads, 1) orthogonalize_kernel(OrthogonalizeParams p) {
     OrthogonalizeShared& s = shared_memory<OrthogonalizeShared>();
     const Part part = p.parts[blockIdx.x];
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
