@@ -162,6 +162,21 @@ void register_spectral(py::module_& m) {
         step.n_counters = n_counters, step.precision = precision;
         power_step(step, stream_of(stream));
     });
+    m.def("half_step", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int half, Addresses weights,
+                          Addresses vectors, Address result, Address norms, Address partials, Address counters,
+                          int n_counters, int precision, StreamArg stream) {
+        SN_CHECK(half == 0 || half == 1, "got ", half);
+        PowerStep step{};
+        step.gathers = pointer<const Gather>(plan[0]), step.units = pointer<const Unit>(plan[1]);
+        step.table = pointer<const std::int32_t>(plan[3]);
+        step.n_units[0] = n_units[0], step.n_units[1] = n_units[1];
+        step.weights = std::move(weights);
+        step.given[half] = std::move(vectors);
+        step.results[half] = pointer<float>(result), step.norms[half] = pointer<double>(norms);
+        step.partials = pointer<float>(partials), step.counters = pointer<std::int32_t>(counters);
+        step.n_counters = n_counters, step.precision = precision;
+        half_step(step, half, stream_of(stream));
+    });
     py::class_<Refresh>(m, "Refresh", py::module_local())
         .def(py::init([](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_pieces, Addresses weights,
                          Addresses starts, Addresses others, Address targets, int n_counters, int precision) {

@@ -49,6 +49,9 @@ struct PowerStep {
 
 void power_step(const PowerStep& step, const Stream& stream);
 
+// The product of one of the half steps alone, `half` 0 or 1, of the vectors given for it: not normalised, in `results`.
+void half_step(const PowerStep& step, int half, const Stream& stream);
+
 // Sizes of the plan's structs, for sn_fast/ops/plan.py to compare with its own.
 std::vector<int> plan_struct_sizes();
 
