@@ -33,7 +33,7 @@ def test_what_a_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch, captured: b
     monkeypatch.setattr(tables, "_CAPTURED", {})
     made = some()
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "_is_capturing", lambda device: captured)
+        patch.setattr(tables, "is_capturing", lambda device: captured)
         made.addresses()
         made.addresses()
     assert len(tables._CAPTURED) == captured
@@ -44,7 +44,7 @@ def test_what_a_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch, captured: b
 
 
 def test_a_capture_cannot_be_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="Remedy: run the same call once before the capture"):
         some()
 
