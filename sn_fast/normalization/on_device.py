@@ -18,14 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.library import stream_of
+from ..ops.library import is_capturing, stream_of
+from ..ops.power_step import MAX_OPERATORS
 from ..ops.prepared_step import PreparedStep
 from .certify import certified
 from .prepared import Pair, batches_of, note_writes, prepared
 from .state import Snapshot, State, version_of
 
 _REPLACED = 2  # csrc/spectral/fingerprint.h: Change
-_MOST = 200  # layers of one call: ops/power_step.py
+_MOST = MAX_OPERATORS  # layers of one call
 
 
 class Compared(NamedTuple):
@@ -113,8 +114,10 @@ def _alarmed(step: PreparedStep, batch: list[Pair]) -> list[Pair]:
     flags = _arrived(step)
     if not any(flags):
         return []
-    step.alarms.zero_()
-    return [pair for pair, flag in zip(batch, flags) if flag]
+    seen = [i for i, flag in enumerate(flags) if flag]
+    for i in seen:  # others may have been raised since
+        step.alarms[i].zero_()
+    return [batch[i] for i in seen]
 
 
 def _arrived(step: PreparedStep) -> list[int]:
@@ -122,14 +125,14 @@ def _arrived(step: PreparedStep) -> list[int]:
     if not step.alarms.is_cuda:
         return step.alarms.tolist()
     told = _told.get(step)
-    if told is None or told.arrived is None or torch.cuda.is_current_stream_capturing() or not told.arrived.query():
+    if told is None or told.arrived is None or is_capturing(step.alarms.device) or not told.arrived.query():
         return []
     told.arrived = None
     return told.alarms.tolist()
 
 
 def _tell(step: PreparedStep) -> None:
-    if not step.alarms.is_cuda or torch.cuda.is_current_stream_capturing():
+    if not step.alarms.is_cuda or is_capturing(step.alarms.device):
         return
     told = _told.get(step)
     if told is None:
@@ -148,7 +151,7 @@ _written: dict[int, tuple[int, torch.cuda.Event]] = {}  # by device: the stream 
 def ordered(pairs: Sequence[Pair]) -> Iterator[None]:
     """Have what is written to states of a GPU wait for what another stream writes there."""
     device = next((w.device for _, w in pairs if w.is_cuda), None)
-    if device is None or torch.cuda.is_current_stream_capturing():
+    if device is None or is_capturing(device):
         yield
         return
     stream, index = torch.cuda.current_stream(device), device.index

@@ -78,14 +78,13 @@ def _prepare(batch: Sequence[Pair], precision: str) -> PreparedStep | None:
 
 
 def _places(batch: Sequence[Pair], precision: str) -> list[object]:
-    """All that a prepared step takes for given: which tensors hold weight and state, and where they lie."""
+    """All that a prepared step takes for given: where weights and states lie, and how."""
     places: list[object] = [precision]
     for member, weight in batch:
+        places += (type(weight), member.geometry)
         there = member._buffers
-        u, v, sigma, group = there["u"], there["v"], there[member.iterated_name], there.get("top_group")
-        places += (weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), type(weight), id(member.geometry))
-        places += (id(u), u.data_ptr(), id(v), v.data_ptr(), id(sigma), sigma.data_ptr())  # type: ignore[union-attr]
-        places += (id(group), 0 if group is None else group.data_ptr())
+        for t in (weight, there["u"], there["v"], there[member.iterated_name], there.get("top_group")):
+            places += (None,) if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride())
     return places
 
 

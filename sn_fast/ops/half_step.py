@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference.geometry import decode
 from ..reference.linear_map import compute_dtype, matvec, rmatvec
 from .library import define, stream_of
-from .power_step import plans_of
+from .power_step import plans_of, take
 from .precision import PRECISIONS, resolved
 
 
@@ -76,17 +76,12 @@ def _half_step_kernel(
 ) -> Tensor:
     plans = plans_of(module, "half_step", weights, geometry)
     half = int(second)
-    if plans is None or len(plans) > 1 or any(x.dtype != torch.float32 for x in vectors):
+    if plans is None or len(plans) > 1:
         return _half_step_reference(weights, vectors, geometry, second, precision)
     (plan,) = plans
-    wanted = [v if (bool(g.axes) != second) else u for (u, v), g in zip(plan.shapes, decode(geometry), strict=True)]
-    if len(vectors) != len(wanted):
-        raise ValueError(f"half_step: {len(vectors)} vectors for {len(wanted)} weights; give one of each")
-    for i, (x, shape) in enumerate(zip(vectors, wanted)):
-        if tuple(x.shape) != shape or x.device != plan.device:
-            raise ValueError(
-                f"half_step: vectors[{i}] has shape {tuple(x.shape)} on {x.device}; give {shape} on {plan.device}"
-            )
+    wanted = [v if bool(g.axes) != second else u for (u, v), g in zip(plan.shapes, decode(geometry), strict=True)]
+    if not take("half_step", "x", vectors, wanted, weights[0]):
+        return _half_step_reference(weights, vectors, geometry, second, precision)
     vectors = [x.contiguous() for x in vectors]
     result = torch.empty(plan.result_sizes[half], dtype=torch.float32, device=plan.device)
     norms = torch.empty(plan.norm_sizes[half], dtype=torch.float64, device=plan.device)

@@ -19,7 +19,7 @@ from .library import define, stream_of
 from .plan import Plan
 from .precision import PRECISIONS, resolved
 
-_MAX_OPERATORS = 200  # csrc/spectral/half_step.h: kMaxOperators
+MAX_OPERATORS = 200  # csrc/spectral/half_step.h: kMaxOperators
 _MAX_LANCZOS = 32  # csrc/spectral/lanczos.h: kMaxLanczos
 _LANCZOS_PASSES = 3  # likewise: kLanczosPasses
 
@@ -118,13 +118,13 @@ def _power_step_kernel(
     u_shapes, v_shapes = ([shapes[side] for plan in plans or () for shapes in plan.shapes] for side in (0, 1))
     if (
         plans is None
-        or not _take("power_step", "u", us, u_shapes, weights[0])
-        or not _take("power_step", "v", vs, v_shapes, weights[0])
+        or not take("power_step", "u", us, u_shapes, weights[0])
+        or not take("power_step", "v", vs, v_shapes, weights[0])
     ):
         return _power_step_flat(weights, us, vs, geometry, n_iterations, precision)
     pieces: list[Flat] = []
-    for i, plan in zip(range(0, len(weights), _MAX_OPERATORS), plans):
-        part = slice(i, i + _MAX_OPERATORS)
+    for i, plan in zip(range(0, len(weights), MAX_OPERATORS), plans):
+        part = slice(i, i + MAX_OPERATORS)
         starts = [x.contiguous() for x in starts_of(us[part], vs[part])]
         images = [x.contiguous() for x in images_of(us[part], vs[part])]
         for _ in range(n_iterations):
@@ -177,12 +177,12 @@ def _plans(
         layouts.append(layout)
     parallel = module.parallel_blocks(stream_of(device)[1])
     plans = [
-        Plan(module, layouts[i : i + _MAX_OPERATORS], device, parallel) for i in range(0, len(layouts), _MAX_OPERATORS)
+        Plan(module, layouts[i : i + MAX_OPERATORS], device, parallel) for i in range(0, len(layouts), MAX_OPERATORS)
     ]
     return plans if all(max(plan.result_sizes) < 2**31 for plan in plans) else None
 
 
-def _take(operator: str, name: str, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], like: Tensor) -> bool:
+def take(operator: str, name: str, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], like: Tensor) -> bool:
     """Whether the kernels take these vectors of ``like``'s device. Wrong numbers, shapes and devices raise."""
     if len(vectors) != len(shapes):
         raise ValueError(f"{operator}: {len(vectors)} vectors {name} for {len(shapes)} weights; give one of each")
@@ -247,7 +247,7 @@ def _lanczos_start_kernel(
     if plans is None or len(plans) > 1 or n_iterations > _MAX_LANCZOS:
         return _lanczos_start_reference(weights, starts, geometry, n_iterations)
     shapes_of_starts = [v if from_v else u for (u, v), from_v in zip(plans[0].shapes, plans[0].starts_from_v)]
-    if not _take("lanczos_start", "start", starts, shapes_of_starts, weights[0]):
+    if not take("lanczos_start", "start", starts, shapes_of_starts, weights[0]):
         return _lanczos_start_reference(weights, starts, geometry, n_iterations)
     (plan,), device = plans, weights[0].device
     n, count = n_iterations, plan.n_spans

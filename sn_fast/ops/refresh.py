@@ -206,9 +206,8 @@ def _refresh_on_device(
     copy(records, prints)
 
 
-_STEPS: OrderedDict[tuple[object, ...], PreparedStep | None] = (
-    OrderedDict()
-)  # by addresses: what compiled code refreshes
+# What compiled code refreshes, by addresses.
+_STEPS: OrderedDict[tuple[object, ...], PreparedStep | None] = OrderedDict()
 _MOST_STEPS = 16
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference.updates import Bound
+from .layout import memory_digits
 from .library import dtype_code
 
 MAX_INDEX = 2**31
@@ -93,14 +94,7 @@ class Layout:
 
     def digits(self) -> list[tuple[int, int]]:
         """From an element's place in memory to its logical index: sizes and strides, fastest first; [] if equal."""
-        digits: list[tuple[int, int]] = []
-        for d in self.dims:
-            size, stride = self.out.shape[d], math.prod(self.out.shape[d + 1 :])
-            if digits and stride == digits[-1][0] * digits[-1][1]:
-                digits[-1] = (digits[-1][0] * size, digits[-1][1])
-            else:
-                digits.append((size, stride))
-        return digits if len(digits) > 1 else []
+        return memory_digits(self.out.shape, self.dims)
 
     def finish(self) -> Tensor:
         return self.result if self.out is self.result else self.result.copy_(self.out)

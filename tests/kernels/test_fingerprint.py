@@ -292,3 +292,19 @@ def test_compiled_code_refreshes_by_the_same_kernels(compared: list[list[int]]) 
         compiled(X)
     assert sum(c[-1] for c in compared) == 1
     assert known(model) == pytest.approx(exact(model), rel=0.05)
+
+
+def test_an_alarm_raised_after_those_that_were_read_is_kept(
+    compared: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the host reads is a copy from before: other layers' alarms since then wait for the next reading."""
+    model = model_of()
+    model(X)
+    real = on_device._arrived
+    monkeypatch.setattr(on_device, "_arrived", lambda step: [1, *[0] * 4] if any(real(step)) else [0] * 5)
+    others(model)
+    model(X)
+    model(X)  # of five, one is read
+    monkeypatch.setattr(on_device, "_arrived", real)
+    model(X)
+    assert known(model) == pytest.approx(exact(model), rel=0.03)

@@ -55,9 +55,9 @@ def test_rows_of_a_weight_on_several_devices() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     o = matrix(4, 6)
-    with pytest.raises(ValueError, match=r"vectors\[0\] has shape \(5,\) on .*; give \(6,\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(5,\), the operator needs \(6,\)"):
         half_step([o.weight], [torch.randn(5)], code_of([o]), True)
-    with pytest.raises(ValueError, match="2 vectors for 1 weights"):
+    with pytest.raises(ValueError, match="2 vectors x for 1 weights"):
         half_step([o.weight], [torch.randn(6)] * 2, code_of([o]), True)
 
 
