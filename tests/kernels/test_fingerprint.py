@@ -308,3 +308,16 @@ def test_an_alarm_raised_after_those_that_were_read_is_kept(
     monkeypatch.setattr(on_device, "_arrived", real)
     model(X)
     assert known(model) == pytest.approx(exact(model), rel=0.03)
+
+
+def test_gradients_are_those_of_the_copied_vectors(compared: list[list[int]]) -> None:
+    """By the reference from the same state; of layers that have changed in this forward, and of others."""
+    model = model_of(beta=0.1)
+    model(X)
+    nudge(model, [1, 3])
+    found = list(torch.autograd.grad(model(X).square().sum(), list(model.parameters())))
+    with plain_pytorch():
+        twin = copy.deepcopy(model)
+        wanted = list(torch.autograd.grad(twin(X).square().sum(), list(twin.parameters())))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(max(g.abs().max() for g in wanted)))
