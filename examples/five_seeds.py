@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sn_fast
-from sn_fast.training import TrainConfig, train
+from sn_fast.experiments.training import TrainConfig, train
 
 COLUMNS = ("clean", "fgm", "pgm", "wrm")
 PARTS = ("train", "test", "gap")

@@ -9,8 +9,8 @@ import pytest
 
 import sn_fast
 from sn_fast.cli import main
-from sn_fast.training import Interrupted
-from sn_fast.training import data as data_module
+from sn_fast.experiments.data import samples as data_module
+from sn_fast.experiments.training import Interrupted
 
 TINY = ["--train-size", "60", "--epochs", "2", "--batch-size", "30", "--steps", "2", "--eps", "0.3", "--quiet"]
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sn_fast.cli import main, output
-from sn_fast.training import data as data_module
+from sn_fast.experiments.data import samples as data_module
 
 from .processes import start
 

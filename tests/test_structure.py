@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("normalization",),
     ("attacks", "lipschitz"),
     ("__init__",),  # the public names; those of sn_fast.attacks stay apart
-    ("inspection", "training"),
+    ("experiments", "inspection"),
     ("cli",),
     ("__main__",),
 )
@@ -159,8 +159,8 @@ def test_a_circle_is_found(tmp_path: Path, form: str, length: int) -> None:
     [
         *(("reference", "ops"), ("ops", "layers"), ("layers", "norms"), ("norms", "normalization"), ("layers", "cli")),
         *(("normalization", "lipschitz"), ("normalization", "attacks"), ("attacks", "inspection")),
-        *(("lipschitz", "training"), ("training", "cli"), ("inspection", "cli")),
-        *(("attacks", "lipschitz"), ("lipschitz", "attacks"), ("training", "inspection")),
+        *(("lipschitz", "experiments"), ("experiments", "cli"), ("inspection", "cli")),
+        *(("attacks", "lipschitz"), ("lipschitz", "attacks"), ("experiments", "inspection")),
     ],
 )
 def test_an_import_upwards_is_found(tmp_path: Path, form: str, lower: str, upper: str) -> None:
@@ -179,7 +179,7 @@ def test_an_import_upwards_is_found(tmp_path: Path, form: str, lower: str, upper
 
 @pytest.mark.parametrize("source", ["from .. import thing", "from sn_fast import thing", "import sn_fast"])
 def test_the_public_names_are_above_what_they_come_from(tmp_path: Path, source: str) -> None:
-    write(tmp_path, {"norms/low": source, "training/high": source})
+    write(tmp_path, {"norms/low": source, "experiments/high": source})
     (found,) = upward_imports(import_graph(tmp_path))
     assert found == "sn_fast.norms.low, line 1: imports sn_fast"
 
@@ -187,4 +187,4 @@ def test_the_public_names_are_above_what_they_come_from(tmp_path: Path, source: 
 def test_the_folders_of_tests_on_a_device_exist() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
     # The others run commands, which choose their device themselves.
-    assert set(MOVED) == folders - {"inspection", "training"}
+    assert set(MOVED) == folders - {"inspection", "experiments"}

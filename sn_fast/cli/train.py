@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from ..training import TrainConfig, resume, table, train
-from ..training.config import DEFAULTS
+from ..experiments.training import TrainConfig, resume, table, train
+from ..experiments.training.config import DEFAULTS
 from .output import write
 
 _DESCRIPTION = """\

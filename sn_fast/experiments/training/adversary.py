@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ..attacks import fgm, pgd, wrm
+from ...attacks import fgm, pgd, wrm
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 >>> print(table(result.config, result.metrics))
 """
 
-from ..errors import UserError
+from ...errors import UserError
 from .config import TrainConfig
 from .errors import Interrupted
 from .job import RunResult, resume, train

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data import Samples
+from ..networks import demo_network
 from .config import TrainConfig
-from .data import Samples
 from .errors import Diverged
-from .network import build_network
 
 _MOMENTUM = 0.9
 
@@ -35,7 +35,7 @@ class Trainee:
 
     @classmethod
     def create(cls, beta: float, image_shape: torch.Size, config: TrainConfig) -> Trainee:
-        model = build_network(image_shape, beta, config.seed).to(config.device)
+        model = demo_network(image_shape, beta, config.seed).to(config.device)
         return cls(beta, model, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=_MOMENTUM))
 
     @property

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sn_fast.training import Interrupted, TrainConfig, UserError, resume, table, train
-from sn_fast.training.loop import Trainee
+from sn_fast.experiments.training import Interrupted, TrainConfig, UserError, resume, table, train
+from sn_fast.experiments.training.loop import Trainee
 
 from .conftest import TINY, without_times
 
@@ -113,7 +113,7 @@ def test_a_run_interrupted_in_an_epoch_continues_bit_by_bit(tiny_run, monkeypatc
 def test_a_run_interrupted_in_the_evaluation_continues(tiny_run, monkeypatch, tmp_path):
     whole = tiny_run("whole")
     with monkeypatch.context() as patch:
-        patch.setattr("sn_fast.training.job.evaluate", lambda *args: signal.raise_signal(signal.SIGINT))
+        patch.setattr("sn_fast.experiments.training.job.evaluate", lambda *args: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted):
             tiny_run("stopped")
     resume(tmp_path / "stopped")
@@ -131,7 +131,8 @@ def test_a_killed_run_continues_bit_by_bit(tiny_run, tmp_path):
     options = {**TINY, "epochs": 12}
     killed = tmp_path / "killed"
     script = (
-        "from sn_fast.training import TrainConfig, data, train\n"
+        "from sn_fast.experiments.data import samples as data\n"
+        "from sn_fast.experiments.training import TrainConfig, train\n"
         "load = data.load\n"
         "data.load = lambda name: tuple(part[:240] for part in load(name))\n"
         f"train(TrainConfig.create(**{options}), {str(killed)!r})\n"
@@ -176,7 +177,7 @@ def test_resume_refuses_what_is_no_run(tmp_path):
 
 def test_resume_refuses_a_checkpoint_of_another_network(tiny_run, monkeypatch):
     path = tiny_run(epochs=1).path
-    monkeypatch.setattr("sn_fast.training.network.WIDTH", 8)
+    monkeypatch.setattr("sn_fast.experiments.networks.demo.WIDTH", 8)
     with pytest.raises(UserError, match=r"the checkpoint in .*run is not of these networks \(Error.*start a new run"):
         resume(path)
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sn_fast.training import TrainConfig, UserError
+from sn_fast.experiments.training import TrainConfig, UserError
 
 
 @pytest.mark.parametrize("data", ["digits", "mnist5k"])

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sn_fast import sigmas
-from sn_fast.training import TrainConfig
-from sn_fast.training.adversary import Adversary
-from sn_fast.training.data import Samples, load_split
-from sn_fast.training.errors import Diverged
-from sn_fast.training.loop import Trainee
+from sn_fast.experiments.data.samples import Samples, load_split
+from sn_fast.experiments.training import TrainConfig
+from sn_fast.experiments.training.adversary import Adversary
+from sn_fast.experiments.training.errors import Diverged
+from sn_fast.experiments.training.loop import Trainee
 
 IMAGE = torch.Size((1, 8, 8))
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
-from ..running import MOST_THREADS
+from ...errors import UserError
+from ...running import MOST_THREADS
 from .adversary import Adversary
 
 SCHEMES = ("erm", "fgm", "pgm", "wrm")

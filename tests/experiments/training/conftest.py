@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sn_fast.training import RunResult, TrainConfig, data, train
+from sn_fast.experiments.data import samples as data
+from sn_fast.experiments.training import RunResult, TrainConfig, train
 
 FEW = 240
 # On the CPU, where equal runs have equal bits.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import require
+from ...errors import require
 from .config import TrainConfig
 from .evaluate import swept_adversary
 from .run_folder import RunFolder

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, first_line, require
-from ..running import notice, progress_bar, torch_threads
+from ...errors import UserError, first_line, require
+from ...running import notice, progress_bar, torch_threads
+from ..data import Split, load_split
+from ..networks import layer_norms
 from .config import TrainConfig, json_number
-from .data import Split, load_split
 from .errors import Diverged, Interrupted
 from .evaluate import accuracy, attacked, distinct, evaluate, evaluations
 from .loop import Trainee
-from .network import layer_norms
 from .plots import write_plots
 from .run_folder import RunFolder
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sn_fast.errors import require
-from sn_fast.training import UserError
-from sn_fast.training.data import Samples, load, load_split
+from sn_fast.experiments.data.samples import Samples, load, load_split
+from sn_fast.experiments.training import UserError
 
 
 @pytest.mark.parametrize(("name", "count", "side"), [("digits", 1797, 8), ("mnist5k", 5000, 28)])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError, require
+from ...errors import UserError, require
 
 
 @dataclass(frozen=True)

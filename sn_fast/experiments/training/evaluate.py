@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data import Samples, Split
 from .adversary import Adversary
 from .config import TrainConfig
-from .data import Samples, Split
 from .errors import Diverged
 
 CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)

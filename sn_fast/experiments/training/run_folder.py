@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, first_line
-from ..files import UNFINISHED, replace_file
-from ..running import notice
+from ...errors import UserError, first_line
+from ...files import UNFINISHED, replace_file
+from ...running import notice
 from .lock import NAME as LOCK
 from .lock import locked
 

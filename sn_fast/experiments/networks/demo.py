@@ -8,7 +8,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from .. import apply_spectral_norm, operator_norm, operator_of
+from ... import apply_spectral_norm, operator_norm, operator_of
 
 CLASSES = 10
 WIDTH = 32
@@ -17,7 +17,7 @@ _LARGE_IMAGE = 16
 _NORM_TOLERANCE = 1e-3
 
 
-def build_network(image_shape: torch.Size, beta: float, seed: int) -> nn.Sequential:
+def demo_network(image_shape: torch.Size, beta: float, seed: int) -> nn.Sequential:
     """Three 3x3 convolutions with ELU (as in the paper's smooth networks) and a linear layer, for (C, H, W) images.
 
     The later convolutions have stride 2; the first has too where images are large. Every layer's spectral norm is

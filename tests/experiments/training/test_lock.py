@@ -15,12 +15,12 @@ import pytest
 
 from sn_fast.cli import main
 from sn_fast.errors import UserError
+from sn_fast.experiments.training import lock, resume, train
+from sn_fast.experiments.training.config import TrainConfig
+from sn_fast.experiments.training.lock import locked
 from sn_fast.files import replace_file
-from sn_fast.training import lock, resume, train
-from sn_fast.training.config import TrainConfig
-from sn_fast.training.lock import locked
 
-from ..processes import start, wait_for
+from ...processes import start, wait_for
 from .conftest import TINY
 from .test_job import FILES, assert_same_run
 
@@ -210,7 +210,7 @@ def test_a_run_that_is_running_is_left_alone(tmp_path, capsys, monkeypatch):
     finally:
         process.kill()
         process.communicate()
-    monkeypatch.setattr("sn_fast.training.job._Run.complete", lambda self, progress: self)
+    monkeypatch.setattr("sn_fast.experiments.training.job._Run.complete", lambda self, progress: self)
     assert resume("run").epoch >= before + 3  # type: ignore[attr-defined]
 
 
@@ -282,7 +282,7 @@ def test_a_run_that_ends_at_any_of_its_writes_can_go_on(tiny_run, tmp_path, monk
         replace_file(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sn_fast.training.run_folder.replace_file", failing)
+        patch.setattr("sn_fast.experiments.training.run_folder.replace_file", failing)
         with pytest.raises(KeyboardInterrupt) as caught:
             tiny_run("run", epochs=1, single=True)
     assert bool(str(caught.value)) == (count > 0)  # whether it says how to continue

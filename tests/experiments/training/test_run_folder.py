@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sn_fast.training import UserError
-from sn_fast.training.run_folder import RunFolder
+from sn_fast.experiments.training import UserError
+from sn_fast.experiments.training.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from sn_fast.training import TrainConfig
-from sn_fast.training.data import Samples, load_split
-from sn_fast.training.errors import Diverged
-from sn_fast.training.evaluate import CURVE_FACTORS, accuracy, attacked, evaluate, margins
-from sn_fast.training.network import build_network
+from sn_fast.experiments.data.samples import Samples, load_split
+from sn_fast.experiments.networks.demo import demo_network
+from sn_fast.experiments.training import TrainConfig
+from sn_fast.experiments.training.errors import Diverged
+from sn_fast.experiments.training.evaluate import CURVE_FACTORS, accuracy, attacked, evaluate, margins
 
 IMAGE = torch.Size((1, 8, 8))
 
@@ -18,7 +18,7 @@ def evaluation(few_digits):
     config = TrainConfig.create(train_size=60, steps=3, eps=0.3)
     split = load_split("digits", 60, seed=0)
     calls = []
-    result = evaluate(build_network(IMAGE, 2.0, seed=0), split, config, lambda: calls.append(1))
+    result = evaluate(demo_network(IMAGE, 2.0, seed=0), split, config, lambda: calls.append(1))
     return split, result, calls
 
 

@@ -1,0 +1,4 @@
+"""The experiments of the paper: data sets, networks, and adversarial training with and without spectral normalisation.
+
+Built on the public names of ``sn_fast`` alone.
+"""
