@@ -2,3 +2,7 @@
 
 Built on the public names of ``sn_fast`` alone.
 """
+
+from .networks import build_network, network_names
+
+__all__ = ["build_network", "network_names"]
