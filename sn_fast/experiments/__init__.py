@@ -3,6 +3,6 @@
 Built on the public names of ``sn_fast`` alone.
 """
 
-from .networks import build_network, network_names
+from .networks import build_network, load_published, network_names
 
-__all__ = ["build_network", "network_names"]
+__all__ = ["build_network", "load_published", "network_names"]
