@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..layers import batch_norm, local_response_norm
+from ..layers import LocalResponseNorm, batch_norm
 from ..registry import architecture
 from ..stack import Stack
 
@@ -42,7 +42,7 @@ def alexnet(
         stack.add(f"conv{i}_activation", activation())
         stack.max_pool(f"pool{i}", 3, 2)
         if lrn:
-            stack.add(f"norm{i}", local_response_norm())
+            stack.add(f"norm{i}", LocalResponseNorm())
         if dropout:
             stack.add(f"dropout{i}", nn.Dropout(dropout))
     for i, units in ((1, 384), (2, 192)):
