@@ -2,3 +2,7 @@
 
 Built on the public names of ``sn_fast`` alone.
 """
+
+from .data import Split, load_data
+
+__all__ = ["Split", "load_data"]
