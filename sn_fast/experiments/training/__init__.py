@@ -6,8 +6,8 @@
 
 from ...errors import UserError
 from .config import TrainConfig
-from .errors import Interrupted
+from .errors import DivergedRun, Interrupted
 from .job import RunResult, resume, train
 from .report import table
 
-__all__ = ["Interrupted", "RunResult", "TrainConfig", "UserError", "resume", "table", "train"]
+__all__ = ["DivergedRun", "Interrupted", "RunResult", "TrainConfig", "UserError", "resume", "table", "train"]
