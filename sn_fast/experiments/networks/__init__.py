@@ -4,14 +4,18 @@ from . import architectures  # noqa: F401 - registers them
 from .build import build_network
 from .demo import demo_network
 from .layer_norms import layer_norms
-from .registry import Architecture, architecture, architecture_of, network_names
+from .published import load_published, published_names
+from .registry import Architecture, architecture, network_names
+from .regularization import parameter_groups
 
 __all__ = [
     "Architecture",
     "architecture",
-    "architecture_of",
     "build_network",
     "demo_network",
     "layer_norms",
+    "load_published",
     "network_names",
+    "parameter_groups",
+    "published_names",
 ]
