@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..data import Samples
-from ..networks import architecture_of, build_network, demo_network
+from ..networks import build_network, demo_network, parameter_groups
 from .config import TrainConfig
 from .errors import Diverged
 
@@ -142,23 +141,14 @@ class Trainee:
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    decays = _weight_decays(model, config)
-    parameters: Any = list(model.parameters())
-    if decays:
-        parameters = [{"params": [weight], "weight_decay": factor} for weight, factor in decays.items()]
-        parameters.append({"params": [p for p in model.parameters() if p not in decays]})
+    groups = parameter_groups(model) if config.weight_decay is None else _decayed(model, config.weight_decay)
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=config.lr)
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=_MOMENTUM)
+        return torch.optim.Adam(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=_MOMENTUM)
 
 
-def _weight_decays(model: nn.Module, config: TrainConfig) -> dict[nn.Parameter, float]:
-    """Factor of the squares of each weight that is decayed: once, where the published code counts it in every copy."""
-    published = {} if config.arch == "demo" else architecture_of(config.arch).weight_decay
-    patterns = published if config.weight_decay is None else {"": config.weight_decay}
-    return {
-        parameter: factor
-        for name, parameter in model.named_parameters()
-        for pattern, factor in patterns.items()
-        if factor > 0 and parameter.ndim > 1 and re.search(pattern, name)
-    }
+def _decayed(model: nn.Module, factor: float) -> list[dict[str, Any]]:
+    """Weight decay of all weights, not of biases and scales."""
+    weights, others = ([p for p in model.parameters() if (p.ndim > 1) == is_weight] for is_weight in (True, False))
+    groups = {factor: weights, 0.0: others} if factor else {0.0: [*weights, *others]}
+    return [{"params": parameters, "weight_decay": f} for f, parameters in groups.items() if parameters]
