@@ -9,5 +9,17 @@ from .config import TrainConfig
 from .errors import DivergedRun, Interrupted
 from .job import RunResult, resume, train
 from .report import table
+from .trained import TrainedNetwork, trained_networks
 
-__all__ = ["DivergedRun", "Interrupted", "RunResult", "TrainConfig", "UserError", "resume", "table", "train"]
+__all__ = [
+    "DivergedRun",
+    "Interrupted",
+    "RunResult",
+    "TrainConfig",
+    "TrainedNetwork",
+    "UserError",
+    "resume",
+    "table",
+    "train",
+    "trained_networks",
+]

@@ -74,7 +74,7 @@ def resume(
     folder = RunFolder.existing(path)
     with folder.locked("--resume"), _resumable(folder):
         state = folder.read_checkpoint() if folder.has_checkpoint() else None
-        config = _config_of(folder, state)
+        config = config_of(folder, state)
         options = dict(options or {})
         moved = options.pop("data_dir", None)
         config.refuse_changes(options)
@@ -105,7 +105,7 @@ def _prepared(config: TrainConfig) -> tuple[Split, TrainConfig]:
     return split.to(config.device), config.with_strength(split.mean_norm)
 
 
-def _config_of(folder: RunFolder, state: Mapping[str, Any] | None) -> TrainConfig:
+def config_of(folder: RunFolder, state: Mapping[str, Any] | None) -> TrainConfig:
     """The options of a run to resume; without a checkpoint those that it began with."""
     values = folder.read_config()
     if state is not None and values != state.get("config"):
@@ -226,6 +226,8 @@ class _Run:
                 "config": self.config.to_json(),
                 "epoch": self.epoch,
                 "mean_norm": self.split.mean_norm,
+                "image_shape": tuple(self.image_shape),
+                "num_classes": self.split.num_classes,
                 "networks": {trainee.name: trainee.state() for trainee in self.trainees},
             }
         )

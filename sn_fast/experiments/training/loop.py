@@ -50,8 +50,13 @@ class Trainee:
         self._network: nn.Module = torch.compile(self.model) if self.config.compile else self.model  # type: ignore[assignment]
 
     @classmethod
-    def create(cls, beta: float, image_shape: Sequence[int], num_classes: int, config: TrainConfig) -> Trainee:
-        """For images of shape (C, H, W). Equal seeds give equal initial weights for every beta."""
+    def create(
+        cls, beta: float, image_shape: Sequence[int], num_classes: int, config: TrainConfig, device: str | None = None
+    ) -> Trainee:
+        """For images of shape (C, H, W). Equal seeds give equal initial weights for every beta.
+
+        ``device`` replaces that of the configuration.
+        """
         channels, size, width = image_shape
         if size != width:
             raise UserError(f"images of {size} x {width} pixels: the networks take square ones")
@@ -67,7 +72,7 @@ class Trainee:
                 seed=config.seed,
                 spectral_norm={"gradient": config.gradient},
             )
-        return cls(beta, model.to(config.device), config)
+        return cls(beta, model.to(device or config.device), config)
 
     @property
     def name(self) -> str:
