@@ -97,6 +97,13 @@ class LocalResponseNorm(nn.Module):
         return f"radius={self.radius}, bias={self.bias:g}, alpha={self.alpha:g}, beta={self.beta:g}"
 
 
+class ConstantDropout(nn.Dropout):
+    """Dropout in training and in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, training=True)
+
+
 def convolution(
     in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: str = "SAME", bias: bool = True
 ) -> nn.Conv2d:

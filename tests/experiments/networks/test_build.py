@@ -6,6 +6,9 @@ import copy
 import io
 import math
 import pickle
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,11 +217,18 @@ def test_an_architecture_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         stack.linear("fc", num_classes)
         return stack.network()
 
+    @architecture("tiny_wd", normalized="conv", weight_decay={"^fc$": 0.1})
+    def tiny_wd(image_shape, num_classes):
+        return tiny(image_shape, num_classes, width=2)
+
     assert {"tiny", "tiny_sn"} <= set(network_names())
     network = build_network("tiny_sn", in_channels=2, image_size=9, beta=0.1, width=3)
     assert network.conv1.out_channels == 3
     assert set(sigmas(network)) == {"conv1", "fc"}
     assert isinstance(registry.architecture_of("tiny"), Architecture)
+    decaying = build_network("tiny_wd", in_channels=1, image_size=9, beta=0.1)
+    (decayed,) = (group["params"] for group in parameter_groups(decaying) if group["weight_decay"] == 0.1)
+    assert decayed == [decaying.fc.parametrizations.weight.original]
     with pytest.raises(ValueError, match="'tiny' is registered already"):
         architecture("tiny")(tiny)
     with pytest.raises(ValueError, match="normalized='matrix'"):
@@ -259,3 +269,17 @@ def test_intended_widths() -> None:
     with torch.device("meta"):
         assert build_network("resnet_intended_sn", in_channels=3).fc.in_features == 64
         assert build_network("resnet_intended_sn_large", in_channels=3).fc.in_features == 256
+
+
+def test_the_page_on_networks_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+    page = (Path(__file__).parents[3] / "docs" / "networks.md").read_text()
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "networks.md", "exec"), namespace)
+    assert namespace["logits"].shape == (8, 10)
+    assert namespace["own"](torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    shown = set(re.findall(r"`([a-z0-9_]+)`", page))
+    assert {"alexnet", "elunet_sn", "resnet_sn_large", "mlp2_elu", "vgg_snl2"} <= shown & set(NAMES)

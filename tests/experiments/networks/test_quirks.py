@@ -70,6 +70,8 @@ def test_dropout_ends_with_training() -> None:
     x = torch.randn(2, 1, 16, 16)
     assert not torch.equal(network(x), network(x))
     assert torch.equal(network.eval()(x), network(x))
+    network = build_network("alexnet_dropout", seed=0, dropout_in_tests=True, **SMALL).eval()
+    assert not torch.equal(network(x), network(x))
 
 
 def test_weight_decay_counts_once_under_attack() -> None:
