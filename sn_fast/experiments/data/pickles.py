@@ -20,8 +20,8 @@ def load_arrays(content: bytes) -> Any:
     try:
         value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # damaged pickles fail in any way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise pickle.UnpicklingError(reason) from None
+        reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__} {error}"
+        raise pickle.UnpicklingError(" ".join(reason.split())[:200]) from None
     if isinstance(value, dict):  # its own entries; no deeper, as containers may hold one another
         return {key: _array_of(item) for key, item in value.items()}
     return _array_of(value)
@@ -43,7 +43,9 @@ class _Unpickler(pickle._Unpickler):
             ("numpy.core.numeric", "_frombuffer"): lambda: (
                 lambda raw, dtype, shape, order: _array(dtype, shape, raw, order)
             ),
+            # How protocols 0 to 2 of Python 3 write bytes, and bytes of length 0.
             ("_codecs", "encode"): lambda: lambda text, encoding: _latin1(text, encoding),
+            ("__builtin__", "bytes"): lambda: lambda: b"",
         }
         make = allowed.get((module, name))
         if make is None:
@@ -80,7 +82,6 @@ def _array(dtype: _Dtype, shape: tuple[int, ...], raw: bytes, order: Any = "C") 
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How protocol 2 of Python 3 writes bytes."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("_codecs.encode is allowed in it for bytes only")
     return text.encode("latin1")
