@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -130,7 +131,12 @@ def test_a_bomb_is_not_unpacked_whole(files):
     path = files.path("train-images", ".gz")
     path.write_bytes(gzip.compress(bytes(50_000_000), 1))
     files.path("train-images").unlink()
-    refused(files, rf"holds more than the {16 + COUNTS['train'] * 784} bytes")
+    tracemalloc.start()
+    try:
+        refused(files, rf"holds more than the {16 + COUNTS['train'] * 784} bytes")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,12 @@ def test_random_labels_do_not_depend_on_other_options(tmp_path, folder_set):
         assert labels(**options).items() <= whole.items()
     assert 0.85 < np.mean([whole[number] != label for number, label in labels(seed=1).items()]) < 0.95
     with_test = load_data("drawn", split="all", random_labels=1.0, random_part="both")
-    agreeing = (with_test.train.y[:400] == with_test.test.y[:400]).float().mean()
+    agreeing = (with_test.train.y[500:900] == with_test.test.y[:400]).float().mean()
     assert agreeing < 0.2  # streams of their own
+    options = {"split": "all", "validation_size": 0, "random_part": "both", "random_differ": True}
+    true, half = (load_data("drawn", **options, random_labels=share) for share in (0.0, 0.5))
+    changed = [getattr(half, part).y[:900] != getattr(true, part).y[:900] for part in ("train", "test")]
+    assert 0.4 < (changed[0] == changed[1]).float().mean() < 0.6
 
 
 def test_the_drawn_bits_stay_what_they_are(tmp_path, folder_set):

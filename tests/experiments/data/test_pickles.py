@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import subprocess
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -142,6 +143,15 @@ def test_what_is_no_array_is_refused(content):
         copyreg.remove_extension("os", "system", 0xF0)
     assert str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_place_in_the_memo_takes_no_memory():
+    tracemalloc.start()
+    try:
+        load_arrays(dump(b"]r" + struct.pack("<I", 2**26)))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_pickle_that_changes_a_function_changes_no_other_pickle():
