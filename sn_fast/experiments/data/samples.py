@@ -65,8 +65,10 @@ class Split:
     num_classes: int = 10
     name: str = field(default="", kw_only=True)
 
-    def items(self) -> tuple[tuple[str, Samples], tuple[str, Samples]]:
-        return ("train", self.train), ("test", self.test)
+    def items(self) -> tuple[tuple[str, Samples], ...]:
+        """The parts that hold samples, by name."""
+        parts = ("train", self.train), ("validation", self.validation), ("test", self.test)
+        return tuple((name, samples) for name, samples in parts if len(samples))
 
     def to(self, device: torch.device | str) -> Split:
         """The split with all samples on ``device``."""
