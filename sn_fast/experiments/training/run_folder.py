@@ -161,6 +161,13 @@ class RunFolder:
             ) from None
 
 
+class FollowersFolder(RunFolder):
+    """The folder as the processes see it that do not lead: nothing is written."""
+
+    def write(self, name: str, content: bytes) -> None:
+        pass
+
+
 def _make_unused(path: Path) -> Path:
     """Make ``path``, or the first of path-2, path-3, ... that does not exist; two runs at once get two folders."""
     candidate, number = path, 1
