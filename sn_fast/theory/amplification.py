@@ -53,7 +53,7 @@ class Amplification:
         return torch.where(self.norms > 0, self.gain / torch.where(self.norms > 0, self.norms, 1.0), 0.0)
 
     def __str__(self) -> str:
-        rows = [("layer", "norm", "gain: mean", "largest", "cumulative: mean", "largest")]
+        rows: list[tuple[str, ...]] = [("layer", "norm", "gain: mean", "largest", "cumulative: mean", "largest")]
         for i, name in enumerate(self.layers):
             columns = (self.gain[:, i], self.cumulative[:, i])
             cells = [f"{float(v):.4g}" for c in columns if len(c) for v in (c.mean(), c.max())]

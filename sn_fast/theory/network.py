@@ -148,7 +148,7 @@ class _Chain(fx.Interpreter):
         except OutsideSetting:
             raise
         except Exception as error:  # the model itself fails on this input
-            raise ValueError(f"the model fails on example_input at {own_name(n.name)}: {error}") from error
+            raise ValueError(f"the model fails on example_input at {self._name(n)}: {error}") from error
         if n.op == "placeholder":
             self._advance(value)
         elif n.op == "output":
