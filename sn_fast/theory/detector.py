@@ -110,13 +110,13 @@ class AmplificationDetector:
     ) -> Tensor:
         """PGM against the network and this detector at once.
 
-        It climbs -softplus(margin) - weight * softplus(score) through the signals, with the direction of the
-        perturbation held fixed in each step, and keeps the best iterate.
+        After ``steps`` against the network alone, as many climb -softplus(margin) - weight * softplus(score) through
+        the signals, with the direction of the perturbation held fixed in each step; the best iterate is kept.
 
         Args:
             x, y: samples (N, *size) and their true classes (N,).
             weight: of the detector's score against the margin.
-            eps, steps, settings: of ``sn_fast.attacks.pgd``; also its norm, alpha, clip, random_start, generator.
+            eps, steps, settings: of ``sn_fast.attacks.pgd``; also its norm, alpha and clip.
 
         Returns:
             x_adv, of the shape of x.
@@ -127,14 +127,18 @@ class AmplificationDetector:
         weight = positive("weight", weight, zero=True)
         self._fitted()
 
-        def loss(outputs: Tensor, labels: Tensor) -> Tensor:
-            return -F.softplus(margins(outputs[:, :-1], labels)) - weight * F.softplus(outputs[:, -1])
+        def lead(logits: Tensor, labels: Tensor) -> Tensor:
+            return -F.softplus(margins(logits, labels))
 
-        watched = _Watched(self)
-        parts = zip(_batches(x), y.split(_BATCH_SIZE))
-        return torch.cat(
-            [pgd(watched, a, b, eps=eps, steps=steps, loss=loss, keep_best=True, **settings) for a, b in parts]
-        )
+        def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+            return lead(outputs[:, :-1], labels) - weight * F.softplus(outputs[:, -1])
+
+        watched, found = _Watched(self), []
+        for a, b in zip(_batches(x), y.split(_BATCH_SIZE)):
+            start = pgd(self.model, a, b, eps=eps, steps=steps, loss=lead, **settings)
+            options = {**settings, "x_init": start, "keep_best": True}
+            found.append(pgd(watched, a, b, eps=eps, steps=steps, loss=loss, **options))
+        return torch.cat(found)
 
     def _scores(self, signals: Tensor) -> Tensor:
         weights, offset = self._fitted()

@@ -132,7 +132,7 @@ def normalized_margins(
 def _published_factor(norms: NetworkNorms) -> float:
     """log(1 + sum_{i < d} prod_{j < i} sigma_j), the empty product being 1."""
     products, so_far = [0.0], 0.0
-    for layer in norms.layers[:-1]:
+    for layer in norms.layers:
         products.append(so_far)
         so_far += layer.log_norm
     return log_sum(products)

@@ -247,7 +247,7 @@ class _Chain(fx.Interpreter):
         self.network.notes.append(f"{name} normalises with running statistics, and counts as a part of a linear map")
 
     def _add_between(self, name: str, call: Call, entry: Entry, constant: float) -> None:
-        room = entry.function.__module__
+        room, kind = entry.function.__module__, call.kind.rstrip("_")
         if room == activation_rules.__name__ and is_elementwise(call):
             if is_identity(call):
                 return
@@ -262,12 +262,12 @@ class _Chain(fx.Interpreter):
         elif room == layout.__name__:
             if constant != 1:
                 self._between(name, call, constant, 0.0, activation=False)
-        elif room == reductions.__name__ and call.kind in _LINEAR_REDUCTIONS:
+        elif room == reductions.__name__ and kind in _LINEAR_REDUCTIONS:
             self._between(name, call, constant, 0.0, activation=False)
-        elif call.kind in (*_SUMS, *_PRODUCTS):
+        elif kind in (*_SUMS, *_PRODUCTS):
             if constant != 1:
                 self._between(name, call, constant, 0.0, activation=False)
-            if call.kind in _SUMS:
+            if kind in _SUMS:
                 self.network.notes.append(f"{name} ({call.kind}) shifts its input, which the theorems do not have")
         else:
             raise OutsideSetting(f"{name} ({call.kind}) is neither a linear layer nor an activation: {_SETTING}")

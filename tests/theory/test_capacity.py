@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -21,7 +22,7 @@ SCHEMES = list(PARAMETERS)
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ELU, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:]):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(*layers[:-1]).to(dtype)
 
@@ -254,7 +255,7 @@ def test_product_of_erm_is_the_lipschitz_bound():
     assert result.terms["scales"]["4"] == pytest.approx(2.0)  # each pixel is in up to two windows per axis
     assert any("MaxPool2d" in note for note in result.notes)
     assert any("running statistics" in note for note in result.notes)
-    with pytest.raises(ValueError, match="MaxPool2d.*1-Lipschitz derivative"):
+    with pytest.raises(ValueError, match=r"MaxPool2d.*1-Lipschitz derivative"):
         capacity(model, "fgm", example_input=x, eps=0.1, kappa=0.1)
 
 
