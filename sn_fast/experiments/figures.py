@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "+++", "ooo")
-GUIDE = {"color": "0.35", "linewidth": 1.0}
+GUIDE: dict[str, Any] = {"color": "0.35", "linewidth": 1.0}
 """Of lines that are no data: the eps trained with, a cap, zero."""
 FAINT = 0.55
 """Opacity of what is shown beside the main thing, as training accuracy beside that on the test images."""
@@ -65,10 +66,17 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def panels(rows: int, columns: int, *, width: float = 3.9, height: float = 3.2, **sharing: Any) -> tuple[Figure, Any]:
-    """A figure with an array (rows, columns) of axes, each of about this size in inches."""
-    figure = new_figure(max(width * columns, 6.4), height * rows + 0.9)
-    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
+def panels(
+    count: int, columns: int | None = None, *, width: float = 3.9, height: float = 3.0, **sharing: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with so many axes, each of about this size in inches; ``columns`` None: as fits a page."""
+    wide = columns or {1: 1, 2: 2, 4: 2}.get(count, 3)
+    rows = math.ceil(count / wide)
+    figure = new_figure(max(width * wide, 6.4), height * rows + 0.9)
+    axes = list(figure.subplots(rows, wide, squeeze=False, **sharing).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
 
 
 def encoded(figure: Figure, form: str) -> bytes:
@@ -82,11 +90,29 @@ def encoded(figure: Figure, form: str) -> bytes:
 
 def series(index: int) -> dict[str, Any]:
     """Colour, line and marker of the series with this number: each alone tells it from its neighbours."""
-    return {"color": colour(index), "linestyle": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)]}
+    return {"color": colour(index), "linestyle": line(index), "marker": marker(index)}
 
 
 def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
+
+
+def marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+def line(index: int) -> Any:
+    return LINES[index % len(LINES)]
+
+
+def hatch(index: int) -> str:
+    return HATCHES[index % len(HATCHES)]
+
+
+def name_parts(axes: Axes) -> None:
+    """In the legend: training is dashed and pale, the test solid."""
+    axes.plot([], [], color="0.2", linestyle="--", alpha=FAINT, label="training")
+    axes.plot([], [], color="0.2", linestyle="-", label="test")
 
 
 def depth_colours() -> Colormap:
@@ -101,7 +127,7 @@ def depth_colours() -> Colormap:
 def titled(figure: Figure, title: str) -> None:
     """A title above all panels, in as many lines as its length needs."""
     room = max(20, int((figure.get_figwidth() - 0.3) / _TITLE_INCHES))
-    figure.suptitle("\n".join(_folded(title, room)))
+    figure.suptitle(folded(title, room))
 
 
 def legend_below(figure: Figure, axes: Iterable[Axes], **options: Any) -> None:
@@ -151,12 +177,6 @@ def number_ticks(axes: Axes, values: Sequence[int]) -> None:
     axes.minorticks_off()
 
 
-def _folded(text: str, room: int) -> list[str]:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > room:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, line]
+def folded(text: str, room: int) -> str:
+    """Text in lines of at most so many letters."""
+    return textwrap.fill(text, room, break_long_words=False)

@@ -7,13 +7,14 @@ import io
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ...errors import UserError
+from ...errors import OptionError, UserError
 from ...files import replace_file
 from .. import figures
+from ..data import Samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +106,19 @@ def write_analysis(analysis: Analysis, folder: str | os.PathLike[str], name: str
             raise UserError(f"cannot write {path}: {reason}; free some space or give another folder") from None
         paths.append(path)
     return paths
+
+
+def check_networks(networks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise OptionError unless there is a network in each panel."""
+    if not networks or not all(networks.values()):
+        empty = next((panel for panel, members in networks.items() if not members), networks)
+        raise OptionError("networks", empty, "give at least one network for each panel")
+
+
+def check_samples(samples: Samples) -> None:
+    """Raise OptionError if there are none."""
+    if not len(samples):
+        raise OptionError("samples", "0 images", "give at least one")
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -111,7 +111,7 @@ class TableRow:
     def notes(self) -> list[str]:
         """What of the row is missing, and why nothing is compared."""
         found = [
-            f"{figures.beta_label(result.beta)}, seed {', '.join(map(str, seeds))}: {what}"
+            f"{figures.beta_label(result.beta)}, {_seeds(seeds)}: {what}"
             for result in self.results
             for what, seeds in _by_fate(result.unfinished).items()
         ]
@@ -243,6 +243,10 @@ def _by_fate(unfinished: Mapping[int, str]) -> dict[str, list[int]]:
     return {what: sorted(s for s in unfinished if unfinished[s] == what) for what in dict.fromkeys(unfinished.values())}
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
 def _why_no_choice(results: Sequence[BetaResult]) -> str:
     finished = [result for result in results if result.seeds]
     if not finished:
@@ -325,7 +329,7 @@ def _percent_text(result: BetaResult | None, part: str) -> str:
         return "/".join(dict.fromkeys(lost)) or "-"
     deviation = spread(values)
     text = f"{100 * math.fsum(values) / len(values):.2f}"
-    text += "" if deviation is None else f" ± {100 * deviation:.2f}"
+    text += "" if deviation is None or part == "train" else f" ± {100 * deviation:.2f}"
     return f"{text} ({len(lost)} lost)" if lost else text
 
 
@@ -354,10 +358,10 @@ def _draw_row(axes: Axes, y: int, row: TableRow) -> None:
             continue
         centre = 100 * math.fsum(values) / len(values)
         ends.append(centre)
-        deviation = spread(values)
-        error = None if deviation is None else 100 * deviation
-        mark = {"fmt": figures.MARKERS[index], "color": figures.colour(index), "markersize": 7, "capsize": 3}
-        axes.errorbar(centre, y, xerr=error, label=name, zorder=3, **mark)  # type: ignore[arg-type]
+        colour, shape = figures.colour(index), figures.MARKERS[index]
+        axes.plot(centre, y, shape, color=colour, markersize=7, label=name, zorder=3)
+        if deviation := spread(values):
+            axes.errorbar(centre, y, xerr=100 * deviation, fmt="none", ecolor=colour, capsize=3)
     if len(ends) == 2:
         axes.plot(ends, [y, y], color="0.6", linewidth=1.2, zorder=1)
     if row.compared is not None:

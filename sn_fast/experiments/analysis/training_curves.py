@@ -62,18 +62,18 @@ class TrainingCurves(Analysis):
         return [row for curve in self.curves for row in _rows(curve)]
 
     def _draw(self) -> Figure:
-        figure, axes = figures.panels(1, 2, width=4.6, height=3.6)
-        loss, accuracy = axes[0]
+        figure, (loss, accuracy) = figures.panels(2, width=4.6, height=3.6)
         for i, curve in enumerate(self.curves):
-            _plot(loss, curve, "loss", i, f"{_label(curve)}, training", faint=True)
-            _plot(loss, curve, "test_loss", i, f"{_label(curve)}, test", faint=False)
-            _plot(accuracy, curve, "train_accuracy", i, f"{_label(curve)}, training", faint=True)
-            _plot(accuracy, curve, "test_accuracy", i, f"{_label(curve)}, test", faint=False)
+            accuracy.plot([], [], color=figures.colour(i), marker=figures.marker(i), label=_label(curve))
+            for axes, kind in ((loss, "loss"), (accuracy, "accuracy")):
+                _plot(axes, curve, "loss" if kind == "loss" else f"train_{kind}", i, "--", training=True)
+                _plot(axes, curve, f"test_{kind}", i, "-")
+        figures.name_parts(accuracy)
         loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log")
         accuracy.set(title="Accuracy", xlabel="epoch")
         figures.accuracy_axis(accuracy)
         figures.titled(figure, f"While training, under the attack trained with: {self.title}")
-        figures.legend_below(figure, axes[0])
+        figures.legend_below(figure, [loss, accuracy])
         return figure
 
 
@@ -106,18 +106,14 @@ class RandomLabelFitting(Analysis):
         return [(panel, *row[:3], row[5]) for panel, curves in self.panels.items() for c in curves for row in _rows(c)]
 
     def _draw(self) -> Figure:
-        columns = min(2, len(self.panels))
-        height = math.ceil(len(self.panels) / columns)
-        figure, axes = figures.panels(height, columns, width=4.4, height=3.1)
-        shown = list(axes.flat)[: len(self.panels)]
+        figure, shown = figures.panels(len(self.panels))
         styles = {n: i for i, n in enumerate(dict.fromkeys(c.name for cs in self.panels.values() for c in cs))}
         for axis, (panel, curves) in zip(shown, self.panels.items()):
             for curve in curves:
-                _plot(axis, curve, "train_accuracy", styles[curve.name], curve.name, faint=False, lines=True)
+                style = styles[curve.name]
+                _plot(axis, curve, "train_accuracy", style, figures.line(style), label=curve.name)
             axis.set(title=panel, xlabel="epoch")
             figures.accuracy_axis(axis, "training accuracy (%)")
-        for axis in list(axes.flat)[len(self.panels) :]:
-            axis.remove()
         figures.titled(figure, "Fitting random labels: training accuracy under the attack trained with")
         figures.legend_below(figure, shown)
         return figure
@@ -190,15 +186,20 @@ def _label(curve: Curve) -> str:
     return f"{curve.name} ({DIVERGED})" if curve.state.startswith(DIVERGED) else curve.name
 
 
-def _plot(axes: Axes, curve: Curve, field: str, index: int, label: str, *, faint: bool, lines: bool = False) -> None:
-    """Training dashed and pale, test solid; or, with ``lines``, a line style for each run."""
+def _plot(
+    axes: Axes, curve: Curve, field: str, index: int, line: Any, *, training: bool = False, label: str = ""
+) -> None:
+    """Training is paler, and without markers, so that it does not hide the test."""
     x, y = curve.points(field)
     if not x:
         return
-    style = figures.series(index)
-    if not lines:
-        style["linestyle"] = "--" if faint else "-"
-    if faint:
-        style |= {"marker": "", "alpha": figures.FAINT}
-    every = max(1, math.ceil(len(x) / _MOST_MARKERS))
-    axes.plot(x, figures.percent(y) if field.endswith("accuracy") else y, label=label, markevery=every, **style)
+    axes.plot(
+        x,
+        figures.percent(y) if field.endswith("accuracy") else y,
+        label=label,
+        color=figures.colour(index),
+        linestyle=line,
+        marker="" if training else figures.marker(index),
+        markevery=max(1, math.ceil(len(x) / _MOST_MARKERS)),
+        alpha=figures.FAINT if training else 1,
+    )
