@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...theory import margins
 from ..data import Samples, Split
+from ..networks import evaluating
 from .adversary import Adversary
 from .config import TrainConfig
 from .errors import Diverged
@@ -34,9 +35,8 @@ def attacked(model: nn.Module, samples: Samples, adversary: Adversary, *, labels
     Raises:
         Diverged: a logit is not finite.
     """
-    model.eval()
     results = []
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         for x, y in samples.batches(_BATCH_SIZE):
             x_adv = adversary.perturb(model, x, y if labels == "true" else None)
             results.append((model(x_adv), (x_adv - x).flatten(1).norm(dim=1)))

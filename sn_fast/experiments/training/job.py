@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ...errors import UserError, first_line, require
 from ...running import notice, progress_bar, torch_threads
@@ -248,6 +249,7 @@ class _Run:
             if epoch % math.ceil(config.epochs / _TEST_POINTS) == 0:
                 labels = evaluation_labels(config)
                 result = attacked(trainee.model, self.split.test, config.training_adversary, labels=labels)
+                record["test_loss"] = float(F.cross_entropy(result.logits, self.split.test.y))
                 record["test_accuracy"] = accuracy(result.logits, self.split.test.y)
         return record
 
