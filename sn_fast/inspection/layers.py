@@ -278,7 +278,7 @@ def _measured(use: _Use, tol: float) -> LayerNorm:
         note = "; ".join(filter(None, (use.note, f"not measured: {error}")))
         return replace(row, note=note, seconds=time.perf_counter() - began)
     try:
-        lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)  # type: ignore[misc]
+        lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)
     except ValueError as error:  # a raw weight that is finite can still give one in use that is not
         raise UserError(f"layer {use.name}: {error}") from None
     row = replace(row, lower=float(lower), upper=float(upper), certificate=info)

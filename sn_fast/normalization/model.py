@@ -17,10 +17,11 @@ from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_siz
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
+from ..ops.precision import Precision
 from .checks import check_has_norm
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
-from .options import Options
+from .options import Gradient, InputSize, Mode, OperatorName, Options
 from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
 from .selection import betas_of, compiled_pattern, included_classes, is_chosen
@@ -34,14 +35,14 @@ def spectral_norm(
     module: ModuleT,
     name: str = "weight",
     *,
-    input_size: int | Sequence[int] | str | None = None,
+    input_size: InputSize = None,
     beta: float = 1.0,
-    mode: str = "cap",
+    mode: Mode = "cap",
     n_power_iterations: int = 1,
-    operator: str = "conv",
-    gradient: str = "detached",
+    operator: OperatorName = "conv",
+    gradient: Gradient = "detached",
     reduce: bool = True,
-    precision: str | None = None,
+    precision: Precision | None = None,
     bound: bool = False,
 ) -> ModuleT:
     """Normalise one layer's weight by the norm of its true linear map; equivalent to
@@ -86,14 +87,14 @@ def apply_spectral_norm(
     example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
     *,
     beta: float | Mapping[str, float] = 1.0,
-    mode: str = "cap",
+    mode: Mode = "cap",
     n_power_iterations: int = 1,
     include: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
     exclude: str | None = None,
-    operator: str = "conv",
-    gradient: str = "detached",
+    operator: OperatorName = "conv",
+    gradient: Gradient = "detached",
     reduce: bool = True,
-    precision: str | None = None,
+    precision: Precision | None = None,
     bound: bool = False,
 ) -> ModuleT:
     """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
@@ -216,7 +217,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
 def _register(
     module: nn.Module,
     name: str,
-    input_size: int | Sequence[int] | str | None,
+    input_size: InputSize,
     options: Options,
     hashed: bool = False,
     used_at: Iterable[tuple[int, ...]] = (),
@@ -305,7 +306,7 @@ def _why_not_divisible(module: nn.Module, size: Sequence[int] | None, *, mapped:
     return reason
 
 
-def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:
+def _input_size(module: nn.Module, n: int, input_size: InputSize) -> tuple[int, ...] | None:
     if input_size is None:
         return None
     if not isinstance(input_size, str):
@@ -333,7 +334,7 @@ def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tu
     ):
         return tuple(map(max, zip(*distinct)))  # the norm grows with the size
     norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
-    return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
+    return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]
 
 
 def normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
