@@ -35,9 +35,14 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "COMMAND"),
         (["fly"], "invalid choice: 'fly' (choose from"),
-        (["train", "--colour", "red"], "--colour"),
+        (["train", "--colour", "red"], "unrecognized arguments: --colour red; see sn-fast train --help"),
+        (
+            ["train", "--epoch=3", "--batches", "2"],
+            "unrecognized arguments: --batches 2 (similar: --batch-size); see sn-",
+        ),
+        (["norms", "a:b", "--ex", "c", "--in", "d"], "ambiguous option: --in could match --input-size, --include"),
+        (["--colour"], "unrecognized arguments: --colour; see sn-fast --help"),
         (["train", "--eps"], "argument --eps: expected one argument"),
         (["train", "--eps", "big"], "argument --eps: invalid float value: 'big'"),
         (["train", "--epochs", "1.5"], "argument --epochs: invalid int value: '1.5'"),
@@ -59,6 +64,26 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, expected):
     assert expected in error_line(capsys, *argv)
     assert not list(Path.cwd().iterdir())
+
+
+def test_options_can_be_abbreviated(capsys):
+    assert "argument --batch-size:" in error_line(capsys, "train", "--batch", "0")
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2  # as argparse leaves where an argument is missing
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: sn-fast [-h] [--version] COMMAND ...\n")
+    for command in ("train", "norms", "info"):
+        assert f"\n    {command} " in err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr() == (f"sn-fast {sn_fast.__version__}\n", "")
 
 
 def test_cuda_without_cuda(capsys, monkeypatch):

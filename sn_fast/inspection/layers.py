@@ -26,7 +26,7 @@ from ..norms import BoundInfo, operator_norm_interval
 from ..running import progress_bar
 from .weights import check_weight, quantized_layers
 
-_REMEDY = "; leave it out with --exclude, or give a smaller --input-size"
+_REMEDY = "; leave it out with `exclude`, or give a smaller `input_size`"
 
 
 @dataclass(frozen=True)
@@ -159,24 +159,24 @@ def _chosen(model: nn.Module, include: str | None, exclude: str | None) -> dict[
         quantized = (
             "; its quantised layers are not measured: give the model before it was" if quantized_layers(model) else ""
         )
-        raise UserError(f"argument MODEL: the model has no Linear, Embedding or convolution layer{quantized}")
+        raise UserError(f"argument `model`: the model has no Linear, Embedding or convolution layer{quantized}")
     chosen = {
         name: module
         for name, module in layers.items()
         if (wanted is None or wanted.search(name)) and not (unwanted and unwanted.search(name))
     }
     if not chosen:
-        option = "--include" if include is not None else "--exclude"
+        argument = "include" if include is not None else "exclude"
         names = ", ".join([*list(layers)[:4], *(["..."] if len(layers) > 4 else [])])
-        raise UserError(f"argument {option}: no layer is left of {names}")
+        raise UserError(f"argument `{argument}`: no layer is left of {names}")
     return chosen
 
 
-def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
+def _pattern(argument: str, text: str | None) -> re.Pattern[str] | None:
     try:
         return None if text is None else re.compile(text)
     except re.error as error:
-        raise UserError(f"argument --{option}: {text!r} is no regular expression ({error})") from None
+        raise UserError(f"argument `{argument}`: {text!r} is no regular expression ({error})") from None
 
 
 def _used_sizes(
@@ -194,13 +194,13 @@ def _used_sizes(
         except BaseException as error:  # a forward that is not ours can fail in any way
             if lacks_memory(error):
                 raise UserError(
-                    f"argument --input-size: {times(input_size)} is too large: there is not enough memory for the "
+                    f"argument `input_size`: {times(input_size)} is too large: there is not enough memory for the "
                     f"model's run on one input ({first_line(error)}); give a smaller size"
                 ) from error
             failure = error
     assert failure is not None
     raise UserError(
-        f"argument --input-size: the model does not take an input of size {times(input_size)} "
+        f"argument `input_size`: the model does not take an input of size {times(input_size)} "
         f"({first_line(failure)}); give the size of its inputs, channels first{_taken(layers)}"
     ) from failure
 
@@ -221,14 +221,14 @@ def _taken(layers: Mapping[str, nn.Module]) -> str:
     """What the first layer takes, as a hint."""
     name, first = next(iter(layers.items()))
     if isinstance(first, nn.Embedding):
-        return f", e.g. --input-size 16 for 16 indices: layer {name} is an embedding"
+        return f", e.g. 16 for 16 indices: layer {name} is an embedding"
     if isinstance(first, nn.Linear):
-        return f", e.g. --input-size {first.in_features}: layer {name} takes {first.in_features} features"
+        return f", e.g. {first.in_features}: layer {name} takes {first.in_features} features"
     n = spatial_axes(first)
     channels = getattr(first, "in_channels", None)
     if not n or not isinstance(channels, int):
         return ""
-    return f", e.g. --input-size {times((channels, *(32,) * n))}: layer {name} takes {channels} channels"
+    return f", e.g. {times((channels, *(32,) * n))}: layer {name} takes {channels} channels"
 
 
 def _uses(layers: Mapping[str, nn.Module], sizes: Mapping[str, list[tuple[int, ...]]]) -> list[_Use]:

@@ -245,7 +245,7 @@ def test_a_measurement_that_fails_names_the_layer(nets, capsys, monkeypatch):
 
 @pytest.mark.parametrize("threads", ["1025", "99999999999999999999"])
 def test_numbers_of_threads_that_no_machine_has(nets, capsys, threads):
-    assert f"argument --threads: {threads} will not do" in refused(capsys, "nets:small", "--threads", threads)
+    assert f"argument --threads: invalid value {threads}" in refused(capsys, "nets:small", "--threads", threads)
 
 
 LONG = ["a" * 300, "ä" * 200, "/".join(["a" * 200] * 30), "a" * 5000]
