@@ -15,8 +15,8 @@ from .parser import Parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sn-fast``; returns the exit code.
 
-    0; 2 after bad input (one line on stderr) or without a command (the help on stderr); 130 after Ctrl-C and 143 after SIGTERM (one line); 141 if the reader of
-    its output has gone.
+    0; 2 after bad input (one line on stderr), or without a command (the help on stderr); 130 after Ctrl-C and 143 after
+    SIGTERM (one line); 141 if the reader of its output has gone.
     """
     output.prepare()
     try:

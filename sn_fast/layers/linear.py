@@ -299,9 +299,11 @@ def checked_weight(module: nn.Module, name: str, *, parametrized: bool = False, 
         raise TypeError(f"module is a {type(module).__name__}; give a torch.nn.Module")
     theirs = [type(p).__name__ for p in chain(module, name)] if parametrize.is_parametrized(module, name) else []
     if theirs and (not parametrized or any("SpectralNorm" in t for t in theirs)):
+        ours = "sn_fast.remove_spectral_norm(module)"
+        remedy = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
         raise ValueError(
-            f"{type(module).__name__}.{name} is already parametrized by {', '.join(theirs)}; remove that first, with "
-            + ("remove_spectral_norm" if theirs == ["SpectralNorm"] else "torch.nn.utils.parametrize")
+            f"{parametrize.type_before_parametrizations(module).__name__}.{name} is already parametrized by "
+            f"{', '.join(theirs)}; remove that first, with {ours if theirs == ['SpectralNorm'] else remedy}"
         )
     if theirs:
         weight = getattr(module, name)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
-from ..layers.observe import observed_input_sizes
+from ..layers.observe import check_is_no_shape, observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
 from .checks import check_has_norm
@@ -113,6 +113,7 @@ def apply_spectral_norm(
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
             is not proportional to their weight (``spectral_norm``), by name.
     """
+    check_is_no_shape(example_input)
     if not isinstance(example_input, (Tensor, tuple, Mapping)):
         raise TypeError(
             f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
@@ -139,13 +140,14 @@ def apply_spectral_norm(
             used_at = sizes.get(name, [])
             size = _size_of_largest_norm(module, used_at)
             options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-            _register(module, "weight", size, options, hashed, used_at)
+            _register(module, "weight", size, options, hashed, used_at).path = name
             done.append(module)
     except BaseException as error:
         for module in done:
             _remove(module, "weight", keep_raw=True)
         if type(error) in (ValueError, TypeError):
-            raise type(error)(f"layer {name!r}: {error}") from error
+            calls = re.sub(r"\(module\b", lambda _: f"(model.get_submodule({name!r})", str(error))
+            raise type(error)(f"layer {name!r}: {calls}") from error
         raise
     check_once_per_forward(model)
     return model
