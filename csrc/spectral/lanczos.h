@@ -35,7 +35,7 @@ struct Lanczos {
     std::int64_t sizes[2];        // of all operators' vectors
     float* bases[2];              // n_iterations vectors each; the first of the start side is given
     float* results[2];
-    double* norms;                // of the half steps; not used
+    double* norms;                // scratch of the half steps
     double* diagonal;             // [span][n_iterations]
     double* off_diagonal;
     double* sums;                 // [kLanczosPasses][the more parts of the two sides][n_iterations + 1]

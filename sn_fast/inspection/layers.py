@@ -30,7 +30,7 @@ _REMEDY = "; leave it out with `exclude`, or give a smaller `input_size`"
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerMeasurement:
     """One layer at one input size.
 
     Attributes:
@@ -82,14 +82,14 @@ class Inspection:
         seconds: that all took.
     """
 
-    layers: tuple[LayerNorm, ...]
+    layers: tuple[LayerMeasurement, ...]
     unmeasured: tuple[str, ...] = ()
     seconds: float = 0.0
 
-    def measured(self) -> tuple[LayerNorm, ...]:
+    def measured(self) -> tuple[LayerMeasurement, ...]:
         return tuple(layer for layer in self.layers if layer.upper is not None)
 
-    def largest(self) -> LayerNorm | None:
+    def largest(self) -> LayerMeasurement | None:
         return max(self.measured(), key=lambda layer: layer.upper or 0.0, default=None)
 
     def log10_product(self) -> float:
@@ -260,7 +260,7 @@ def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LinearOper
         raise UserError(f"layer {name}: {error}") from None
 
 
-def _measured(use: _Use, tol: float) -> LayerNorm:
+def _measured(use: _Use, tol: float) -> LayerMeasurement:
     began = time.perf_counter()
     kind = kind_of(use.module)
     assert kind is not None
@@ -268,7 +268,7 @@ def _measured(use: _Use, tol: float) -> LayerNorm:
     weight = use.module.weight
     assert isinstance(weight, Tensor)
     shape = window(use.module) or times(weight.shape)
-    row = LayerNorm(use.name, cls, shape, use.input_size, note=use.note, tied=tuple(use.tied))
+    row = LayerMeasurement(use.name, cls, shape, use.input_size, note=use.note, tied=tuple(use.tied))
     if use.input_size is None and kind.axes:
         row = replace(row, reshaped=_matrix_norm(kind.reshaped(weight)))
         return replace(row, seconds=time.perf_counter() - began)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, require
 from ..files import replace_file
 from ..layers.describe import times
-from .layers import Inspection, LayerNorm
+from .layers import Inspection, LayerMeasurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +72,7 @@ def plot(inspection: Inspection, path: Path, title: str = "") -> None:
         raise UserError(f"argument `path`: cannot write {path}: {error.strerror}") from None
 
 
-def _draw(layers: tuple[LayerNorm, ...], title: str) -> Figure:
+def _draw(layers: tuple[LayerMeasurement, ...], title: str) -> Figure:
     height = min(1.6 + _HEIGHT * len(layers), _MOST_INCHES)
     figure: Figure = require("matplotlib.figure").Figure(figsize=(8.0, height), layout="constrained")
     axes = figure.subplots()
@@ -125,7 +125,7 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _label(layer: LayerNorm) -> str:
+def _label(layer: LayerMeasurement) -> str:
     size = f" at {times(layer.input_size)}" if layer.input_size else ""
     name = layer.name.encode("utf-8", "replace").decode()
     if len(name) > _LONGEST_NAME:

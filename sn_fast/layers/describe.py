@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from decimal import Context
 from html import escape
 from typing import Any
+
+_DIGITS = 6
 
 
 def times(sizes: Sequence[int]) -> str:
@@ -24,6 +27,11 @@ def window(module: Any) -> str:
         if any(value != 1 for value in values):
             parts.append(letter + (str(values[0]) if len(set(values)) == 1 else times(values)))
     return " ".join(parts)
+
+
+def rounded(value: float, direction: str) -> str:
+    """``value`` to six digits, towards ``direction``: a rounding mode of decimal, e.g. ROUND_CEILING for a bound."""
+    return f"{Context(prec=_DIGITS, rounding=direction).create_decimal_from_float(value):g}"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import math
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError, require
 from ..files import replace_file
 from ..layers.describe import aligned, html_table
 
@@ -206,8 +206,6 @@ def _number(x: float) -> str:
 
 def _matplotlib(module: str) -> Any:
     try:
-        return importlib.import_module(f"matplotlib.{module}")
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":  # installed, but broken: its own message says more
-            raise
-        raise ImportError("plots need the package matplotlib; run: pip install 'sn_fast[train]'") from error
+        return require(f"matplotlib.{module}")
+    except UserError as error:
+        raise ImportError(str(error)) from error

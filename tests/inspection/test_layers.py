@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 import sn_fast
 from sn_fast.errors import UserError
-from sn_fast.inspection import Inspection, LayerNorm, inspect_model, table
+from sn_fast.inspection import Inspection, LayerMeasurement, inspect_model, table
 from sn_fast.layers import LinearOperator, operator_of
 
 from ..layers.own_maps import BY_PRODUCTS, NOT_LINEAR, OF_ONE_WEIGHT, norm_of
@@ -200,10 +200,10 @@ def test_an_input_size_that_does_not_fit_names_one_that_may(model, size, hint):
 
 
 def test_properties_of_rows_without_a_norm():
-    row = LayerNorm("a", "Conv2d", "3x3", reshaped=2.0)
+    row = LayerMeasurement("a", "Conv2d", "3x3", reshaped=2.0)
     assert (row.width, row.reshaped_error) == (None, None)
     assert Inspection((row,)).largest() is None
-    assert LayerNorm("a", "Linear", "3x3", lower=0.0, upper=1.0).width == math.inf
+    assert LayerMeasurement("a", "Linear", "3x3", lower=0.0, upper=1.0).width == math.inf
 
 
 def test_layers_with_a_forward_of_their_own() -> None:
