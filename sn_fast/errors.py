@@ -19,6 +19,18 @@ class UserError(Exception):
     """Something the user can put right. The message is one line: which argument, which value, what to do instead."""
 
 
+class OptionError(UserError):
+    """An option of a library function that is out of range; the command line words it as an argument of its own.
+
+    Attributes:
+        name, value, remedy: of the option, and what to give instead.
+    """
+
+    def __init__(self, name: str, value: object, remedy: str) -> None:
+        super().__init__(f"{name}={value!r}: {remedy}")
+        self.name, self.value, self.remedy = name, value, remedy
+
+
 def require(module: str, install: str = "'sn_fast[train]'") -> ModuleType:
     """Import a module of an optional dependency, or say how to install it: ``pip install`` ``install``."""
     try:

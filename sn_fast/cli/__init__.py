@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__, _interrupts
-from ..errors import UserError, shortened
+from ..errors import OptionError, UserError, shortened
 from . import info, norms, output, train
 from .parser import Parser
 
@@ -46,6 +46,9 @@ def _outcome(argv: Sequence[str] | None) -> tuple[int, str]:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or _interrupts.received():  # it can come out as any other exception
             return _interrupts.exit_code(), _interrupts.line(error)
+        if isinstance(error, OptionError):
+            option = f"--{error.name.replace('_', '-')}"
+            error = UserError(f"argument {option}: invalid value {error.value}: {error.remedy}")
         if isinstance(error, UserError):
             return 2, f"sn-fast: error: {shortened(error)}"
         if isinstance(error, BrokenPipeError):

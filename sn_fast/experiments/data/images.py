@@ -25,7 +25,7 @@ def to_input(pixels: np.ndarray, *, whiten: bool, crop: int | None) -> Tensor:
     top, left = (height - side[0]) // 2, (width - side[1]) // 2
     result = torch.empty(count, channels, *side)
     for start in range(0, count, _CHUNK):
-        part = torch.from_numpy(pixels[start : start + _CHUNK].copy())
+        part = torch.from_numpy(pixels[start : start + _CHUNK])
         x = whitened(part) if whiten else _in_unit_range(part)
         result[start : start + _CHUNK] = x[:, :, top : top + side[0], left : left + side[1]]
     return result

@@ -85,7 +85,12 @@ def load_data(
     if coarse and data_set.coarse_classes is None:
         raise UserError(f"coarse: {name} has no coarse classes; cifar100 has")
     request = Request(name, _root(data_set, root), allow_partial, coarse, train_size, seed)
-    train, test = data_set.read(request)
+    try:
+        train, test = data_set.read(request)
+    except OSError as error:
+        raise UserError(f"root: cannot read {root}: {error.strerror or error}") from None
+    if not (len(train) and len(test)):
+        raise UserError(f"data set {name}: there are {len(train)} training and {len(test)} test images in {root}")
     num_classes = (data_set.coarse_classes if coarse else None) or data_set.num_classes
     relabel = _relabelling(classes, num_classes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Origin:
         return UserError(f"data set {self.name}: {file} {why}; get it again from {self.source}")
 
     def missing(self, files: str, root: Path, places: Sequence[str]) -> UserError:
-        belongs = " or ".join(str(root / place) for place in places)
+        belongs = " or ".join(dict.fromkeys(str(root / place) for place in places))
         return UserError(
             f"data set {self.name}: {files} not found; put the official files into {belongs} "
             f"(they are to be had from {self.source}; nothing is downloaded)"
@@ -50,11 +50,28 @@ def read_file(origin: Origin, path: Path, most: int) -> bytes:
     return content
 
 
-def check_sum(origin: Origin, path: Path | str, content: bytes, md5: str) -> None:
-    """Raise unless ``content`` is the official file's.
+def check_sum(
+    origin: Origin, path: Path | str, content: bytes, md5: str, *, official: Mapping[str, str] | None = None
+) -> None:
+    """Compare ``content`` with the official file's MD5 sum; ``official`` has those of all the set's files, by name.
 
     Raises:
         UserError: it is another.
     """
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise origin.damaged(path, f"is not the official file (its MD5 sum is another than {md5}; {REBUILT})")
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found == md5:
+        return
+    other = next((name for name, known in (official or {}).items() if known == found), None)
+    if other is not None:
+        raise origin.damaged(path, f"is the official {other} under a wrong name")
+    raise origin.damaged(path, f"is not the official file: its MD5 sum is {found}, not {md5} ({REBUILT})")
+
+
+def require_folder(origin: Origin, root: Path) -> None:
+    """Raise unless ``root`` is a folder.
+
+    Raises:
+        UserError: it is a file.
+    """
+    if not root.is_dir():
+        raise UserError(f"root: {root} is no folder; give the one with the official files of {origin.name}")

@@ -2,7 +2,20 @@
 
 from . import architectures  # noqa: F401 - registers them
 from .build import build_network
-from .demo import demo_network, layer_norms
+from .demo import demo_network
+from .layer_norms import layer_norms
+from .published import load_published, published_names
 from .registry import Architecture, architecture, network_names
+from .regularization import parameter_groups
 
-__all__ = ["Architecture", "architecture", "build_network", "demo_network", "layer_norms", "network_names"]
+__all__ = [
+    "Architecture",
+    "architecture",
+    "build_network",
+    "demo_network",
+    "layer_norms",
+    "load_published",
+    "network_names",
+    "parameter_groups",
+    "published_names",
+]

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ... import apply_spectral_norm
-from .initial import initialize
 from .registry import Architecture, architecture_of
+from .regularization import set_weight_decay
 
 
 def build_network(
@@ -24,6 +24,7 @@ def build_network(
     beta: float = math.inf,
     image_size: int | tuple[int, int] = 28,
     seed: int | None = None,
+    weight_decay: float | None = None,
     spectral_norm: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -38,6 +39,8 @@ def build_network(
         image_size: height and width of the images, in pixels; the paper's are 28 x 28.
         seed: of the initial weights, which are then the same for every beta, and with and without "_sn"; the global
             random state stays as it is. None: from the global random state.
+        weight_decay: factor in place of the published one of the layers that the architecture decays ("alexnet_wd":
+            all, 5e-4; "..._snl2": the last, 0); for ``parameter_groups``.
         spectral_norm: further keyword arguments of ``apply_spectral_norm``, e.g. {"gradient": "full"}.
         options: of the architecture, in place of the published ones, e.g. ``width=256`` of the MLPs.
 
@@ -59,7 +62,8 @@ def build_network(
         if seed is not None:
             torch.manual_seed(seed)
         network = chosen.make(image_shape, num_classes, **kwargs)
-        initialize(network)
+        chosen.initialize(network)
+    set_weight_decay(network, chosen, weight_decay)
     if chosen.normalized is None or math.isinf(beta):
         return network
     # reduce=False: u and v have the published shapes, also where the norm is that of a smaller matrix

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .initial import xavier_uniform
+
 # (image shape (C, H, W), number of classes, further options by keyword) -> the network with its layers unnormalised.
 Make = Callable[..., nn.Module]
 MakeT = TypeVar("MakeT", bound=Make)
@@ -26,6 +28,7 @@ class Architecture:
             convolution by the norm of its reshaped kernel; None, not at all.
         not_normalized: regular expression on the names of layers that stay as they are.
         weight_decay: {regular expression on the names of layers: factor}; the loss gains factor / 2 * ||W||^2, once.
+        initialize: sets the initial weights, after the network is made.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Architecture:
     normalized: str | None = None
     not_normalized: str | None = None
     weight_decay: Mapping[str, float] = field(default_factory=dict)
+    initialize: Callable[[nn.Module], None] = xavier_uniform
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}
@@ -45,6 +49,7 @@ def architecture(
     normalized: str | None = None,
     not_normalized: str | None = None,
     weight_decay: Mapping[str, float] | None = None,
+    initialize: Callable[[nn.Module], None] = xavier_uniform,
     **options: Any,
 ) -> Callable[[MakeT], MakeT]:
     """Register a function (image_shape, num_classes, **options) -> nn.Module as the architecture of this name.
@@ -56,7 +61,7 @@ def architecture(
     ...     return nn.Sequential(OrderedDict(layers))
 
     Args:
-        normalized, not_normalized, weight_decay: see ``Architecture``.
+        normalized, not_normalized, weight_decay, initialize: see ``Architecture``.
         options: keyword arguments of the function.
 
     Raises:
@@ -68,7 +73,9 @@ def architecture(
     def add(make: MakeT) -> MakeT:
         if name in _ARCHITECTURES:
             raise ValueError(f"an architecture {name!r} is registered already; choose another name")
-        _ARCHITECTURES[name] = Architecture(name, make, options, normalized, not_normalized, dict(weight_decay or {}))
+        _ARCHITECTURES[name] = Architecture(
+            name, make, options, normalized, not_normalized, dict(weight_decay or {}), initialize
+        )
         return make
 
     return add

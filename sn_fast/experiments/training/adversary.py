@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from ...attacks import fgm, pgd, wrm
@@ -20,16 +21,17 @@ class Adversary:
     norm: str
     eps: float
     steps: int
+    autocast_dtype: torch.dtype | None = None
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
         """x, (B, C, H, W), moved against labels y, (B,); None: against the model's own predictions."""
         if self.scheme == "erm":
             return x
         if self.scheme == "fgm":
-            return fgm(model, x, y, norm=self.norm, eps=self.eps)
+            return fgm(model, x, y, norm=self.norm, eps=self.eps, autocast_dtype=self.autocast_dtype)
         if self.scheme == "pgm":
-            return pgd(model, x, y, norm=self.norm, eps=self.eps, steps=self.steps)
-        return wrm(model, x, y, eps=self.eps, steps=self.steps)
+            return pgd(model, x, y, norm=self.norm, eps=self.eps, steps=self.steps, autocast_dtype=self.autocast_dtype)
+        return wrm(model, x, y, eps=self.eps, steps=self.steps, autocast_dtype=self.autocast_dtype)
 
     def scaled(self, factor: float) -> Adversary:
         return replace(self, eps=factor * self.eps)
@@ -38,5 +40,5 @@ class Adversary:
         if self.scheme == "erm":
             return "clean"
         if self.scheme == "wrm":
-            return f"WRM 1/(2γ) = {self.eps:g}"
-        return f"{self.scheme.upper()} ℓ{self.norm.replace('inf', '∞')} ε = {self.eps:g}"
+            return f"WRM 1/(2γ) = {self.eps:.4g}"
+        return f"{self.scheme.upper()} ℓ{self.norm.replace('inf', '∞')} ε = {self.eps:.4g}"

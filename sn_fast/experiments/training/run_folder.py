@@ -128,6 +128,11 @@ class RunFolder:
         torch.save({"format": _FORMAT, **state}, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
 
+    def write_weights(self, name: str, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.write(name, buffer.getvalue())
+
     def read_checkpoint(self) -> dict[str, Any]:
         """The state that ``write_checkpoint`` was given, tensors on the CPU."""
         path = self.path / "checkpoint.pt"

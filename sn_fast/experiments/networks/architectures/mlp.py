@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
-
 from torch import nn
 
-from ..layers import flatten
 from ..registry import architecture
+from ..stack import Stack
 
 
 @architecture("mlp1_relu", activation=nn.ReLU, hidden_layers=1)
@@ -29,13 +26,11 @@ def mlp(
     hidden_layers: int,
     width: int = 512,
 ) -> nn.Module:
-    """Flatten, ``hidden_layers`` times (fully connected with ``width`` units, activation), fully connected."""
-    layers: dict[str, nn.Module] = {"flatten": flatten(image_shape[0])}
-    inputs = math.prod(image_shape)
+    """``hidden_layers`` times (fully connected with ``width`` units, activation), and fully connected."""
+    stack = Stack(image_shape)
     for i in range(1, hidden_layers + 1):
-        suffix = str(i) if hidden_layers > 1 else ""
-        layers[f"hidden{suffix}"] = nn.Linear(inputs, width)
-        layers[f"activation{suffix}"] = activation()
-        inputs = width
-    layers["fc"] = nn.Linear(inputs, num_classes)
-    return nn.Sequential(OrderedDict(layers))
+        number = str(i) if hidden_layers > 1 else ""
+        stack.linear(f"hidden{number}", width)
+        stack.add(f"activation{number}", activation())
+    stack.linear("fc", num_classes)
+    return stack.network()
