@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, failures_explained
-from ..inspection import inspect_model, load_checkpoint, load_model, plot, table
+from ..inspection import LoadedModel, inspect_model, load_checkpoint, load_model, plot, table
 from ..inspection.plot import check_plot
 from ..inspection.table import document
 from ..inspection.weights import check_values
@@ -21,6 +21,7 @@ from ..layers.describe import times
 from ..running import MOST_THREADS, memory_limited, torch_threads
 from .output import others_on_stderr, write
 from .parser import options_for
+from .runs import CHECKPOINT, load_run, run_folder
 
 _DEFAULT_SIZE = "3x224x224"
 _DEFAULT_TOL = 3e-3
@@ -49,6 +50,7 @@ example:
   sn-fast norms torchvision:resnet50 --pretrained --plot resnet50.png
   sn-fast norms nets:make --checkpoint best.pt --input-size 1x28x28      def make() in nets.py returns the model
   sn-fast norms resnet18 --include 'layer4.*conv' --json
+  sn-fast norms runs/digits-pgm-beta1.6-seed0                            the network that sn-fast train made
 """
 
 
@@ -64,8 +66,10 @@ def add_command(commands: Any) -> None:
     model.add_argument(
         "model",
         metavar="MODEL",
+        nargs="?",
         help="factory module:function (importable from here, called without arguments), or name of a torchvision or "
-        "timm model: torchvision:NAME, timm:NAME, or NAME for the first that has it",
+        "timm model: torchvision:NAME, timm:NAME, or NAME for the first that has it; or "
+        "folder of a run of sn-fast train",
     )
     weights = model.add_mutually_exclusive_group()
     weights.add_argument(
@@ -84,11 +88,11 @@ def add_command(commands: Any) -> None:
         "only for a file that you trust",
     )
     weights.add_argument("--pretrained", action="store_true", help="published weights of torchvision or timm")
+    model.add_argument("--network", metavar="NAME", help="network of a run, e.g. beta=inf (default: its last)")
     model.add_argument(
         "--input-size",
-        default=_DEFAULT_SIZE,
         metavar="CxHxW",
-        help=f"size of one input of the network, without the batch (default: {_DEFAULT_SIZE})",
+        help=f"size of one input of the network, without the batch (default: {_DEFAULT_SIZE}, or the run's)",
     )
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--include", metavar="REGEX", help="only layers whose name matches (re.search)")
@@ -119,24 +123,32 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    input_size = _size(options.input_size)
     device = _device(options.device)
     threads = _threads(options.threads)
     if not 0 < options.tol < 1:
         raise UserError(f"argument --tol: invalid value {options.tol:g}: must be a number between 0 and 1")
     if options.plot is not None:
         check_plot(options.plot)
+    folder = _run_of(options)
+    if options.network is not None and folder is None:
+        raise UserError("argument --network: needs the folder of a run of sn-fast train as MODEL")
+    input_size = _size(_DEFAULT_SIZE if options.input_size is None else options.input_size)
     if options.allow_classes and options.checkpoint is None:
         raise UserError("argument --allow-class: needs --checkpoint FILE")
     here = _working_folder()
     if here not in sys.path:  # as with python -m
         sys.path.insert(0, here)
     with torch_threads(threads), memory_limited(device), others_on_stderr():
-        loaded = load_model(options.model, pretrained=options.pretrained)
+        if folder is not None:
+            trained = load_run(folder, options.network)
+            loaded, checkpoint = LoadedModel(trained.title, trained.module), folder / CHECKPOINT
+            input_size = trained.input_size if options.input_size is None else input_size
+        else:
+            loaded, checkpoint = load_model(options.model, pretrained=options.pretrained), options.checkpoint
         os.chdir(here)  # a factory may have left it, and paths are those of the command line
         torch.set_default_device(None)
-        if options.checkpoint is not None:
-            load_checkpoint(loaded.module, options.checkpoint, options.allow_classes)
+        if checkpoint is not None and folder is None:
+            load_checkpoint(loaded.module, checkpoint, options.allow_classes)
         check_values(loaded.module)
         with failures_explained(f"argument --device: moving the model to {device} failed"):
             module = loaded.module.to(device)
@@ -150,7 +162,7 @@ def _measure(options: argparse.Namespace) -> None:
         )
     source = {
         "model": loaded.name,
-        "checkpoint": None if options.checkpoint is None else str(options.checkpoint),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
         "pretrained": options.pretrained,
         "input_size": list(input_size),
         "tol": options.tol,
@@ -158,13 +170,30 @@ def _measure(options: argparse.Namespace) -> None:
         "threads": threads,
     }
     weights = options.checkpoint or ("pretrained" if options.pretrained else "weights as made")
-    title = f"{loaded.name}, {weights}, input {times(input_size)}"
+    parts = [loaded.name, *([] if folder else [str(weights)]), f"input {times(input_size)}"]
+    title = ", ".join(parts)
     if options.json:
         write(json.dumps({**source, **document(inspection)}, allow_nan=False))
     else:
         write(f"{title}\n\n{table(inspection)}")
     if options.plot is not None:
         plot(inspection, options.plot, title)
+
+
+def _run_of(options: argparse.Namespace) -> Path | None:
+    """The run that MODEL names, or where there is none --checkpoint."""
+    if options.model is None:
+        folder = None if options.checkpoint is None else run_folder(options.checkpoint)
+        if folder is None:
+            raise UserError("the following arguments are required: MODEL; see sn-fast norms --help")
+        return folder
+    folder = run_folder(options.model)
+    if folder is None and Path(options.model).name != options.model and os.path.isdir(options.model):
+        raise UserError(f"argument MODEL: the folder {options.model} holds no run of sn-fast train")
+    for option in ("checkpoint", "pretrained"):
+        if folder is not None and getattr(options, option):
+            raise UserError(f"argument --{option}: {options.model} is a run with weights of its own; leave this out")
+    return folder
 
 
 def _size(text: str) -> tuple[int, ...]:
