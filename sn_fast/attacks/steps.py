@@ -63,7 +63,7 @@ def pgd_step(
 
     Raises:
         ValueError: shapes or devices that differ, an unknown norm, a negative or NaN number, lower > upper.
-        TypeError: samples that are no floating-point tensors, or differ in dtype.
+        TypeError: samples that are not floating-point tensors, or differ in dtype.
     """
     _check(x_adv, x, grad)
     if active is not None:

@@ -96,7 +96,7 @@ def _state_dict(document: Any, path: Path) -> Mapping[str, Any]:
     if isinstance(found, Mapping) and any(isinstance(value, Tensor) for value in found.values()):
         if unnamed := [key for key in found if not isinstance(key, str)]:
             raise UserError(
-                f"argument `checkpoint`: {path} holds a dict of tensors whose keys are no names of parameters "
+                f"argument `checkpoint`: {path} holds a dict of tensors whose keys are not names of parameters "
                 f"({_few(list(map(repr, unnamed)), 'of another type')}): save model.state_dict()"
             )
         return found

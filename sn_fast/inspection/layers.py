@@ -176,7 +176,7 @@ def _pattern(argument: str, text: str | None) -> re.Pattern[str] | None:
     try:
         return None if text is None else re.compile(text)
     except re.error as error:
-        raise UserError(f"argument `{argument}`: {text!r} is no regular expression ({error})") from None
+        raise UserError(f"argument `{argument}`: {text!r} is not a regular expression ({error})") from None
 
 
 def _used_sizes(

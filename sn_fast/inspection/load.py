@@ -88,7 +88,7 @@ def _find_zoo(name: str) -> tuple[str, str]:
     remedy = "give a factory as module:function, e.g. nets:make"
     if not installed:
         raise UserError(
-            f"argument `model`: {name!r} is no module:function, and neither torchvision nor timm is installed: {remedy}"
+            f"argument `model`: {name!r} is not a module:function, and torchvision and timm are not installed: {remedy}"
             ", or run: pip install torchvision"
         )
     known: list[str] = []

@@ -45,7 +45,7 @@ def check_plot(path: Path) -> None:
     except OSError as error:
         raise UserError(f"argument `path`: cannot write {path}: {error.strerror}") from None
     if exists and not _is_ours(path):
-        raise UserError(f"argument `path`: {path} exists and is no plot of sn-fast, so it stays; give another name")
+        raise UserError(f"argument `path`: {path} exists and is not a plot of sn-fast, so it stays; give another name")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"argument `path`: cannot write into {path.parent}: permission denied")
     require("matplotlib", install="matplotlib")

@@ -79,7 +79,7 @@ def operator_of(
         raise ValueError(f"{name}.weight is a lazy parameter without a shape; run one forward first")
     kind = kind_of(module)
     geometry = _known_geometry(module) if input_size is None else None
-    reason = f"{name} is no class that sn_fast knows" if kind is None else kind.why_not_exact(module)
+    reason = f"{name} is not a class that sn_fast knows" if kind is None else kind.why_not_exact(module)
     if reason is None and kind is not None:
         if geometry is not None:
             if not kind.of_user:

@@ -71,7 +71,7 @@ def lipschitz_bound(
         where a layer has no finite bound, or none that is of use; the report says which and why.
 
     Raises:
-        TypeError: ``model`` is no module, or ``example_input`` neither tensor nor tuple.
+        TypeError: ``model`` is not a module, or ``example_input`` neither tensor nor tuple.
         ValueError: a weight has NaN or infinite elements, is on the meta device, or has no shape yet.
     Warns:
         UserWarning: torch.fx cannot trace the model: the report has the layers one by one, and no bound.

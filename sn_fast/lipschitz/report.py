@@ -77,7 +77,7 @@ class LipschitzReport:
             or NaN, and where the bound is infinite.
 
         Raises:
-            TypeError: ``logits`` is no floating-point tensor.
+            TypeError: ``logits`` is not a floating-point tensor.
             ValueError: ``logits`` or ``y`` has another shape, or a class in ``y`` does not exist.
         """
         if not isinstance(logits, Tensor):
@@ -177,7 +177,7 @@ def _classes(y: Any, scores: Tensor, binary: bool) -> Tensor:
     try:
         given = torch.as_tensor(y)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"y={y!r} is no list of integers; {expected}") from error
+        raise ValueError(f"y={y!r} is not a list of integers; {expected}") from error
     if given.shape == (rows, 1) and binary:
         given = given[:, 0]
     if given.numel() == 0 and rows == 0:

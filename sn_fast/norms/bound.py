@@ -100,7 +100,7 @@ def operator_norm_bound(
     Raises:
         ValueError: an unknown method, or one that ``op`` has no weight for; an argument out of range; a weight with NaN
             or infinite elements; products that are visibly not linear or not each other's adjoint; or an operator that
-            is too large for "dense". TypeError: ``op`` is no operator.
+            is too large for "dense". TypeError: ``op`` is not an operator.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(map(repr, METHODS))}")

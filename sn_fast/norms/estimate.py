@@ -89,7 +89,7 @@ def operator_norm(
     Raises:
         ValueError: an unknown method, tol <= 0, max_iterations < 1, a weight with NaN or inf, an operator too large
             for "dense", or one whose products are visibly not linear or not each other's adjoint.
-        TypeError: ``op`` is no operator.
+        TypeError: ``op`` is not an operator.
     Warns:
         ConvergenceWarning: the iterations ended above ``tol``; the message says how far.
     """

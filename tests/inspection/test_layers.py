@@ -166,7 +166,7 @@ def test_include_and_exclude():
     for options, expected in (
         ({"include": "conv"}, r"argument `include`: no layer is left of 0, 1, 2, 3$"),
         ({"exclude": "."}, r"argument `exclude`: no layer is left of 0, 1"),
-        ({"include": "("}, r"argument `include`: '\(' is no regular expression"),
+        ({"include": "("}, r"argument `include`: '\(' is not a regular expression"),
     ):
         with pytest.raises(UserError, match=expected):
             inspect_model(model, (2,), **options)

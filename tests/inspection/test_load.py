@@ -127,7 +127,7 @@ def test_packages_that_are_not_installed(uninstalled, monkeypatch):
     with pytest.raises(UserError, match=r"torchvision is not installed; run: pip install torchvision$"):
         load_model("torchvision:resnet50")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"'resnet50' is no module:function, and neither torchvision nor timm is insta"):
+    with pytest.raises(UserError, match=r"'resnet50' is not a module:function, and torchvision and timm are not inst"):
         load_model("resnet50")
 
 

@@ -147,7 +147,7 @@ def test_threads_are_given_back(nets, capsys):
         (["nets:small", "--tol", "nan"], "argument --tol: invalid value nan"),
         (["nets:small", "--threads", "0"], "argument --threads: invalid value 0"),
         (["nets:small", "--device", "tpu"], "argument --device: invalid value tpu"),
-        (["nets:small", "--include", "("], "argument --include: '(' is no regular expression"),
+        (["nets:small", "--include", "("], "argument --include: '(' is not a regular expression"),
         (["nets:small", "--plot", "a.txt"], "argument --plot: invalid value a.txt: the name must end with .png"),
         (["nets:small", "--plot", "no/a.png"], "argument --plot: there is no folder no"),
     ],
