@@ -86,7 +86,7 @@ def operator_of(
                 return LayerOperator(weight, geometry)
             input_size = geometry.input_size
         op = kind.operator(module, weight, input_size)
-        if kind.of_user and not raw:
+        if kind.of_user and not raw and not weight.is_meta:
             _check_declared(module, op)
         return op
     if kind is None and (weight.ndim != 2 or type(module).forward is nn.Module.forward):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .registry import Images, Request
-from .source_files import REBUILT, Origin, check_sum, read_file, require_folder
+from .source_files import REBUILT, Origin, check_sum, md5_of, read_file, require_folder
 
 SIDE = 28
 CLASSES = 10
@@ -28,6 +28,8 @@ class IdxSet:
     """Of the uncompressed files, by "train-images" and so on."""
     gz_md5: dict[str, str] = field(default_factory=dict)
     """Of the compressed files, of a set that publishes no others; its plain files are checked by size."""
+    others: tuple[IdxSet, ...] = ()
+    """Sets whose files have the same names and sizes."""
 
     def read(self, request: Request) -> tuple[Images, Images]:
         """The training and the test images."""
@@ -89,6 +91,9 @@ class IdxSet:
         if count != self.counts[part]:
             raise self.origin.damaged(path, f"holds {count} {kind}, not {self.counts[part]} ({REBUILT})")
         name = f"{part}-{kind}"
+        for other in self.others:
+            if md5_of(content) in other.md5.values():
+                raise self.origin.damaged(path, f"is a file of {other.origin.name}")
         if name in self.md5:
             check_sum(self.origin, path, content, self.md5[name], official=self.md5)
         elif name in self.gz_md5 and path.suffix == ".gz":

@@ -84,38 +84,33 @@ def load_data(
     _check_share(random_labels)
     if coarse and data_set.coarse_classes is None:
         raise UserError(f"coarse: {name} has no coarse classes; cifar100 has")
-    request = Request(name, _root(data_set, root), allow_partial, coarse, train_size, seed)
-    try:
-        train, test = data_set.read(request)
-    except OSError as error:
-        raise UserError(f"root: cannot read {root}: {error.strerror or error}") from None
-    if not (len(train) and len(test)):
-        raise UserError(f"data set {name}: there are {len(train)} training and {len(test)} test images in {root}")
-    num_classes = (data_set.coarse_classes if coarse else None) or data_set.num_classes
-    relabel = _relabelling(classes, num_classes)
+    relabel = _relabelling(classes, (data_set.coarse_classes if coarse else None) or data_set.num_classes)
+    num_classes = int(relabel.max()) + 1
+
+    train, test = _read(data_set, Request(name, _root(data_set, root), allow_partial, coarse, train_size, seed))
+    held_out = train if split == "held_out" else test
+    train_index, validation_index, test_index = _positions(data_set, split, validation_size, len(train), len(test))
+    train_index, test_index = (
+        _of_classes(name, relabel, images, index) for images, index in ((train, train_index), (test, test_index))
+    )
+    validation_index = validation_index[relabel[held_out.labels[validation_index]] >= 0]
+    if not data_set.embedded:
+        train_index = _draw(name, seed, "train_size", train_index, train_size)
+    test_index = _draw(name, seed, "test_size", test_index, test_size)
 
     def samples(images: Images, index: np.ndarray, part: str) -> Samples:
         labels = relabel[images.labels[index]]
         if random_labels and random_part in (part, "both"):
             labels = corrupted(
-                labels, index, random_labels, classes=kept_classes, differ=random_differ, seed=seed, part=part
+                labels, index, random_labels, classes=num_classes, differ=random_differ, seed=seed, part=part
             )
         return Samples(to_input(images.pixels[index], whiten=whiten, crop=crop), torch.from_numpy(labels)).to(device)
 
-    kept_classes = int(relabel.max()) + 1
-    train_index, validation_index, test_index = (
-        index[relabel[images.labels[index]] >= 0]
-        for index, images in _positions(data_set, split, validation_size, train, test)
-    )
-    if not data_set.embedded:
-        train_index = _draw(name, seed, "train_size", train_index, train_size)
-    test_index = _draw(name, seed, "test_size", test_index, test_size)
-    held_out = train if split == "held_out" else test
     return Split(
         train=samples(train, train_index, "train"),
         validation=samples(held_out, validation_index, "test"),
         test=samples(test, test_index, "test"),
-        num_classes=kept_classes,
+        num_classes=num_classes,
         name=name,
     )
 
@@ -131,33 +126,46 @@ def _root(data_set: DataSet, root: str | os.PathLike[str] | None) -> Path:
     return path
 
 
+def _read(data_set: DataSet, request: Request) -> tuple[Images, Images]:
+    try:
+        train, test = data_set.read(request)
+    except OSError as error:
+        raise UserError(f"root: cannot read {request.root}: {error.strerror or error}") from None
+    if not (len(train) and len(test)):
+        raise UserError(
+            f"data set {request.name}: {request.root} holds {len(train)} training and {len(test)} test images"
+        )
+    return train, test
+
+
 def _positions(
-    data_set: DataSet, split: str, validation_size: int | None, train: Images, test: Images
-) -> tuple[tuple[np.ndarray, Images], ...]:
-    """The places of training, validation and test samples in the official order, with the images they are of.
+    data_set: DataSet, split: str, validation_size: int | None, train: int, test: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The places of training, validation and test samples among ``train`` and ``test`` images in the official order.
 
     Raises:
         UserError: nothing is left to train on or to test.
     """
-    every_train, every_test = np.arange(len(train)), np.arange(len(test))
+    first = _HELD_OUT if split == "held_out" else data_set.validation
+    size = first if validation_size is None else validation_size
+    reserved = {"published": data_set.reserved, "all": 0, "held_out": size}[split]
+    if reserved >= train:
+        raise UserError(
+            f"split: {split!r} will not do: it does not train on the first {reserved} of the training images, and "
+            f"{data_set.name} has {train}; give split='all'" + (" or a validation_size" if split == "held_out" else "")
+        )
     if split == "held_out":
-        size = _HELD_OUT if validation_size is None else validation_size
-        parts = (every_train[size:], train), (every_train[:size], train), (every_test, test)
-    else:
-        size = data_set.validation if validation_size is None else validation_size
-        reserved = data_set.reserved if split == "published" else 0
-        parts = (every_train[reserved:], train), (every_test[:size], test), (every_test[size:], test)
-        if not len(parts[0][0]):
-            raise UserError(
-                f"data set {data_set.name}: the first {reserved} training images are not trained on, and there are "
-                f"only {len(train)}; give split='all'"
-            )
-    for what, (index, images) in zip(("training", "validation", "test"), parts):
-        if not len(index) and what != "validation":
-            raise UserError(
-                f"validation_size: {size} will not do: it leaves no {what} images of {len(images)} of {data_set.name}"
-            )
-    return parts
+        return np.arange(reserved, train), np.arange(reserved), np.arange(test)
+    if size >= test:
+        raise UserError(f"validation_size: {size} will not do: {data_set.name} has {test} test images; give less")
+    return np.arange(reserved, train), np.arange(size), np.arange(size, test)
+
+
+def _of_classes(name: str, relabel: np.ndarray, images: Images, index: np.ndarray) -> np.ndarray:
+    kept = index[relabel[images.labels[index]] >= 0]
+    if not len(kept):
+        raise UserError(f"classes: no training or no test image of {name} is of these classes")
+    return kept
 
 
 def _relabelling(classes: Sequence[int] | None, num_classes: int) -> np.ndarray:

@@ -50,6 +50,11 @@ def read_file(origin: Origin, path: Path, most: int) -> bytes:
     return content
 
 
+def md5_of(content: bytes) -> str:
+    """The MD5 sum, which tells an official file from others; it is no proof against a forged one."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
 def check_sum(
     origin: Origin, path: Path | str, content: bytes, md5: str, *, official: Mapping[str, str] | None = None
 ) -> None:
@@ -58,7 +63,7 @@ def check_sum(
     Raises:
         UserError: it is another.
     """
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    found = md5_of(content)
     if found == md5:
         return
     other = next((name for name, known in (official or {}).items() if known == found), None)

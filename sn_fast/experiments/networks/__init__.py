@@ -7,9 +7,11 @@ from .layer_norms import layer_norms
 from .published import load_published, published_names
 from .registry import Architecture, architecture, network_names
 from .regularization import parameter_groups
+from .stack import Stack
 
 __all__ = [
     "Architecture",
+    "Stack",
     "architecture",
     "build_network",
     "demo_network",

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -53,40 +54,48 @@ def build_network(
     """
     chosen = architecture_of(name)
     image_shape = (_positive("in_channels", in_channels), *_size(image_size))
-    _positive("num_classes", num_classes)
+    num_classes = _positive("num_classes", num_classes)
     _check_beta(chosen, beta)
     kwargs = _options(chosen, options)
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    if seed is not None and not _is_integer(seed):
         raise TypeError(f"seed={seed!r} must be an integer or None")
-    with nullcontext() if seed is None else torch.random.fork_rng(devices=()):
+    home = torch.get_default_device()
+    # On the CPU a seed gives the same weights wherever the network goes.
+    there = home if home.type == "meta" else torch.device("cpu")
+    with there, nullcontext() if seed is None else torch.random.fork_rng(devices=()):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         network = chosen.make(image_shape, num_classes, **kwargs)
         chosen.initialize(network)
+    network.to(home)
     set_weight_decay(network, chosen, weight_decay)
     if chosen.normalized is None or math.isinf(beta):
         return network
     # reduce=False: u and v have the published shapes, also where the norm is that of a smaller matrix
     given: dict[str, Any] = {"operator": chosen.normalized, "exclude": chosen.not_normalized, "reduce": False}
     example = torch.zeros(1, *image_shape)
-    return apply_spectral_norm(network, example, beta=beta, **(given | dict(spectral_norm or {})))
+    return apply_spectral_norm(network, example, beta=float(beta), **(given | dict(spectral_norm or {})))
 
 
 def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not _is_integer(value) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer >= 1")
-    return value
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _size(image_size: Any) -> tuple[int, int]:
     sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
-    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+    if len(sides) != 2 or not all(_is_integer(side) and side >= 1 for side in sides):
         raise ValueError(f"image_size={image_size!r}: give the pixels of a side, or (height, width)")
-    return sides[0], sides[1]
+    return int(sides[0]), int(sides[1])
 
 
 def _check_beta(chosen: Architecture, beta: Any) -> None:
-    if isinstance(beta, bool) or not isinstance(beta, int | float) or not beta > 0:
+    if isinstance(beta, bool) or not isinstance(beta, Real) or not float(beta) > 0:
         raise ValueError(f"beta={beta!r} must be a number above 0; inf leaves the layers as they are")
     if chosen.normalized is None and not math.isinf(beta):
         raise ValueError(

@@ -77,6 +77,33 @@ class SameAvgPool2d(nn.Module):
         return f"kernel_size={self.kernel_size}"
 
 
+class LocalResponseNorm(nn.Module):
+    """x / (bias + alpha * sum of x^2 over the channels within ``radius``)^beta; the defaults are AlexNet's.
+
+    PyTorch's layer of this name divides alpha by the number of channels in the sum, and takes four times as long.
+    """
+
+    def __init__(self, radius: int = 4, bias: float = 1.0, alpha: float = 0.001 / 9, beta: float = 0.75):
+        super().__init__()
+        self.radius, self.bias, self.alpha, self.beta = radius, bias, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = 2 * self.radius + 1
+        squares = (x * x).flatten(2).transpose(1, 2)  # channels last: the window slides along memory
+        mean = F.avg_pool1d(squares, window, 1, self.radius).transpose(1, 2).reshape(x.shape)
+        return x * (self.bias + self.alpha * window * mean).pow(-self.beta)
+
+    def extra_repr(self) -> str:
+        return f"radius={self.radius}, bias={self.bias:g}, alpha={self.alpha:g}, beta={self.beta:g}"
+
+
+class ConstantDropout(nn.Dropout):
+    """Dropout in training and in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, training=True)
+
+
 def convolution(
     in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: str = "SAME", bias: bool = True
 ) -> nn.Conv2d:
@@ -89,7 +116,9 @@ def convolution(
 
 
 def same_max_pool(kernel_size: int, stride: int, size: tuple[int, int]) -> nn.MaxPool2d:
-    """Max pooling with SAME padding of an input of this size, by PyTorch's own layer."""
+    """Max pooling with SAME padding of an input of this size, by PyTorch's own layer; ``stride`` is 2 or more."""
+    if stride < 2:
+        raise ValueError(f"stride={stride}: SAME pooling by PyTorch's layer needs a stride of 2 or more")
     before = [same_pads(side, kernel_size, stride)[0] for side in size]
     # Where SAME has one more element after the image, the last window overhangs.
     return nn.MaxPool2d(kernel_size, stride, (before[0], before[1]), ceil_mode=True)
@@ -103,9 +132,3 @@ def flatten(channels: int, height: int, width: int) -> nn.Module:
 def batch_norm(channels: int, *, momentum: float = 0.99, eps: float = 1e-3) -> nn.BatchNorm2d:
     """Batch normalisation with TensorFlow's defaults; ``momentum`` is the share of the old moving average."""
     return nn.BatchNorm2d(channels, eps=eps, momentum=1 - momentum)
-
-
-def local_response_norm(radius: int = 4, bias: float = 1.0, alpha: float = 0.001 / 9, beta: float = 0.75) -> nn.Module:
-    """x / (bias + alpha * sum of x^2 over the channels within ``radius``)^beta; the defaults are AlexNet's."""
-    size = 2 * radius + 1
-    return nn.LocalResponseNorm(size, alpha * size, beta, bias)  # PyTorch divides alpha by the size

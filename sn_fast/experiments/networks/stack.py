@@ -31,6 +31,7 @@ class Stack:
         self, name: str, channels: int, kernel: int, *, stride: int = 1, padding: str = "SAME", bias: bool = True
     ) -> None:
         size = self._size_after(name, kernel, stride, padding)
+        _check_width(name, channels)
         layer = convolution(self.shape[0], channels, kernel, stride=stride, padding=padding, bias=bias)
         self.add(name, layer, (channels, *size))
 
@@ -42,6 +43,7 @@ class Stack:
 
     def linear(self, name: str, features: int) -> None:
         """Fully connected; images are flattened first, in the published order."""
+        _check_width(name, features)
         if len(self.shape) == 3:
             self.add("flatten", flatten(*self.shape), (math.prod(self.shape),))
         self.add(name, nn.Linear(self.shape[0], features), (features,))
@@ -60,3 +62,8 @@ class Stack:
                 f"{' x '.join(map(str, size))}"
             )
         return tuple((side - kernel) // stride + 1 for side in size)
+
+
+def _check_width(name: str, width: int) -> None:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"layer {name!r} cannot have {width!r} units or channels; give an integer >= 1")

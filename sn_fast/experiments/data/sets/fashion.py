@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..idx import IdxSet
 from ..registry import DataSet, register
 from ..source_files import Origin
+from .mnist import MNIST
 
 FASHION = IdxSet(
     Origin("fashion", "github.com/zalandoresearch/fashion-mnist"),
@@ -15,6 +16,7 @@ FASHION = IdxSet(
         "t10k-images": "bef4ecab320f06d8554ea6380940ec79",
         "t10k-labels": "bb300cfdad3c16e7a12a480ee83cd310",
     },
+    others=(MNIST,),
 )
 
 register(DataSet("fashion", FASHION.read, reserved=5_000, published={}))

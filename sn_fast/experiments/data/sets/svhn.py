@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 
-from ....errors import UserError, first_line, require
+from ..mat import MatError, load_mat
 from ..registry import DataSet, Images, Request, register
 from ..source_files import Origin, check_sum, read_file, require_folder
 
@@ -31,24 +29,22 @@ def _part(request: Request, name: str) -> Images:
     path = next((p for p in (request.root / folder / name for folder in FOLDERS) if p.is_file()), None)
     if path is None:
         raise ORIGIN.missing(name, request.root, FOLDERS)
-    try:
-        loadmat = require("scipy.io", "scipy").loadmat
-    except UserError as error:
-        raise UserError(f"data set svhn: its files are read by scipy; {error}") from None
     content = read_file(ORIGIN, path, most=LARGEST)
     if not request.allow_partial:
         check_sum(ORIGIN, path, content, MD5[name], official=MD5)
     try:
-        arrays = loadmat(io.BytesIO(content), variable_names=["X", "y"])
-        pixels, labels = arrays["X"], arrays["y"]
-    except Exception as error:  # scipy has no exception of its own for damaged files
-        raise ORIGIN.damaged(path, f"cannot be read as a MATLAB file with X and y ({first_line(error)})") from None
+        arrays = load_mat(content, most=LARGEST)
+    except MatError as error:
+        raise ORIGIN.damaged(path, f"cannot be read: {error}") from None
+    if not arrays.keys() >= {"X", "y"}:
+        raise ORIGIN.damaged(path, f"holds no images X and labels y, but {', '.join(arrays)[:100] or 'no arrays'}")
+    pixels, labels = arrays["X"], arrays["y"]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != SHAPE:
         raise ORIGIN.damaged(path, f"holds X of {pixels.dtype} and shape {pixels.shape}, not bytes of (32, 32, 3, N)")
     count = pixels.shape[3]
     if labels.size != count:
         raise ORIGIN.damaged(path, f"has {labels.size} labels of {count} images")
-    if labels.dtype.kind not in "ui" or (count and not 1 <= labels.min() <= labels.max() <= 10):
+    if not np.isin(labels, np.arange(1, 11)).all():
         raise ORIGIN.damaged(path, "holds labels other than 1 to 10")
     return Images(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)), labels.reshape(-1).astype(np.int64) % 10)
 

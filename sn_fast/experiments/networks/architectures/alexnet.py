@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..layers import batch_norm, local_response_norm
+from ..layers import ConstantDropout, LocalResponseNorm, batch_norm
 from ..registry import architecture
 from ..stack import Stack
 
@@ -29,10 +29,11 @@ def alexnet(
     batch_normalization: bool = False,
     lrn: bool = True,
     dropout: float = 0.0,
+    dropout_in_tests: bool = False,
 ) -> nn.Module:
     """Convolutions 5x5 with 96 and 256 channels, fully connected layers with 384 and 192 units.
 
-    ``dropout`` ends with training, as it should; the published network drops elements in tests too.
+    ``dropout`` ends with training; with ``dropout_in_tests`` it does not, as in the published network.
     """
     stack = Stack(image_shape)
     for i, channels in ((1, 96), (2, 256)):
@@ -42,9 +43,9 @@ def alexnet(
         stack.add(f"conv{i}_activation", activation())
         stack.max_pool(f"pool{i}", 3, 2)
         if lrn:
-            stack.add(f"norm{i}", local_response_norm())
+            stack.add(f"norm{i}", LocalResponseNorm())
         if dropout:
-            stack.add(f"dropout{i}", nn.Dropout(dropout))
+            stack.add(f"dropout{i}", ConstantDropout(dropout) if dropout_in_tests else nn.Dropout(dropout))
     for i, units in ((1, 384), (2, 192)):
         stack.linear(f"linear{i}", units)
         stack.add(f"linear{i}_activation", activation())

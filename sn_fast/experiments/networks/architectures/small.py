@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..layers import local_response_norm
+from ..layers import LocalResponseNorm
 from ..registry import architecture
 from ..stack import Stack
 
@@ -32,7 +32,7 @@ def small_lrn(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     stack.conv("conv1", 8, 5)
     stack.add("relu1", nn.ReLU())
     stack.max_pool("pool1", 3, 2)
-    stack.add("norm1", local_response_norm())
+    stack.add("norm1", LocalResponseNorm())
     stack.conv("conv2", 8, 3, stride=2)
     stack.add("elu2", nn.ELU())
     stack.conv("conv3", 8, 3, padding="VALID")
