@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,15 @@ def failures_explained(what: str, remedy: str = "") -> Iterator[None]:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_the_users(f.filename)]
         place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise UserError(f"{what}: {first_line(error)}{place}{remedy}") from error
+
+
+def users_stacklevel() -> int:
+    """``stacklevel`` for a warning of the caller, so that its place is the user's own line."""
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and not _is_the_users(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def lacks_memory(error: BaseException) -> bool:

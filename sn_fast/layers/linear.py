@@ -79,7 +79,7 @@ def operator_of(
         raise ValueError(f"{name}.weight is a lazy parameter without a shape; run one forward first")
     kind = kind_of(module)
     geometry = _known_geometry(module) if input_size is None else None
-    reason = f"{name} is no class that sn_fast knows" if kind is None else kind.why_not_exact(module)
+    reason = f"{name} is not a class that sn_fast knows" if kind is None else kind.why_not_exact(module)
     if reason is None and kind is not None:
         if geometry is not None:
             if not kind.of_user:
@@ -299,9 +299,11 @@ def checked_weight(module: nn.Module, name: str, *, parametrized: bool = False, 
         raise TypeError(f"module is a {type(module).__name__}; give a torch.nn.Module")
     theirs = [type(p).__name__ for p in chain(module, name)] if parametrize.is_parametrized(module, name) else []
     if theirs and (not parametrized or any("SpectralNorm" in t for t in theirs)):
+        ours = "sn_fast.remove_spectral_norm(module)"
+        remedy = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
         raise ValueError(
-            f"{type(module).__name__}.{name} is already parametrized by {', '.join(theirs)}; remove that first, with "
-            + ("remove_spectral_norm" if theirs == ["SpectralNorm"] else "torch.nn.utils.parametrize")
+            f"{parametrize.type_before_parametrizations(module).__name__}.{name} is already parametrized by "
+            f"{', '.join(theirs)}; remove that first, with {ours if theirs == ['SpectralNorm'] else remedy}"
         )
     if theirs:
         weight = getattr(module, name)

@@ -47,6 +47,13 @@ def observed_input_sizes(
     return sizes
 
 
+def check_is_no_shape(example_input: object) -> None:
+    """Raise TypeError where a shape was given in place of a tensor of that shape."""
+    if isinstance(example_input, (tuple, list)) and example_input and all(type(n) is int for n in example_input):
+        sizes = ", ".join(map(str, example_input))
+        raise TypeError(f"example_input=({sizes}) is a shape; give a tensor, e.g. torch.zeros({sizes})")
+
+
 def _run(model: nn.Module, example_input: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> None:
     args = example_input if isinstance(example_input, tuple) else ()
     kwargs = dict(example_input) if isinstance(example_input, Mapping) else {}
