@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import OptionError
 from .. import figures
@@ -141,7 +141,7 @@ def _draw_bars(axes: Axes, networks: tuple[NetworkNorms, ...], layers: list[str]
         if math.isfinite(network.beta):
             ends = [x - width / 2 for x in at], [x + width / 2 for x in at]
             axes.hlines([network.beta] * len(at), *ends, color="black", linewidth=1.4, label="cap β")
-    slanted = {"rotation": 25, "ha": "right"} if max(map(len, layers)) * len(layers) > 34 else {}
+    slanted: Any = {"rotation": 25, "ha": "right"} if max(map(len, layers)) * len(layers) > 34 else {}
     axes.set_xticks(range(len(layers)), layers, **slanted)
     axes.grid(axis="x", visible=False)
 

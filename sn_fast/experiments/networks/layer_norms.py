@@ -41,4 +41,4 @@ def layer_norms(model: nn.Module, image_shape: Sequence[int]) -> dict[str, float
             handle.remove()
     with torch.no_grad():
         operators = {name: operator_of(layers[name], size or None) for name, size in sizes.items()}
-        return {name: float(operator_norm(op, tol=_NORM_TOLERANCE)) for name, op in operators.items()}  # type: ignore[arg-type]
+        return {name: float(operator_norm(op, tol=_NORM_TOLERANCE)) for name, op in operators.items()}

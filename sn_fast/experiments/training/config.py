@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -55,7 +55,7 @@ class TrainConfig:
     arch: str = "demo"
     """Name of the network for ``build_network``, or "demo": three convolutions and a linear layer."""
     scheme: str = "pgm"
-    norm: str = "2"
+    norm: Literal["2", "inf", "1"] = "2"
     """Of the radius of FGM and PGM; WRM has none."""
     eps: float | None = None
     """Radius of FGM and PGM, in units of the input (pixels in [0, 1], or whitened); 1 / (2 gamma) of WRM. Under "erm"
@@ -68,7 +68,7 @@ class TrainConfig:
     beta: float
     single: bool = False
     """Train the network with ``beta`` alone, without the one of beta = inf beside it."""
-    gradient: str = "detached"
+    gradient: Literal["detached", "full"] = "detached"
     """Of the normalisation: "detached" holds u and v constant; "full" goes through the iteration, as published."""
     epochs: int
     batch_size: int = 50
