@@ -82,7 +82,7 @@ def test_bad_input(task, uninstalled):
     model, x, y = task
     with pytest.raises(ValueError, match="length=0 must be a finite number > 0"):
         AmplificationDetector(model, length=0)
-    with pytest.raises(ValueError, match="direction=\"label\" is unknown|direction='label' is unknown"):
+    with pytest.raises(ValueError, match="direction='label' is unknown"):
         AmplificationDetector(model, length=0.1, direction="label")
     with pytest.raises(TypeError, match="model is a function"):
         AmplificationDetector(lambda x: x, length=0.1)
