@@ -3,9 +3,9 @@
 Trains a small network on scikit-learn's digits, with and without spectral normalisation, and tells clean from attacked
 test images by the gains of its layers (``sn_fast.theory.AmplificationDetector``). Each detector is fitted on one half
 of the test images, with the attack that it is then tried on, and judged by the area under the ROC curve (0.5 is
-chance) on the other half. The last columns are an attack that climbs the detector's score too: its area, and the share of the
-images that fool the network and do not score above 95 % of the clean ones. That attack has the l2 radius eps, also in
-the rows of WRM, where eps is 1 / (2 gamma).
+chance) on the other half. The last columns are an attack that climbs the detector's score too: its area, and the share
+of the images that fool the network and do not score above 95 % of the clean ones. That attack has the l2 radius eps,
+also in the rows of WRM, where eps is 1 / (2 gamma).
 
     python examples/amplification_detector.py --seeds 0 1 2
 """

@@ -41,11 +41,10 @@ def test_links_lead_somewhere() -> None:
 @pytest.mark.slow
 def test_the_detectors_example_runs() -> None:
     root = Path(__file__).parents[2]
-    command = [sys.executable, "examples/amplification_detector.py", *"--seeds 0 1 --betas 2 --epochs 1".split()]
+    options = ["--seeds", "0", "1", "--betas", "2", "--epochs", "1", "--test-size", "40"]
+    command = [sys.executable, "examples/amplification_detector.py", *options]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    run = subprocess.run(
-        [*command, "--test-size", "40"], cwd=root, env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     head, *rows = run.stdout.splitlines()
     assert head.split()[:4] == ["network", "attack", "eps", "fooled"]
     assert len(rows) == 9
