@@ -31,11 +31,11 @@ ARCHS = ("80", "90")
 INSTRUCTIONS = ("LDG.128", "STG.128", "LDS.128", "HMMA", "FFMA", "LDL", "STL")
 
 EXPECTED = {
-    "half_step_kernel<0>": ("LDG.128", "LDS.128", "FFMA"),  # fp32
-    "half_step_kernel<[123]>": ("HMMA", "LDG.128", "LDS.128", "FFMA"),  # tf32, 3xtf32, bf16
-    "normalize_kernel": ("LDG.128", "STG.128"),
-    "normalize_backward_kernel": ("HMMA", "FFMA"),
-    "inner_kernel": ("LDG.128",),
+    "power_step_half<0>": ("LDG.128", "LDS.128", "FFMA"),  # fp32
+    "power_step_half<[123]>": ("HMMA", "LDG.128", "LDS.128", "FFMA"),  # tf32, 3xtf32, bf16
+    "normalize_weights": ("LDG.128", "STG.128"),
+    "normalize_backward_gradient": ("HMMA", "FFMA"),
+    "normalize_backward_dot": ("LDG.128",),
     "pgd_step_(inf|held|apply)|wrm_step|random_start": ("LDG.128", "STG.128"),
     "pgd_step_(l2_sums|l1_gradient|l1_distance)": ("LDG.128",),
     "pgd_step_(l2_)?sample": ("STG.128",),  # what stays in shared memory comes by cp.async

@@ -143,18 +143,18 @@ Content content_of(const ContentArg& arg) {
 void register_spectral(py::module_& m) {
     m.def("parallel_blocks", &parallel_blocks);
     m.def("plan_struct_sizes", &plan_struct_sizes);
-    m.def("power_step", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_pieces, Addresses weights,
+    m.def("power_step", [](std::array<Address, 4> plan, std::array<int, 2> n_items, int n_slices, Addresses weights,
                            Addresses starts, Addresses others, std::array<Address, 2> results, Address sigmas,
                            Address groups, std::array<Address, 2> norms, Address partials, Address counters,
                            int n_counters, int precision, StreamArg stream) {
         PowerStep step{};
-        step.gathers = pointer<const Gather>(plan[0]), step.units = pointer<const Unit>(plan[1]);
-        step.pieces = pointer<const Piece>(plan[2]), step.table = pointer<const std::int32_t>(plan[3]);
-        step.n_pieces = n_pieces;
+        step.maps = pointer<const OperatorMap>(plan[0]), step.items = pointer<const WorkItem>(plan[1]);
+        step.slices = pointer<const VectorSlice>(plan[2]), step.table = pointer<const std::int32_t>(plan[3]);
+        step.n_slices = n_slices;
         step.weights = std::move(weights);
         step.given[0] = std::move(starts), step.given[1] = std::move(others);
         for (int h = 0; h < 2; ++h) {
-            step.n_units[h] = n_units[h];
+            step.n_items[h] = n_items[h];
             step.results[h] = pointer<float>(results[h]), step.norms[h] = pointer<double>(norms[h]);
         }
         step.sigmas = pointer<float>(sigmas), step.groups = pointer<std::int64_t>(groups);
@@ -162,14 +162,14 @@ void register_spectral(py::module_& m) {
         step.n_counters = n_counters, step.precision = precision;
         power_step(step, stream_of(stream));
     });
-    m.def("half_step", [](std::array<Address, 4> plan, std::array<int, 2> n_units, int half, Addresses weights,
+    m.def("half_step", [](std::array<Address, 4> plan, std::array<int, 2> n_items, int half, Addresses weights,
                           Addresses vectors, Address result, Address norms, Address partials, Address counters,
                           int n_counters, int precision, StreamArg stream) {
         SN_CHECK(half == 0 || half == 1, "got ", half);
         PowerStep step{};
-        step.gathers = pointer<const Gather>(plan[0]), step.units = pointer<const Unit>(plan[1]);
+        step.maps = pointer<const OperatorMap>(plan[0]), step.items = pointer<const WorkItem>(plan[1]);
         step.table = pointer<const std::int32_t>(plan[3]);
-        step.n_units[0] = n_units[0], step.n_units[1] = n_units[1];
+        step.n_items[0] = n_items[0], step.n_items[1] = n_items[1];
         step.weights = std::move(weights);
         step.given[half] = std::move(vectors);
         step.results[half] = pointer<float>(result), step.norms[half] = pointer<double>(norms);
@@ -178,13 +178,13 @@ void register_spectral(py::module_& m) {
         half_step(step, half, stream_of(stream));
     });
     py::class_<Refresh>(m, "Refresh", py::module_local())
-        .def(py::init([](std::array<Address, 4> plan, std::array<int, 2> n_units, int n_pieces, Addresses weights,
+        .def(py::init([](std::array<Address, 4> plan, std::array<int, 2> n_items, int n_slices, Addresses weights,
                          Addresses starts, Addresses others, Address targets, int n_counters, int precision) {
             Refresh r{};
             PowerStep& step = r.step;
-            step.gathers = pointer<const Gather>(plan[0]), step.units = pointer<const Unit>(plan[1]);
-            step.pieces = pointer<const Piece>(plan[2]), step.table = pointer<const std::int32_t>(plan[3]);
-            step.n_units[0] = n_units[0], step.n_units[1] = n_units[1], step.n_pieces = n_pieces;
+            step.maps = pointer<const OperatorMap>(plan[0]), step.items = pointer<const WorkItem>(plan[1]);
+            step.slices = pointer<const VectorSlice>(plan[2]), step.table = pointer<const std::int32_t>(plan[3]);
+            step.n_items[0] = n_items[0], step.n_items[1] = n_items[1], step.n_slices = n_slices;
             step.targets = pointer<const Targets>(targets);
             step.n_counters = n_counters, step.precision = precision;
             step.weights = std::move(weights);
@@ -208,19 +208,19 @@ void register_spectral(py::module_& m) {
         });
     m.def("record_struct_sizes", &record_struct_sizes);
     m.def("record", [](const ContentArg& content, StreamArg stream) { record(content_of(content), stream_of(stream)); });
-    m.def("lanczos", [](std::array<Address, 3> plan, std::array<int, 2> n_units, std::array<Address, 2> parts,
+    m.def("lanczos", [](std::array<Address, 3> plan, std::array<int, 2> n_items, std::array<Address, 2> parts,
                         std::array<int, 2> n_parts, int n_iterations, Addresses weights,
                         std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,
                         std::array<Address, 2> bases, std::array<Address, 2> results, std::array<Address, 4> norms,
                         Address partials, Address counters, int n_counters, StreamArg stream) {
         Lanczos l;
-        l.gathers = pointer<const Gather>(plan[0]), l.units = pointer<const Unit>(plan[1]);
+        l.maps = pointer<const OperatorMap>(plan[0]), l.items = pointer<const WorkItem>(plan[1]);
         l.table = pointer<const std::int32_t>(plan[2]);
         l.n_iterations = n_iterations;
         l.weights = std::move(weights);
         for (std::size_t side = 0; side < 2; ++side) {
             l.parts[side] = pointer<const Part>(parts[side]), l.n_parts[side] = n_parts[side];
-            l.n_units[side] = n_units[side], l.offsets[side] = std::move(offsets[side]), l.sizes[side] = sizes[side];
+            l.n_items[side] = n_items[side], l.offsets[side] = std::move(offsets[side]), l.sizes[side] = sizes[side];
             l.bases[side] = pointer<float>(bases[side]), l.results[side] = pointer<float>(results[side]);
         }
         l.norms = pointer<double>(norms[0]);
@@ -250,7 +250,7 @@ void register_spectral(py::module_& m) {
         p.count = count;
         p.sigma = pointer<const float>(sigma), p.x = pointer<const float>(x), p.y = pointer<const float>(y);
         p.top_group = pointer<const std::int64_t>(top_group);
-        p.gather = pointer<const Gather>(plan[0]), p.table = pointer<const std::int32_t>(plan[1]);
+        p.map = pointer<const OperatorMap>(plan[0]), p.table = pointer<const std::int32_t>(plan[1]);
         p.inner_partials = pointer<double>(workspace[0]), p.partials = pointer<float>(workspace[1]);
         p.counters = pointer<std::int32_t>(workspace[2]);
         p.groups = sizes[0], p.rows = sizes[1], p.columns = sizes[2], p.taps = sizes[3], p.parts = sizes[4];

@@ -1,5 +1,8 @@
 """sn_fast: fast, true spectral norms of neural-network layers, and adversarial training with them."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from . import _interrupts  # noqa: F401 - first, so that Ctrl-C during the imports of sn-fast is one line
 from ._version import __version__
 from .info import info
@@ -25,6 +28,11 @@ from .norms import (
     singular_values,
 )
 
+if TYPE_CHECKING:
+    from . import attacks
+
+_ROOMS = ("attacks", "experiments")  # packages of their own public names, imported at their first use
+
 __all__ = [
     "BoundInfo",
     "ClippedSpectrum",
@@ -35,6 +43,7 @@ __all__ = [
     "MatrixOperator",
     "__version__",
     "apply_spectral_norm",
+    "attacks",
     "clip_spectrum",
     "frozen_sigma",
     "info",
@@ -51,3 +60,15 @@ __all__ = [
     "spectral_norm_summary",
     "update_spectral_norm",
 ]
+
+
+if not TYPE_CHECKING:  # a checker would take every name for one that exists
+
+    def __getattr__(name: str) -> object:
+        if name in _ROOMS:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,18 @@ _LIBRARY = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: which argument, which value, what to do instead."""
+
+
+class OptionError(UserError):
+    """An option of a library function that is out of range; the command line words it as an argument of its own.
+
+    Attributes:
+        name, value, remedy: of the option, and what to give instead.
+    """
+
+    def __init__(self, name: str, value: object, remedy: str) -> None:
+        super().__init__(f"{name}={value!r}: {remedy}")
+        self.name, self.value, self.remedy = name, value, remedy
 
 
 def require(module: str, install: str = "'sn_fast[train]'") -> ModuleType:
@@ -62,6 +75,15 @@ def failures_explained(what: str, remedy: str = "") -> Iterator[None]:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_the_users(f.filename)]
         place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise UserError(f"{what}: {first_line(error)}{place}{remedy}") from error
+
+
+def users_stacklevel() -> int:
+    """``stacklevel`` for a warning of the caller, so that its place is the user's own line."""
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and not _is_the_users(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def lacks_memory(error: BaseException) -> bool:

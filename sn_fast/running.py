@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -14,6 +14,7 @@ from .errors import require
 
 MOST_THREADS = 1024
 """More than any machine runs at once; where the system cannot start a thread, PyTorch ends the process."""
+_SECONDS_BETWEEN_LINES = 10.0  # of a progress bar that is written to a file
 
 
 @contextmanager
@@ -76,20 +77,42 @@ def notice(text: str) -> None:
 
 
 def progress_bar(progress: bool, title: str, total: int, done: int = 0) -> Any:
-    """A bar of tqdm on stderr; without ``progress`` one that takes every call and shows nothing."""
+    """A bar of tqdm on stderr: a widget in a notebook, redrawn in a terminal, and elsewhere a line now and then.
+
+    Without ``progress`` one that takes every call and shows nothing.
+    """
     if not progress:
         return _NoBar()
-    # Where there is no terminal to redraw, every update is a line more.
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return require("tqdm").tqdm(
+    bar = require("tqdm.auto").tqdm
+    in_notebook = any(cls.__name__ == "tqdm_notebook" for cls in bar.__mro__)
+    redraws = in_notebook or sys.stderr.isatty()
+    return bar(
         desc=title,
         total=total,
         initial=done,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",  # fits into 80 columns
-        file=sys.stderr,
-        mininterval=interval,
-        dynamic_ncols=True,
+        file=sys.stderr if redraws else _Lines(sys.stderr),
+        mininterval=0.1 if redraws else _SECONDS_BETWEEN_LINES,
+        dynamic_ncols=redraws,
     )
+
+
+class _Lines:
+    """A stream without cursor: what a bar would draw over the last becomes a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = ""
+
+    def write(self, text: str) -> int:
+        line = text.strip()
+        if line and line != self._last:
+            self._stream.write(f"{line}\n")
+            self._last = line
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _NoBar:

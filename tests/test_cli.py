@@ -35,22 +35,28 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "COMMAND"),
         (["fly"], "invalid choice: 'fly' (choose from"),
-        (["train", "--colour", "red"], "--colour"),
+        (["train", "--colour", "red"], "unrecognized arguments: --colour red; see sn-fast train --help"),
+        (
+            ["train", "--epoch=3", "--batches", "2"],
+            "unrecognized arguments: --batches 2 (similar: --batch-size); see sn-",
+        ),
+        (["norms", "a:b", "--ex", "c", "--in", "d"], "ambiguous option: --in could match --input-size, --include"),
+        (["--colour"], "unrecognized arguments: --colour; see sn-fast --help"),
         (["train", "--eps"], "argument --eps: expected one argument"),
         (["train", "--eps", "big"], "argument --eps: invalid float value: 'big'"),
         (["train", "--epochs", "1.5"], "argument --epochs: invalid int value: '1.5'"),
-        (["train", "--data", "cifar"], "argument --data: cifar will not do: choose digits or mnist5k"),
-        (["train", "--scheme", "pgd"], "argument --scheme: pgd will not do: choose erm, fgm, pgm or wrm"),
-        (["train", "--norm", "3"], "argument --norm: 3 will not do: choose 2, inf or 1"),
-        (["train", "--eps", "0"], "argument --eps: 0.0 will not do: give a finite number > 0"),
-        (["train", "--eps", "-1"], "argument --eps: -1.0 will not do: give a finite number > 0"),
-        (["train", "--beta", "-2"], "argument --beta: -2.0 will not do: give a number > 0"),
-        (["train", "--beta", "inf"], "argument --beta: inf will not do:"),
-        (["train", "--epochs", "0"], "argument --epochs: 0 will not do: give an integer >= 1"),
+        (["train", "--data", "cifar"], "argument --data: invalid value cifar: choose digits, mnist5k, "),
+        (["train", "--scheme", "mim"], "argument --scheme: invalid value mim: choose erm, fgm, pgm or wrm"),
+        (["train", "--scheme", "pgd", "--norm", "linf", "--eps", "0"], "argument --eps: invalid value 0.0"),
+        (["train", "--norm", "3"], "argument --norm: invalid value 3: choose 2, inf or 1"),
+        (["train", "--eps", "0"], "argument --eps: invalid value 0.0: must be a finite number > 0"),
+        (["train", "--eps", "-1"], "argument --eps: invalid value -1.0: must be a finite number > 0"),
+        (["train", "--beta", "-2"], "argument --beta: invalid value -2.0: must be a number > 0"),
+        (["train", "--beta", "inf"], "argument --beta: invalid value inf:"),
+        (["train", "--epochs", "0"], "argument --epochs: invalid value 0: must be an integer >= 1"),
         (["train", "--train-size", "99999"], "argument --train-size: 99999 does not leave"),
-        (["train", "--attack-labels", "none"], "argument --attack-labels: none will not do"),
+        (["train", "--attack-labels", "none"], "argument --attack-labels: invalid value none"),
         (["train", "--resume", "absent"], "argument --resume: there is no folder absent"),
         (["train", "--resume", "."], "argument --resume: . has no checkpoint.pt"),
         (["train", "--resume", "a", "--out", "b"], "not allowed with argument"),
@@ -61,9 +67,29 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, expected):
     assert not list(Path.cwd().iterdir())
 
 
+def test_options_can_be_abbreviated(capsys):
+    assert "argument --batch-size:" in error_line(capsys, "train", "--batch", "0")
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2  # as argparse leaves where an argument is missing
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: sn-fast [-h] [--version] COMMAND ...\n")
+    for command in ("train", "norms", "info"):
+        assert f"\n    {command} " in err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr() == (f"sn-fast {sn_fast.__version__}\n", "")
+
+
 def test_cuda_without_cuda(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "argument --device: cuda will not do" in error_line(capsys, "train", "--device", "cuda")
+    assert "argument --device: invalid value cuda" in error_line(capsys, "train", "--device", "cuda")
 
 
 def test_a_folder_in_use_is_not_touched(capsys, tmp_path):
@@ -100,7 +126,7 @@ def test_train_resume_and_json(capsys, tmp_path):
     assert err == ""
     assert document["run"] == str(run)
     assert document["config"]["epochs"] == document["epochs_done"] == 2
-    assert "argument --epochs: 3 will not do: the run to resume has 2" in error_line(
+    assert "argument --epochs: invalid value 3: the run to resume has 2" in error_line(
         capsys, "train", "--resume", str(run), "--epochs", "3"
     )
 
@@ -149,4 +175,4 @@ def test_python_m_sn_fast_is_the_command():
     command = [sys.executable, "-m", "sn_fast", "train", "--eps", "0"]
     process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert process.returncode == 2
-    assert process.stderr == "sn-fast: error: argument --eps: 0.0 will not do: give a finite number > 0\n"
+    assert process.stderr == "sn-fast: error: argument --eps: invalid value 0.0: must be a finite number > 0\n"

@@ -265,13 +265,13 @@ def test_counters_of_the_profiler() -> None:
         "ran: pgd_step 2",
         names,
         ["", "", "", "ns", "Mbyte", "cycle", "cycle", "%"],
-        ["0", "1", "sn_fast::half_step_kernel(sn_fast::HalfStepParams)", "101,500", "98.5", "1200", "1000", "61.25"],
+        ["0", "1", "sn_fast::power_step_half(sn_fast::HalfStepParams)", "101,500", "98.5", "1200", "1000", "61.25"],
         ["1", "1", "void sn_fast::pgd_step_sample<2, true>(P)", "20", "n/a", "0", "0", ""],
     ]
     text = "\n".join(row if isinstance(row, str) else ",".join(f'"{cell}"' for cell in row) for row in rows)
     first, second = profile.read(text)
     assert first == {
-        "kernel": "half_step_kernel",
+        "kernel": "power_step_half",
         "microseconds": 101.5,
         "dram_bytes": 98.5e6,
         "busiest_over_mean_cycles": 1.2,
@@ -335,7 +335,7 @@ def test_report(tmp_path: Path) -> None:
         "compiled": {"step": {"plain": took}},
     }
     update = {"of_copy": 0.9, "eager_times_sn_fast": 4.5}
-    launch = {"kernel": "half_step_kernel", "microseconds": 98.7}
+    launch = {"kernel": "power_step_half", "microseconds": 98.7}
     found = {
         "power": {"ResNet-18": network},
         "training": {"ResNet-18": trained},
@@ -363,7 +363,7 @@ def test_report(tmp_path: Path) -> None:
     assert "| ResNet-18 | compiled | 0.1 | – | – | – | – |" in short
     assert "| ResNet-18: fp32 kernels / larger floor | 2.00x | <= 2.50x | PASS |" in long
     assert "| pgd_step inf | large, float32 | 90 % | 4.5x |" in long
-    assert "| `half_step_kernel` | 98.7 | – | – | – | – | – |" in long
+    assert "| `power_step_half` | 98.7 | – | – | – | – | – |" in long
     assert "old" not in short + long
     with pytest.raises(ValueError, match="must have one"):
         report.between("no marks", "x")

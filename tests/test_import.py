@@ -41,3 +41,29 @@ assert not heavy, heavy
 def test_importing_registers_nothing_for_the_whole_process() -> None:
     done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+_ROOMS = """
+import sys
+
+import sn_fast
+
+assert "sn_fast.attacks" not in sys.modules
+assert "sn_fast.experiments" not in sys.modules
+assert {"attacks", "experiments", "operator_norm"} <= set(dir(sn_fast))
+assert callable(sn_fast.attacks.pgd)
+assert sn_fast.attacks is sys.modules["sn_fast.attacks"]
+assert sn_fast.experiments.__name__ == "sn_fast.experiments"
+try:
+    sn_fast.atacks
+except AttributeError as error:
+    assert str(error) == "module 'sn_fast' has no attribute 'atacks'", error
+else:
+    raise AssertionError("atacks exists")
+assert not hasattr(sn_fast, "no_such_name")
+"""
+
+
+def test_rooms_are_imported_at_their_first_use() -> None:
+    done = subprocess.run([sys.executable, "-c", _ROOMS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

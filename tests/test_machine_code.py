@@ -125,7 +125,7 @@ def test_occupancy(arch: str, registers: int, threads: int, shared: int, wanted:
 @pytest.mark.parametrize(
     ("name", "short"),
     [
-        ("sn_fast::finish_kernel(sn_fast::FinishParams)", "finish_kernel"),
+        ("sn_fast::power_step_finish(sn_fast::FinishParams)", "power_step_finish"),
         ("void sn_fast::pgd_step_sample<(sn_fast::Norm)1, true>(sn_fast::PgdStep)", "pgd_step_sample<1, true>"),
     ],
 )
@@ -141,11 +141,11 @@ def test_names_without_a_demangler(monkeypatch: pytest.MonkeyPatch) -> None:
 def complete() -> list[Kernel]:
     """Kernels in which nothing is missing."""
     names = {
-        "half_step_kernel<0>": "half_step_kernel<0>",
-        "half_step_kernel<[123]>": "half_step_kernel<1>",
-        "normalize_kernel": "normalize_kernel",
-        "normalize_backward_kernel": "normalize_backward_kernel",
-        "inner_kernel": "inner_kernel",
+        "power_step_half<0>": "power_step_half<0>",
+        "power_step_half<[123]>": "power_step_half<1>",
+        "normalize_weights": "normalize_weights",
+        "normalize_backward_gradient": "normalize_backward_gradient",
+        "normalize_backward_dot": "normalize_backward_dot",
         "pgd_step_(inf|held|apply)|wrm_step|random_start": "wrm_step_chunk",
         "pgd_step_(l2_sums|l1_gradient|l1_distance)": "pgd_step_l2_sums",
         "pgd_step_(l2_)?sample": "pgd_step_l2_sample",
@@ -163,7 +163,7 @@ def test_faults() -> None:
     kernels[1].spill_loads = 4
     kernels[2].instructions["STL"] = 1
     found = machine_code.faults(kernels[:-1])
-    assert found[0] == "half_step_kernel<0>, sm_90: no FFMA"
+    assert found[0] == "power_step_half<0>, sm_90: no FFMA"
     assert [f.split(": ")[1] for f in found[1:3]] == ["spills to local memory"] * 2
     assert found[3].startswith(f"no kernel is called {list(machine_code.EXPECTED)[-1]}")
 
@@ -177,7 +177,7 @@ def test_document(tmp_path: Path) -> None:
         assert text.startswith(f"before\n{machine_code.BEGIN}\n\n| kernel |")
         assert text.endswith(f"| 0 |\n\n{machine_code.END}\nafter\n")
         assert "old" not in text
-    assert "| `half_step_kernel<0>` | 90 | 256 | 32 | 0 / 0 | 0 | 0 | 100% | 1 | 0 | 1 | 0 | 1 | 0 | 0 |" in text
+    assert "| `power_step_half<0>` | 90 | 256 | 32 | 0 / 0 | 0 | 0 | 100% | 1 | 0 | 1 | 0 | 1 | 0 | 0 |" in text
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ __device__ inline bool is_aligned(const T* address) {
 
 // A pointer as a value of its own: the compiler would add its parts again for every access through it.
 template <class T>
-__device__ inline T* as_it_is(T* pointer) {
+__device__ inline T* opaque(T* pointer) {
 #ifndef SN_FAST_ON_CPU
     asm("" : "+l"(pointer));
 #endif
@@ -100,7 +100,7 @@ __device__ inline T* as_it_is(T* pointer) {
 
 // This thread's number. The compiler takes it as new at every call: what follows from it is then not kept in registers
 // through code that does not use it.
-__device__ inline int thread_number() {
+__device__ inline int opaque_thread_index() {
     int number = static_cast<int>(threadIdx.x);
 #ifndef SN_FAST_ON_CPU
     asm volatile("" : "+r"(number));

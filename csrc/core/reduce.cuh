@@ -30,7 +30,7 @@ __device__ T warp_reduce(T value, Op op) {
 // element per warp; it may be used again after the call.
 template <class T, class Op>
 __device__ T block_reduce(T value, Op op, T* scratch) {
-    const int thread = thread_number(), lane = thread % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+    const int thread = opaque_thread_index(), lane = thread % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
     // 1) Within each warp.
     value = warp_reduce(value, op);
     // 2) One value per warp to shared memory.
@@ -47,7 +47,7 @@ __device__ T block_reduce(T value, Op op, T* scratch) {
 // elements per warp.
 template <class T, int kCount, class Op>
 __device__ void block_reduce(T (&values)[kCount], Op op, T* scratch) {
-    const int thread = thread_number(), lane = thread % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+    const int thread = opaque_thread_index(), lane = thread % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
     // 1) Within each warp.
     for (int step = kWarp / 2; step > 0; step /= 2) {
 #pragma unroll

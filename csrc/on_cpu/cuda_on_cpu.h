@@ -119,20 +119,9 @@ T sn_fast_lane_value(const std::uint64_t (*slots)[8], int lane) {
 }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-    return sn_fast_lane_value<T>(sn_fast::on_cpu::machine().exchange(value), lane);
-}
-
-template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     const int lane = sn_fast::on_cpu::machine().lane();
     return sn_fast_lane_value<T>(sn_fast::on_cpu::machine().exchange(value), lane ^ mask);
-}
-
-template <class T>
-T __shfl_down_sync(unsigned, T value, int delta) {
-    const int lane = sn_fast::on_cpu::machine().lane();
-    return sn_fast_lane_value<T>(sn_fast::on_cpu::machine().exchange(value), std::min(lane + delta, 31));
 }
 
 template <class T>

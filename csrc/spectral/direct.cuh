@@ -17,12 +17,12 @@ struct DirectShared {
     std::int32_t last;
 };
 
-// Each warp has a tile of its own, number unit.row + warp: 4 rows x 128 positions of one group.
+// Each warp has a tile of its own, number item.row + warp: 4 rows x 128 positions of one group.
 template <class T>
-__device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights, const HalfStepParams& p,
+__device__ void direct_tile(const OperatorMap& g, const WorkItem& item, const T* weights, const HalfStepParams& p,
                             DirectShared& s) {
-    const int thread = thread_number(), lane = thread % kWarp, warp = thread / kWarp;
-    const int number = unit.row + warp;
+    const int thread = opaque_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
+    const int number = item.row + warp;
     const int group = number / g.norms_out;
     const int block = number % g.norms_out / g.tiles, tile = number % g.tiles;
     float sums[kDirectRows * kDirectPerLane] = {};
@@ -31,7 +31,7 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
     const int rows = any ? min(kDirectRows, g.rows - block * kDirectRows) : 0;
     if (any) {
         // Read once, not for every channel.
-        const int inputs = g.inputs, channel_stride = g.channel_stride, channels = unit.channel_end - unit.channel;
+        const int inputs = g.inputs, channel_stride = g.channel_stride, channels = item.channel_end - item.channel;
         int row[kDirectRows];  // a row past the end repeats the last, unused
 #pragma unroll
         for (int r = 0; r < kDirectRows; ++r) row[r] = min(r, rows - 1) * g.row_stride;
@@ -41,12 +41,12 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
             places[i] = place_of(g, p.table, tile * kDirectTile + i * kWarp + lane);
             place_position[i] = places[i].position;
         }
-        const T* w = as_it_is(weights + group * g.group_stride + block * kDirectRows * g.row_stride +
-                              unit.channel * channel_stride);
+        const T* w = opaque(weights + group * g.group_stride + block * kDirectRows * g.row_stride +
+                              item.channel * channel_stride);
         const Slot* slots = slots_at(p.table, p.table[g.tile_slots + 2 * tile]);
         const int count = p.table[g.tile_slots + 2 * tile + 1];
         const Input x = input_of(p, g, group);
-        const float* data = as_it_is(x.data + unit.channel * inputs);
+        const float* data = opaque(x.data + item.channel * inputs);
         auto& position = s.position[warp];
         for (int begin = 0; begin < count; begin += kDirectSlots) {
             // 1) Where the slots read. Each lane keeps its own places: only the weights' offsets are for all.
@@ -96,7 +96,7 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
             __syncwarp();
         }
     }
-    if (!join_splits(sums, unit, p, s.last)) return;
+    if (!join_splits(sums, item, p, s.last)) return;
     if (!any) return;
     // 3) The result, and the warp's square sum.
     double square_sum = 0.0;
@@ -111,7 +111,7 @@ __device__ void direct_tile(const Gather& g, const Unit& unit, const T* weights,
         }
     }
     square_sum = warp_reduce(square_sum, Add{});
-    if (lane == 0) p.norms_out[unit.norm + warp] = square_sum;
+    if (lane == 0) p.norms_out[item.norm + warp] = square_sum;
 }
 
 }  // namespace sn_fast

@@ -5,7 +5,7 @@
 namespace sn_fast {
 
 void launch_fingerprint(const FingerprintParams& params, int n_units, const Stream& stream) {
-    launch(fingerprint_kernel, "fingerprint", static_cast<unsigned>(n_units), kFingerprintThreads,
+    launch(fingerprint_weights, "fingerprint", static_cast<unsigned>(n_units), kFingerprintThreads,
            sizeof(FingerprintShared), stream, params);
 }
 

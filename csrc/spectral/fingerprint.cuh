@@ -72,7 +72,7 @@ __device__ unsigned long long sum_words(const Words& w, const T* weight, const W
     unsigned long long sum = 0;
     const T* part = weight + unit.first;
     const bool aligned = is_aligned(part);
-    for (int i = thread_number() * kCount; i < unit.count; i += kFingerprintThreads * kCount) {
+    for (int i = opaque_thread_index() * kCount; i < unit.count; i += kFingerprintThreads * kCount) {
         if (aligned && i + kCount <= unit.count) {
             const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(part + i);
 #pragma unroll
@@ -91,7 +91,7 @@ template <class T>
 __device__ Change renew_samples(const Words& w, const T* weight, const FingerprintParams& p, std::int64_t* samples,
                                 FingerprintShared& s) {
     double now_now = 0.0, now_before = 0.0, before_before = 0.0;
-    for (int i = thread_number(); i < w.samples; i += kFingerprintThreads) {
+    for (int i = opaque_thread_index(); i < w.samples; i += kFingerprintThreads) {
         const T element = weight[p.table[w.sample + i]];
         const double now = static_cast<double>(to_float(element));
         const double before = static_cast<double>(to_float(element_of<T>(samples[i])));
@@ -114,7 +114,7 @@ __device__ void fingerprint_unit(const WordsUnit& unit, const FingerprintParams&
     // 1) This block's part of the hash. A sum of integers is the same in every order.
     const unsigned long long sum = block_reduce(sum_words(w, weight, unit), Add{}, s.sums);
     // 2) The block that comes last goes on.
-    if (thread_number() == 0) {
+    if (opaque_thread_index() == 0) {
         atomicAdd(&p.sums[unit.op], sum);
         __threadfence();
         s.last = atomicAdd(&p.arrived[unit.op], 1) == w.units - 1;
@@ -129,14 +129,14 @@ __device__ void fingerprint_unit(const WordsUnit& unit, const FingerprintParams&
     if (same && !p.force) return;
     // 4) The record becomes that of the weight at hand.
     const Change change = renew_samples(w, weight, p, record + 1, s);
-    if (thread_number() != 0) return;
+    if (opaque_thread_index() != 0) return;
     record[0] = hash;
     p.changes[unit.op] = static_cast<std::int32_t>(change);
     if (p.alarms && change == Change::kReplaced) p.alarms[unit.op] = 1;
     atomicAdd(&p.changes[p.n_operators], 1);
 }
 
-__global__ void __launch_bounds__(kFingerprintThreads) fingerprint_kernel(FingerprintParams p) {
+__global__ void __launch_bounds__(kFingerprintThreads) fingerprint_weights(FingerprintParams p) {
     FingerprintShared& s = shared_memory<FingerprintShared>();
     const WordsUnit unit = p.units[blockIdx.x];
     switch (static_cast<Dtype>(p.words[unit.op].dtype)) {

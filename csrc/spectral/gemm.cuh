@@ -45,45 +45,45 @@ struct GemmTile {
     static constexpr int kStepSlots = kTileThreads / kColumns;
     static constexpr bool kAsync = sizeof(T) == sizeof(float);  // weights go to shared memory as they are
 
-    const Gather& g;
-    const Unit& unit;
+    const OperatorMap& g;
+    const WorkItem& item;
     const HalfStepParams& p;
     GemmShared<kColumns>& s;
     int thread;
     TileProduct<kColumns> product;
 
-    __device__ GemmTile(const Gather& g, const Unit& unit, const HalfStepParams& p, Precision precision,
+    __device__ GemmTile(const OperatorMap& g, const WorkItem& item, const HalfStepParams& p, Precision precision,
                         GemmShared<kColumns>& s)
-        : g(g), unit(unit), p(p), s(s), thread(thread_number()), product(precision, thread) {}
+        : g(g), item(item), p(p), s(s), thread(opaque_thread_index()), product(precision, thread) {}
 
     __device__ void run() {
-        for (int begin = 0; begin < unit.n_slots; begin += kTileSlots) {
-            const int slots = min(kTileSlots, unit.n_slots - begin);
-            if (thread < slots) s.slots[thread] = slots_at(p.table, unit.slots)[begin + thread];
+        for (int begin = 0; begin < item.n_slots; begin += kTileSlots) {
+            const int slots = min(kTileSlots, item.n_slots - begin);
+            if (thread < slots) s.slots[thread] = slots_at(p.table, item.slots)[begin + thread];
             __syncthreads();
             multiply(slots);
         }
-        if (!join_splits(product.sums, unit, p, s.last)) return;
+        if (!join_splits(product.sums, item, p, s.last)) return;
         store();
     }
 
     // The input positions of every slot for this tile's places.
     __device__ void find_positions(int slots) {
-        const Place place = place_of(g, p.table, unit.tile * kColumns + thread % kColumns);
+        const Place place = place_of(g, p.table, item.tile * kColumns + thread % kColumns);
 #pragma unroll 3
         for (int j = thread / kColumns; j < slots; j += kStepSlots)
             s.position[j * kColumns + thread % kColumns] = input_position(p.table, place, s.slots[j]);
     }
 
     __device__ void multiply(int slots) {
-        const int depth = (unit.channel_end - unit.channel) * slots, chunks = (depth + kDepth - 1) / kDepth;
+        const int depth = (item.channel_end - item.channel) * slots, chunks = (depth + kDepth - 1) / kDepth;
         // Read once, not in every chunk.
         const int row_stride = g.row_stride, channel_stride = g.channel_stride, inputs = g.inputs;
-        const T* weight = as_it_is(static_cast<const T*>(p.weights[g.op]) + unit.group * g.group_stride +
-                                   unit.row * row_stride + unit.channel * channel_stride);
+        const T* weight = opaque(static_cast<const T*>(p.weights[g.op]) + item.group * g.group_stride +
+                                   item.row * row_stride + item.channel * channel_stride);
         // What this thread loads of a chunk: one depth of it, kLoadsA rows of A and kLoadsB columns of B.
         const auto number = static_cast<unsigned>(thread);  // divided by powers of 2, which is cheaper without a sign
-        const int depth_a = number % kDepth, row_a = number / kDepth, last_row = g.rows - unit.row - 1;
+        const int depth_a = number % kDepth, row_a = number / kDepth, last_row = g.rows - item.row - 1;
         const int depth_b = number / kStepB, column_b = number % kStepB;
         const Depth split(slots);
         float b[kLoadsB];
@@ -94,7 +94,7 @@ struct GemmTile {
             const int k = chunk * kDepth + depth_a, channel = split.channel(k);
             const bool inside = k < depth;
             const int corner = inside ? s.slots[k - channel * slots].weight + channel * channel_stride : 0;
-            const T* from = as_it_is(weight + corner);
+            const T* from = opaque(weight + corner);
             float(&to)[kTileRows + 8] = s.tiles.a[chunk & (kWeightStages - 1)][depth_a];
             auto place = [&](int i) { return swizzled(row_a + i * kStepA % 8, depth_a) + i * kStepA / 8 * 8; };
             [[maybe_unused]] T a[kLoadsA];
@@ -121,12 +121,12 @@ struct GemmTile {
         }
         // 2) Where the input is read, and the input itself once the launch before has ended.
         find_positions(slots);
-        const Input x = input_of(p, g, unit.group);
-        const float* data = as_it_is(x.data + unit.channel * inputs);
+        const Input x = input_of(p, g, item.group);
+        const float* data = opaque(x.data + item.channel * inputs);
         auto load_input = [&](int chunk) {
             const int k = min(chunk * kDepth + depth_b, depth - 1), channel = split.channel(k);
             const std::int32_t* row = s.position + ((k - channel * slots) * kColumns + column_b);
-            const float* from = as_it_is(data + channel * inputs);
+            const float* from = opaque(data + channel * inputs);
 #pragma unroll
             for (int i = 0; i < kLoadsB; ++i) {
                 const int position = row[i * kStepB];
@@ -170,10 +170,10 @@ struct GemmTile {
             s.result[product.row(i)][product.column(i)] = product.sums[i];
         __syncthreads();
         // 2) A column per thread.
-        const int column = thread % kColumns, index = unit.tile * kColumns + column;
+        const int column = thread % kColumns, index = item.tile * kColumns + column;
         const int position = g.order >= 0 ? p.table[g.order + index] : (index < g.positions ? index : -1);
-        const int positions = g.positions, rows = position >= 0 ? min(kTileRows, g.rows - unit.row) : 0;
-        float* out = p.outputs + g.output + (unit.group * g.rows + unit.row) * positions + position;
+        const int positions = g.positions, rows = position >= 0 ? min(kTileRows, g.rows - item.row) : 0;
+        float* out = p.outputs + g.output + (item.group * g.rows + item.row) * positions + position;
         double square_sum = 0.0;
 #pragma unroll 4
         for (int row = thread / kColumns; row < rows; row += kStep) {
@@ -181,7 +181,7 @@ struct GemmTile {
             out[row * positions] = value;
             square_sum += squared(value);
         }
-        store_square_sum(square_sum, unit.norm, p, s.scratch);
+        store_square_sum(square_sum, item.norm, p, s.scratch);
     }
 };
 

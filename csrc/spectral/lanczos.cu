@@ -22,15 +22,15 @@ void lanczos(const Lanczos& l, const Stream& stream) {
         for (Pass pass : {Pass::kMeasure, Pass::kSubtract, Pass::kAgain, Pass::kScale}) {
             if (index == 0 && (pass == Pass::kSubtract || pass == Pass::kAgain)) continue;  // nothing before it
             params.pass = pass;
-            launch(orthogonalize_kernel, "orthogonalize", static_cast<unsigned>(l.n_parts[side]), kLanczosThreads,
+            launch(lanczos_orthogonalize, "orthogonalize", static_cast<unsigned>(l.n_parts[side]), kLanczosThreads,
                    sizeof(OrthogonalizeShared), stream, params);
         }
     };
     // Vector `index` of one side, through A or A^T, to vector `to` of the other.
     const auto apply = [&](int side, int index, int to) {
-        half.gathers = l.gathers + side * static_cast<std::ptrdiff_t>(l.weights.size());
-        half.units = l.units + side * l.n_units[0];
-        half.n_units = l.n_units[side];
+        half.maps = l.maps + side * static_cast<std::ptrdiff_t>(l.weights.size());
+        half.items = l.items + side * l.n_items[0];
+        half.n_items = l.n_items[side];
         for (std::size_t i = 0; i < l.weights.size(); ++i)
             half.given[i] = l.bases[side] + index * l.sizes[side] + l.offsets[side][i];
         half.outputs = l.bases[1 - side] + to * l.sizes[1 - side];
@@ -47,7 +47,7 @@ void lanczos(const Lanczos& l, const Stream& stream) {
         orthogonalize(0, j + 1);
     }
     for (int side = 0; side < 2; ++side)
-        launch(combine_kernel, "combine", static_cast<unsigned>(l.n_parts[side]), kLanczosThreads,
+        launch(lanczos_combine, "combine", static_cast<unsigned>(l.n_parts[side]), kLanczosThreads,
                sizeof(CombineShared), stream,
                CombineParams{l.parts[side], l.bases[side], l.results[side], l.diagonal, l.off_diagonal, l.sizes[side],
                              side == 1, l.n_iterations});

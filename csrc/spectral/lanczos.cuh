@@ -34,7 +34,7 @@ struct OrthogonalizeShared {
 };
 
 // Where only rounding is left, the span is exhausted: the vector and its length become zero.
-__global__ void __launch_bounds__(kLanczosThreads, 1) orthogonalize_kernel(OrthogonalizeParams p) {
+__global__ void __launch_bounds__(kLanczosThreads, 1) lanczos_orthogonalize(OrthogonalizeParams p) {
     OrthogonalizeShared& s = shared_memory<OrthogonalizeShared>();
     const Part part = p.parts[blockIdx.x];
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
@@ -110,7 +110,7 @@ struct CombineShared {
 constexpr int kSquarings = 30;
 
 // The leading singular vectors of the bidiagonal matrix B of one span, and with them a part of one of the operator's.
-__global__ void __launch_bounds__(kLanczosThreads) combine_kernel(CombineParams p) {
+__global__ void __launch_bounds__(kLanczosThreads) lanczos_combine(CombineParams p) {
     CombineShared& s = shared_memory<CombineShared>();
     const Part part = p.parts[blockIdx.x];
     const int thread = static_cast<int>(threadIdx.x), n = p.n_iterations;

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/launch.h"
-#include "spectral/gather.h"
+#include "spectral/plan.h"
 
 namespace sn_fast {
 
@@ -23,11 +23,11 @@ constexpr int kMaxLanczos = 32;
 constexpr int kLanczosPasses = 3;  // of an orthogonalisation that leave partial sums
 
 struct Lanczos {
-    const Gather* gathers;  // plan as in PowerStep
-    const Unit* units;
+    const OperatorMap* maps;  // plan as in PowerStep
+    const WorkItem* items;
     const std::int32_t* table;
     const Part* parts[2];  // start side, image side
-    int n_units[2];
+    int n_items[2];
     int n_parts[2];
     int n_iterations;  // at most kMaxLanczos
     std::vector<std::uintptr_t> weights;
@@ -35,7 +35,7 @@ struct Lanczos {
     std::int64_t sizes[2];        // of all operators' vectors
     float* bases[2];              // n_iterations vectors each; the first of the start side is given
     float* results[2];
-    double* norms;                // of the half steps; not used
+    double* norms;                // scratch of the half steps
     double* diagonal;             // [span][n_iterations]
     double* off_diagonal;
     double* sums;                 // [kLanczosPasses][the more parts of the two sides][n_iterations + 1]

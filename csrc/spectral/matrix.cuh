@@ -19,22 +19,23 @@ struct MatrixShared {
     double scratch[kTileWarps];
 };
 
-// Rows unit.row .. + 15 of y = W x; rows contiguous (channel_stride 1).
+// Rows item.row .. + 15 of y = W x; rows contiguous (channel_stride 1).
 template <class T>
-__device__ void dot_tile(const Gather& g, const Unit& unit, const T* weight, const HalfStepParams& p, MatrixShared& s) {
+__device__ void dot_tile(const OperatorMap& g, const WorkItem& item, const T* weight, const HalfStepParams& p,
+                         MatrixShared& s) {
     constexpr int kVector = Pack<T>::kCount;
-    const int thread = thread_number(), lane = thread % kWarp, warp = thread / kWarp;
-    const Input x = input_of(p, g, unit.group);
-    const int row = unit.row + warp * kDotRows;
+    const int thread = opaque_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
+    const Input x = input_of(p, g, item.group);
+    const int row = item.row + warp * kDotRows;
     const T* rows[kDotRows];
     bool vectors = true;
     for (int r = 0; r < kDotRows; ++r) {
         rows[r] = weight + min(row + r, g.rows - 1) * g.row_stride;  // a row past the end repeats the last, unused
-        vectors = vectors && is_aligned(rows[r] + unit.channel);
+        vectors = vectors && is_aligned(rows[r] + item.channel);
     }
     float sums[kDotRows] = {};
-    for (int chunk = unit.channel; chunk < unit.channel_end; chunk += kDotChunk) {
-        const int length = min(kDotChunk, unit.channel_end - chunk);
+    for (int chunk = item.channel; chunk < item.channel_end; chunk += kDotChunk) {
+        const int length = min(kDotChunk, item.channel_end - chunk);
         // 1) A chunk of the normalised vector to shared memory.
         for (int i = thread; i < length; i += kTileThreads) s.x[i] = x[chunk + i];
         __syncthreads();
@@ -64,28 +65,28 @@ __device__ void dot_tile(const Gather& g, const Unit& unit, const T* weight, con
     }
     __syncthreads();
     float value[1] = {thread < kDotTile ? s.values[thread] : 0.0f};
-    if (!join_splits(value, unit, p, s.last)) return;
-    const bool mine = thread < kDotTile && unit.row + thread < g.rows;
-    if (mine) p.outputs[g.output + unit.group * g.rows + unit.row + thread] = value[0];
-    store_square_sum(mine ? squared(value[0]) : 0.0, unit.norm, p, s.scratch);
+    if (!join_splits(value, item, p, s.last)) return;
+    const bool mine = thread < kDotTile && item.row + thread < g.rows;
+    if (mine) p.outputs[g.output + item.group * g.rows + item.row + thread] = value[0];
+    store_square_sum(mine ? squared(value[0]) : 0.0, item.norm, p, s.scratch);
 }
 
-// Elements unit.row .. of y = sum_c W[., c] x[c]; columns contiguous (row_stride 1).
+// Elements item.row .. of y = sum_c W[., c] x[c]; columns contiguous (row_stride 1).
 template <class T>
-__device__ void axpy_tile(const Gather& g, const Unit& unit, const T* weight, const HalfStepParams& p,
+__device__ void axpy_tile(const OperatorMap& g, const WorkItem& item, const T* weight, const HalfStepParams& p,
                           MatrixShared& s) {
     constexpr int kVector = Pack<T>::kCount, kColumns = kAxpyLanes * kVector, kUnroll = 4;
-    const int thread = thread_number(), lane = thread % kAxpyLanes, first = thread / kAxpyLanes;
-    const Input x = input_of(p, g, unit.group);
-    const int column = unit.row + lane * kVector;
+    const int thread = opaque_thread_index(), lane = thread % kAxpyLanes, first = thread / kAxpyLanes;
+    const Input x = input_of(p, g, item.group);
+    const int column = item.row + lane * kVector;
     const int count = min(kVector, g.rows - column);
     const T* at = weight + column;
     const bool vectors = count == kVector && is_aligned(at) && g.channel_stride % kVector == 0;
     float sums[kVector] = {};
-    int c = unit.channel + first;
+    int c = item.channel + first;
     // 1) Every thread adds its columns of every 16th row, several rows in flight.
     if (vectors) {
-        for (; c + (kUnroll - 1) * kAxpyRows < unit.channel_end; c += kUnroll * kAxpyRows) {
+        for (; c + (kUnroll - 1) * kAxpyRows < item.channel_end; c += kUnroll * kAxpyRows) {
             Pack<T> w[kUnroll];
             float value[kUnroll];
 #pragma unroll
@@ -100,7 +101,7 @@ __device__ void axpy_tile(const Gather& g, const Unit& unit, const T* weight, co
             }
         }
     }
-    for (; c < unit.channel_end; c += kAxpyRows) {
+    for (; c < item.channel_end; c += kAxpyRows) {
         const float value = x[c];
 #pragma unroll
         for (int e = 0; e < kVector; ++e)
@@ -112,10 +113,10 @@ __device__ void axpy_tile(const Gather& g, const Unit& unit, const T* weight, co
     float value[1] = {0.0f};
     if (thread < kColumns)
         for (int r = 0; r < kAxpyRows; ++r) value[0] += s.columns[r][thread];
-    if (!join_splits(value, unit, p, s.last)) return;
-    const bool mine = thread < kColumns && unit.row + thread < g.rows;
-    if (mine) p.outputs[g.output + unit.group * g.rows + unit.row + thread] = value[0];
-    store_square_sum(mine ? squared(value[0]) : 0.0, unit.norm, p, s.scratch);
+    if (!join_splits(value, item, p, s.last)) return;
+    const bool mine = thread < kColumns && item.row + thread < g.rows;
+    if (mine) p.outputs[g.output + item.group * g.rows + item.row + thread] = value[0];
+    store_square_sum(mine ? squared(value[0]) : 0.0, item.norm, p, s.scratch);
 }
 
 }  // namespace sn_fast

@@ -20,18 +20,18 @@ void normalize(const std::vector<NormalizedWeight>& weights, const Stream& strea
                 blocks += static_cast<unsigned>((w.count + size - 1) / size);
             });
         }
-        launch(normalize_kernel, "normalize", blocks, kNormalizeThreads, 0, stream, params);
+        launch(normalize_weights, "normalize", blocks, kNormalizeThreads, 0, stream, params);
     }
 }
 
 void normalize_backward(const NormalizeBackward& backward, const Stream& stream) {
     SN_CHECK(backward.precision >= 0 && backward.precision <= static_cast<int>(Precision::kBfloat16), "got ",
              backward.precision);
-    launch(inner_kernel, "normalize_backward (inner product)",
+    launch(normalize_backward_dot, "normalize_backward (inner product)",
            static_cast<unsigned>(normalize_backward_blocks(backward.count)), kInnerThreads, sizeof(InnerShared), stream,
            backward);
     const unsigned blocks = static_cast<unsigned>(backward.groups * tiles_of_group(backward) * backward.parts);
-    launch(normalize_backward_kernel, "normalize_backward (weight gradient)", blocks, kTileThreads,
+    launch(normalize_backward_gradient, "normalize_backward (weight gradient)", blocks, kTileThreads,
            sizeof(GradientShared), stream, backward);
 }
 

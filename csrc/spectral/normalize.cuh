@@ -62,7 +62,7 @@ __device__ void normalize_block(const NormalizedWeight& w, std::int64_t block) {
         result[i] = from_float<T>(to_float(weight[i]) / divisor);
 }
 
-__global__ void __launch_bounds__(kNormalizeThreads) normalize_kernel(NormalizeParams p) {
+__global__ void __launch_bounds__(kNormalizeThreads) normalize_weights(NormalizeParams p) {
     // The weight that this block belongs to: the last whose first block is not behind it.
     int low = 0, high = p.n_weights - 1;
     while (low < high) {
@@ -129,7 +129,7 @@ __host__ __device__ inline int tiles_of_group(const NormalizeBackward& p) {
 }
 
 // <G, W>, one partial sum per block; and zero for the counters of the next launch.
-__global__ void __launch_bounds__(kInnerThreads) inner_kernel(NormalizeBackward p) {
+__global__ void __launch_bounds__(kInnerThreads) normalize_backward_dot(NormalizeBackward p) {
     InnerShared& s = shared_memory<InnerShared>();
     const int thread = static_cast<int>(threadIdx.x);
     const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kInnerThreads + thread;
@@ -164,11 +164,11 @@ struct GradientShared {
 };
 
 // One tile of the weight's gradient: 64 rows x 64 (channel, tap) pairs, the sum running over output positions.
-__global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(NormalizeBackward p) {
+__global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_gradient(NormalizeBackward p) {
     constexpr int kLoads = kTileRows * kGradientDepth / kTileThreads, kStep = kTileThreads / kGradientDepth;
     GradientShared& s = shared_memory<GradientShared>();
-    const Gather& g = *p.gather;
-    const int thread = thread_number(), pairs = p.columns * p.taps;
+    const OperatorMap& g = *p.map;
+    const int thread = opaque_thread_index(), pairs = p.columns * p.taps;
     const int part = static_cast<int>(blockIdx.x) % p.parts, number = static_cast<int>(blockIdx.x) / p.parts;
     const int group = number / tiles_of_group(p), tile = number % tiles_of_group(p);
     const int first_pair = tile % pair_tiles(p) * kGradientColumns;
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(kTileThreads, 3) normalize_backward_kernel(Nor
         const int begin = static_cast<int>(static_cast<std::int64_t>(g.positions) * part / p.parts);
         const int end = static_cast<int>(static_cast<std::int64_t>(g.positions) * (part + 1) / p.parts);
         const int depth = thread % kGradientDepth, first = thread / kGradientDepth;
-        const float* y = as_it_is(p.y + (static_cast<std::int64_t>(group) * p.rows + first_row) * g.positions);
-        const float* x = as_it_is(p.x + static_cast<std::int64_t>(group) * p.columns * g.inputs);
+        const float* y = opaque(p.y + (static_cast<std::int64_t>(group) * p.rows + first_row) * g.positions);
+        const float* x = opaque(p.x + static_cast<std::int64_t>(group) * p.columns * g.inputs);
         const int rows = p.rows - first_row, positions = g.positions, size1 = g.size[1], size2 = g.size[2];
         const int slots0 = g.slots[0], slots1 = g.slots[1], slots2 = g.slots[2];
         // 1) The pairs of the tile, and their taps: each once, unless there are more than pairs.

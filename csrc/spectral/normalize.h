@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/launch.h"
-#include "spectral/gather.h"
+#include "spectral/plan.h"
 
 namespace sn_fast {
 
@@ -34,7 +34,7 @@ struct NormalizeBackward {
     const float* x;
     const float* y;
     const std::int64_t* top_group;  // null: one group
-    const Gather* gather;           // on the device
+    const OperatorMap* map;           // on the device
     const std::int32_t* table;
     double* inner_partials;  // normalize_backward_blocks(count) of them
     float* partials;
@@ -44,7 +44,7 @@ struct NormalizeBackward {
     bool cap;
     Dtype grad_dtype, weight_dtype;
     int precision;
-    // Sizes that the launch needs, equal to the gather's.
+    // Sizes that the launch needs, equal to the map's.
     int groups, rows, columns, taps;  // of one group
     int parts;                        // into which the sum over positions is split
 };

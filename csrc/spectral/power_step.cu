@@ -5,7 +5,8 @@
 namespace sn_fast {
 
 std::vector<int> plan_struct_sizes() {
-    return {static_cast<int>(sizeof(Gather)), static_cast<int>(sizeof(Unit)), static_cast<int>(sizeof(Piece))};
+    return {static_cast<int>(sizeof(OperatorMap)), static_cast<int>(sizeof(WorkItem)),
+            static_cast<int>(sizeof(VectorSlice))};
 }
 
 namespace {
@@ -23,9 +24,9 @@ HalfStepParams params_of(const PowerStep& step, int h) {
     half.partials = step.partials;
     half.changes = step.changes;
     half.n_operators = count;
-    half.gathers = step.gathers + h * count;
-    half.units = step.units + h * step.n_units[0];
-    half.n_units = step.n_units[h];
+    half.maps = step.maps + h * count;
+    half.items = step.items + h * step.n_items[0];
+    half.n_items = step.n_items[h];
     half.norms_out = step.norms[h];
     half.outputs = step.results[h];
     half.counters = step.counters;
@@ -52,10 +53,10 @@ void half_step(const PowerStep& step, int half, const Stream& stream) {
 void power_step(const PowerStep& step, const Stream& stream) {
     SN_CHECK(step.targets || !(step.changes || step.copies.sigmas), "copies and choices are of a state in place");
     if (!step.counters_are_zero) zero_counters(step, stream);
-    FinishParams finish{step.pieces, {step.results[0], step.results[1]}, {step.norms[0], step.norms[1]},
+    FinishParams finish{step.slices, {step.results[0], step.results[1]}, {step.norms[0], step.norms[1]},
                         step.sigmas, step.groups, step.targets, step.changes, step.copies, {}};
     // Where blocks of both fit on the device together; where they do not, early ones were seen to keep later ones waiting.
-    const bool early = step.n_units[0] + step.n_units[1] <= parallel_blocks(stream.device);
+    const bool early = step.n_items[0] + step.n_items[1] <= parallel_blocks(stream.device);
     for (int h = 0; h < 2; ++h) {
         HalfStepParams half = params_of(step, h);
         half.inputs = h == 0 ? nullptr : step.results[0];
@@ -64,8 +65,8 @@ void power_step(const PowerStep& step, const Stream& stream) {
         for (std::size_t i = 0; i < step.weights.size(); ++i)
             finish.given[1 - h][i] = reinterpret_cast<float*>(step.given[h][i]);
     }
-    launch(finish_kernel, "finish", static_cast<unsigned>(step.n_pieces), kFinishThreads, sizeof(FinishShared), stream,
-           finish, true);
+    launch(power_step_finish, "finish", static_cast<unsigned>(step.n_slices), kFinishThreads, sizeof(FinishShared),
+           stream, finish, true);
 }
 
 }  // namespace sn_fast

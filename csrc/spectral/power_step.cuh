@@ -9,10 +9,10 @@
 namespace sn_fast {
 
 constexpr int kFinishThreads = 256;
-constexpr int kFinishLoads = 8;  // of a thread, all under way together: a piece has 2048 elements at most
+constexpr int kFinishLoads = 8;  // of a thread, all under way together: a slice has 2048 elements at most
 
 struct FinishParams {
-    const Piece* pieces;
+    const VectorSlice* slices;
     float* results[2];
     const double* norms[2];
     float* sigmas;
@@ -50,52 +50,52 @@ __device__ inline void copy_scalars(const FinishParams& p, int op) {
     if (p.copies.groups && target.group) p.copies.groups[op] = *target.group;
 }
 
-// Normalises one piece of a vector, or finds sigma and its group.
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) {
-    const Piece piece = p.pieces[blockIdx.x];
+// Normalises one slice of a vector, or finds sigma and its group.
+__global__ void __launch_bounds__(kFinishThreads) power_step_finish(FinishParams p) {
+    const VectorSlice slice = p.slices[blockIdx.x];
     wait_for_previous();
     const int thread = static_cast<int>(threadIdx.x);
-    const double* norms = p.norms[piece.second] + piece.norm;
-    const bool changed = !p.changes || p.changes[piece.op] != 0;
-    if (piece.length > 0) {
-        // 1) A piece of one group: scaled, or as given where its norm is zero or not finite.
-        const Scale scale = changed ? inverse_norm(sum_partials(norms, piece.norms)) : Scale{1.0f, 1.0f, false};
-        float* result = p.results[piece.second] + piece.output + piece.first;
-        float* given = p.given[piece.second][piece.op] + piece.first;
+    const double* norms = p.norms[slice.second] + slice.norm;
+    const bool changed = !p.changes || p.changes[slice.op] != 0;
+    if (slice.length > 0) {
+        // 1) A slice of one group: scaled, or as given where its norm is zero or not finite.
+        const Scale scale = changed ? inverse_norm(sum_partials(norms, slice.norms)) : Scale{1.0f, 1.0f, false};
+        float* result = p.results[slice.second] + slice.output + slice.first;
+        float* given = p.given[slice.second][slice.op] + slice.first;
         float* target = p.targets ? given : result;
-        float* copy = p.copies.vectors[piece.second];
-        if (copy) copy += piece.output + piece.first;
+        float* copy = p.copies.vectors[slice.second];
+        if (copy) copy += slice.output + slice.first;
         if (!changed && !copy) return;
         float values[kFinishLoads];
         const float* from = scale.alive ? result : given;
 #pragma unroll
         for (int i = 0; i < kFinishLoads; ++i)
-            values[i] = thread + i * kFinishThreads < piece.length ? from[thread + i * kFinishThreads] : 0.0f;
+            values[i] = thread + i * kFinishThreads < slice.length ? from[thread + i * kFinishThreads] : 0.0f;
 #pragma unroll
         for (int i = 0; i < kFinishLoads; ++i) {
             const int at = thread + i * kFinishThreads;
             const float value = values[i] * scale.first * scale.second;
-            if (at < piece.length && changed) target[at] = value;
-            if (at < piece.length && copy) copy[at] = value;
+            if (at < slice.length && changed) target[at] = value;
+            if (at < slice.length && copy) copy[at] = value;
         }
         return;
     }
     if (!changed) {
-        if (thread == 0) copy_scalars(p, piece.op);
+        if (thread == 0) copy_scalars(p, slice.op);
         return;
     }
     // 2) The largest norm over the groups: a thread sums up a group if its partial sums are few, else a warp.
     FinishShared& s = shared_memory<FinishShared>();
     Candidate best{-1.0, INT_MAX};
-    if (piece.norms < kWarp) {
-        for (int group = thread; group < piece.groups; group += kFinishThreads) {
+    if (slice.norms < kWarp) {
+        for (int group = thread; group < slice.groups; group += kFinishThreads) {
             double sum = 0.0;
-            for (int i = 0; i < piece.norms; ++i) sum += norms[group * piece.norms + i];
+            for (int i = 0; i < slice.norms; ++i) sum += norms[group * slice.norms + i];
             best = larger(best, {sum, group});
         }
     } else {
-        for (int group = thread / kWarp; group < piece.groups; group += kFinishThreads / kWarp)
-            best = larger(best, {sum_partials(norms + group * piece.norms, piece.norms), group});
+        for (int group = thread / kWarp; group < slice.groups; group += kFinishThreads / kWarp)
+            best = larger(best, {sum_partials(norms + group * slice.norms, slice.norms), group});
     }
     for (int step = kWarp / 2; step > 0; step /= 2)
         best = larger(best, {__shfl_xor_sync(kAllLanes, best.sum, step), __shfl_xor_sync(kAllLanes, best.group, step)});
@@ -105,13 +105,13 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(FinishParams p) 
     for (int w = 1; w < kFinishThreads / kWarp; ++w) best = larger(best, s.best[w]);
     const auto sigma = static_cast<float>(sqrt(best.sum));
     if (p.targets) {
-        const Targets& target = p.targets[piece.op];
+        const Targets& target = p.targets[slice.op];
         *target.sigma = sigma;
         if (target.group) *target.group = best.group;
-        copy_scalars(p, piece.op);
+        copy_scalars(p, slice.op);
     } else {
-        p.sigmas[piece.op] = sigma;
-        p.groups[piece.op] = best.group;
+        p.sigmas[slice.op] = sigma;
+        p.groups[slice.op] = best.group;
     }
 }
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/launch.h"
-#include "spectral/gather.h"
+#include "spectral/plan.h"
 
 namespace sn_fast {
 
@@ -23,14 +23,14 @@ struct Copies {
     std::int64_t* groups;
 };
 
-// Everything on the device, sizes in elements. `gathers` and `units` hold the first half step's, then the second's.
+// Everything on the device, sizes in elements. `maps` and `items` hold the first half step's, then the second's.
 struct PowerStep {
-    const Gather* gathers;
-    const Unit* units;
-    const Piece* pieces;
+    const OperatorMap* maps;
+    const WorkItem* items;
+    const VectorSlice* slices;
     const std::int32_t* table;
-    int n_units[2];
-    int n_pieces;
+    int n_items[2];
+    int n_slices;
     std::vector<std::uintptr_t> weights;
     std::vector<std::uintptr_t> given[2];  // start of the first half step; its result where there is no other
     float* results[2];                     // of the two half steps: all operators' vectors, one after the other
@@ -39,7 +39,7 @@ struct PowerStep {
     const Targets* targets;  // null, or the vectors replace those given, and sigma and group go there
     double* norms[2];
     float* partials;
-    std::int32_t* counters;  // of units taken, one per half step; then of parts, as the units number them
+    std::int32_t* counters;  // of items taken, one per half step; then of parts, as the items number them
     int n_counters;
     bool counters_are_zero;
     int precision;

@@ -26,7 +26,7 @@ __device__ inline Scale inverse_norm(double square_sum) {
 // The sum of `count` partial sums, in a fixed order, in every lane of the warp.
 __device__ inline double sum_partials(const double* partials, int count) {
     double sum = 0.0;
-    for (int i = thread_number() % kWarp; i < count; i += kWarp) sum += partials[i];
+    for (int i = opaque_thread_index() % kWarp; i < count; i += kWarp) sum += partials[i];
     return warp_reduce(sum, Add{});
 }
 
@@ -40,7 +40,7 @@ struct Input {
 };
 
 // Called by a whole warp, when the launch before may still run.
-__device__ inline Input input_of(const HalfStepParams& p, const Gather& g, int group) {
+__device__ inline Input input_of(const HalfStepParams& p, const OperatorMap& g, int group) {
     wait_for_previous();
     const std::int64_t start = static_cast<std::int64_t>(group) * g.channels * g.inputs;
     if (p.inputs == nullptr) return {p.given[g.op] + start, 1.0f, 1.0f};
@@ -83,7 +83,7 @@ __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32
     if (split.parts == 1) return true;
     using Several = typename std::conditional<kCount % 4 == 0, float4, float>::type;
     constexpr int kEach = sizeof(Several) / sizeof(float), kLoads = kCount / kEach;
-    const int thread = thread_number();
+    const int thread = opaque_thread_index();
     Several* parts = reinterpret_cast<Several*>(split.partials) + thread;
     // 1) This part to memory. One thread's fence makes what the block wrote before the barrier visible to whoever sees
     // its count, and its fence after the count makes all that was counted before visible to the block.
@@ -115,9 +115,9 @@ __device__ bool join_splits(float (&sum)[kCount], const Split& split, std::int32
 }
 
 template <int kCount>
-__device__ bool join_splits(float (&sum)[kCount], const Unit& unit, const HalfStepParams& p, std::int32_t& last) {
-    if (unit.splits == 1) return true;  // there may be no partials to point into
-    return join_splits(sum, Split{unit.split, unit.splits, p.partials + unit.partial, p.counters + unit.counter}, last);
+__device__ bool join_splits(float (&sum)[kCount], const WorkItem& item, const HalfStepParams& p, std::int32_t& last) {
+    if (item.splits == 1) return true;  // there may be no partials to point into
+    return join_splits(sum, Split{item.split, item.splits, p.partials + item.partial, p.counters + item.counter}, last);
 }
 
 // Adds up every thread's square sum and stores it as the tile's.
@@ -134,7 +134,7 @@ struct Place {
     int row[kAxes];
 };
 
-__device__ inline Place place_of(const Gather& g, const std::int32_t* table, int index) {
+__device__ inline Place place_of(const OperatorMap& g, const std::int32_t* table, int index) {
     const int position = g.order >= 0 ? table[g.order + index] : (index < g.positions ? index : -1);
     const int some = position < 0 ? 0 : position, line = some / g.size[2], plane = line / g.size[1];
     return {position,

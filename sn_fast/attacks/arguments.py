@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ Bound = float | Tensor | Sequence[float]
 Clip = tuple[Bound | None, Bound | None] | None
 OneBound = Tensor | float | None
 """A side of the clip as the operators take it."""
+Norm = float | Literal["inf", "Linf", "linf", "2", "L2", "l2", "1", "L1", "l1", "L1-exact"]
+"""``canonical_norm`` takes a few more spellings."""
 
 _NORMS = ("inf", "2", "1", "1-exact")
 _SPELLINGS = {math.inf: "inf", "Linf": "inf", 2: "2", "L2": "2", 1: "1", "L1": "1", "L1-exact": "1-exact"}  # usual ones

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..normalization import frozen_sigma
 from ..normalization.parametrization import refresh
@@ -19,6 +20,7 @@ from .arguments import (
     Amount,
     Bound,
     Clip,
+    Norm,
     OneBound,
     amount,
     bounds,
@@ -31,13 +33,13 @@ from .arguments import (
 )
 from .ascent import Ascent, Region
 from .gradient import Model, Objective, prepared
+from .options import FGMOptions, LossName, ModelMode, PGDOptions, WRMOptions
 from .reading import Reading
 from .steps import random_point
 from .task import Loss, Predict
 from .wrappers import is_replicated, unwrapped
 
-# x_adv, or (x_adv, AttackInfo) with return_info. A union of the two would make every typed caller narrow it.
-Attacked = Tensor | Any
+Attacked = Tensor | tuple[Tensor, "AttackInfo"]
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,33 @@ class AttackInfo:
     """How many gradients of the whole batch were taken."""
 
 
+@overload
 def fgm(
     model: Model,
     x: Tensor,
     y: Tensor | None = None,
     *,
-    norm: float | str = 2,
+    return_info: Literal[False] = False,
+    **options: Unpack[FGMOptions],
+) -> Tensor: ...
+@overload
+def fgm(
+    model: Model, x: Tensor, y: Tensor | None = None, *, return_info: Literal[True], **options: Unpack[FGMOptions]
+) -> tuple[Tensor, AttackInfo]: ...
+def fgm(
+    model: Model,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    norm: Norm = 2,
     eps: float | Tensor,
-    loss: str | Loss = "ce",
+    loss: LossName | Loss = "ce",
     predict: Predict | None = None,
     clip: Clip = None,
     targeted: bool = False,
     mean: Bound | None = None,
     std: Bound | None = None,
-    model_mode: str = "eval",
+    model_mode: ModelMode = "eval",
     freeze_sn: bool = True,
     autocast_dtype: torch.dtype | None = None,
     return_info: bool = False,
@@ -106,19 +121,32 @@ def fgm(
         return _result(x_adv, objective) if return_info else x_adv
 
 
+@overload
 def pgd(
     model: Model,
     x: Tensor,
     y: Tensor | None = None,
     *,
-    norm: float | str = 2,
+    return_info: Literal[False] = False,
+    **options: Unpack[PGDOptions],
+) -> Tensor: ...
+@overload
+def pgd(
+    model: Model, x: Tensor, y: Tensor | None = None, *, return_info: Literal[True], **options: Unpack[PGDOptions]
+) -> tuple[Tensor, AttackInfo]: ...
+def pgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    norm: Norm = 2,
     eps: float | Tensor,
     steps: int = 15,
     alpha: float | Tensor | None = None,
     random_start: bool = False,
     restarts: int = 1,
     targeted: bool = False,
-    loss: str | Loss = "ce",
+    loss: LossName | Loss = "ce",
     predict: Predict | None = None,
     clip: Clip = None,
     mean: Bound | None = None,
@@ -126,7 +154,7 @@ def pgd(
     early_stop: bool = False,
     keep_best: bool = False,
     x_init: Tensor | None = None,
-    model_mode: str = "eval",
+    model_mode: ModelMode = "eval",
     freeze_sn: bool = True,
     autocast_dtype: torch.dtype | None = None,
     cuda_graph: bool = False,
@@ -303,6 +331,19 @@ def _graphed(
     return x_adv, AttackInfo(losses, fooled, y, ascent.steps * len(starts))
 
 
+@overload
+def wrm(
+    model: Model,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[WRMOptions],
+) -> Tensor: ...
+@overload
+def wrm(
+    model: Model, x: Tensor, y: Tensor | None = None, *, return_info: Literal[True], **options: Unpack[WRMOptions]
+) -> tuple[Tensor, AttackInfo]: ...
 def wrm(
     model: Model,
     x: Tensor,
@@ -311,13 +352,13 @@ def wrm(
     gamma: float | Tensor | None = None,
     eps: float | Tensor | None = None,
     steps: int = 15,
-    loss: str | Loss = "ce",
+    loss: LossName | Loss = "ce",
     predict: Predict | None = None,
     clip: Clip = None,
     targeted: bool = False,
     mean: Bound | None = None,
     std: Bound | None = None,
-    model_mode: str = "eval",
+    model_mode: ModelMode = "eval",
     freeze_sn: bool = True,
     autocast_dtype: torch.dtype | None = None,
     return_info: bool = False,

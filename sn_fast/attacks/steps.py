@@ -15,6 +15,7 @@ from ..reference.linear_map import compute_dtype
 from .arguments import (
     Amount,
     Clip,
+    Norm,
     OneBound,
     amount,
     bounds,
@@ -31,7 +32,7 @@ def pgd_step(
     x: Tensor,
     grad: Tensor,
     *,
-    norm: float | str,
+    norm: Norm,
     eps: float | Tensor,
     alpha: float | Tensor,
     clip: Clip = None,
@@ -62,7 +63,7 @@ def pgd_step(
 
     Raises:
         ValueError: shapes or devices that differ, an unknown norm, a negative or NaN number, lower > upper.
-        TypeError: samples that are no floating-point tensors, or differ in dtype.
+        TypeError: samples that are not floating-point tensors, or differ in dtype.
     """
     _check(x_adv, x, grad)
     if active is not None:
@@ -100,7 +101,7 @@ def wrm_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, eps: float | Tensor, ste
     return ops.wrm_step(x_adv, x, grad, radius.value, radius.per_sample, step, lower, upper)
 
 
-def project(x_adv: Tensor, x: Tensor, *, norm: float | str, eps: float | Tensor, clip: Clip = None) -> Tensor:
+def project(x_adv: Tensor, x: Tensor, *, norm: Norm, eps: float | Tensor, clip: Clip = None) -> Tensor:
     """x_adv brought into the ball of radius eps around x, then clipped; samples already inside keep their bits.
 
     For inf, 2 and "L1-exact" (Duchi et al. 2008, Fig. 1) that is the nearest point of the ball; for 1 the published
@@ -126,7 +127,7 @@ def project(x_adv: Tensor, x: Tensor, *, norm: float | str, eps: float | Tensor,
 def random_start(
     x: Tensor,
     *,
-    norm: float | str,
+    norm: Norm,
     eps: float | Tensor,
     clip: Clip = None,
     generator: torch.Generator | None = None,

@@ -2,3 +2,8 @@
 
 Built on the public names of ``sn_fast`` alone.
 """
+
+from .data import Split, load_data
+from .networks import build_network, load_published, network_names
+
+__all__ = ["Split", "build_network", "load_data", "load_published", "network_names"]

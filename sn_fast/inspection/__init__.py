@@ -5,14 +5,14 @@
 """
 
 from .checkpoint import load_checkpoint
-from .layers import Inspection, LayerNorm, inspect_model
+from .layers import Inspection, LayerMeasurement, inspect_model
 from .load import LoadedModel, load_model
 from .plot import plot
 from .table import table
 
 __all__ = [
     "Inspection",
-    "LayerNorm",
+    "LayerMeasurement",
     "LoadedModel",
     "inspect_model",
     "load_checkpoint",

@@ -73,7 +73,7 @@ def blocked(path: Path, error: BaseException, names: Collection[str]) -> str:
         )
     return (
         f"{path} holds more than tensors and numbers, {_few(found)}, and loading that could run any program: if you "
-        f"trust the file, add {' '.join(f'--allow-class {name}' for name in found[:_SHOWN])}; or save "
+        f"trust the file, add {' '.join(f'`allow_classes` {name}' for name in found[:_SHOWN])}; or save "
         "model.state_dict() in place of the model and all else"
     )
 
@@ -101,21 +101,23 @@ def _runs_programs(name: str) -> bool:
 def _found(stored: str, name: str) -> Any:
     module_name, _, attribute = name.rpartition(".")
     if not module_name or not attribute or not stored:
-        raise UserError(f"argument --allow-class: {name!r} will not do: give module.Class, e.g. argparse.Namespace")
+        raise UserError(f"argument `allow_classes`: invalid value {name!r}: give module.Class, e.g. argparse.Namespace")
     if _runs_programs(name) or _runs_programs(stored):
-        raise UserError(f"argument --allow-class: {name} will not do: it could run any program, and is never allowed")
+        raise UserError(
+            f"argument `allow_classes`: invalid value {name}: it could run any program, and is never allowed"
+        )
     for module in (module_name, *(new + module_name[len(old) :] for old, new in _RENAMED if _is_in(module_name, old))):
-        with failures_explained(f"argument --allow-class: importing {module} failed"):
+        with failures_explained(f"argument `allow_classes`: importing {module} failed"):
             try:
                 found = getattr(importlib.import_module(module), attribute)
             except (ModuleNotFoundError, AttributeError):
                 continue
         if not callable(found):
-            raise UserError(f"argument --allow-class: {name} will not do: it is a {type(found).__name__}, no class")
+            raise UserError(f"argument `allow_classes`: invalid value {name}: a {type(found).__name__}, not a class")
         return found
     raise UserError(
-        f"argument --allow-class: there is no {name}, neither here nor among the installed packages; if its module is "
-        f"another here, give --allow-class {stored}=MODULE.{attribute}"
+        f"argument `allow_classes`: there is no {name}, neither here nor among the installed packages; if its module "
+        f"is another here, give `allow_classes` {stored}=MODULE.{attribute}"
     )
 
 

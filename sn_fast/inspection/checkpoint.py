@@ -21,31 +21,32 @@ _COUNTERS = ("n_averaged",)  # of AveragedModel
 _SHOWN = 3
 
 
-def load_checkpoint(model: nn.Module, path: Path, allow_classes: Collection[str] = ()) -> None:
+def load_checkpoint(model: nn.Module, checkpoint: Path, allow_classes: Collection[str] = ()) -> None:
     """Load a state dict, as it is or nested as training scripts do it, into ``model``.
 
     Args:
+        checkpoint: written by torch.save, or a .safetensors file.
         allow_classes: names, module.Class, of what the file may hold beside tensors; only for files that are trusted.
 
     Raises:
         UserError: the file cannot be read, holds no state dict, one of another model, or objects of other classes.
     """
-    document = _read(path, allow_classes)
-    with failures_explained("argument MODEL: reading the model's state dict failed"):
+    document = _read(checkpoint, allow_classes)
+    with failures_explained("argument `model`: reading the model's state dict failed"):
         own = model.state_dict()
-    state = _renamed(_state_dict(document, path), own.keys())
-    _check_dtypes(state, own, {name for name, _ in model.named_parameters()}, path)
+    state = _renamed(_state_dict(document, checkpoint), own.keys())
+    _check_dtypes(state, own, {name for name, _ in model.named_parameters()}, checkpoint)
     on_meta = any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in own.values())
     tied = _tied(model) if on_meta else []
-    with failures_explained(f"argument --checkpoint: loading {path} into the model failed"):
+    with failures_explained(f"argument `checkpoint`: loading {checkpoint} into the model failed"):
         try:
             # Tensors on the meta device have no values to copy to: those of the file take their place.
             missing, unexpected = model.load_state_dict(state, strict=False, assign=on_meta)
         except RuntimeError as error:
-            raise UserError(f"argument --checkpoint: {path} is not of this model: {_misfit(error)}") from None
+            raise UserError(f"argument `checkpoint`: {checkpoint} is not of this model: {_misfit(error)}") from None
     faults = [_few(missing, "missing"), _few(unexpected, "not in the model")]
     if any(faults):
-        raise UserError(f"argument --checkpoint: {path} is not of this model: {'; '.join(filter(None, faults))}")
+        raise UserError(f"argument `checkpoint`: {checkpoint} is not of this model: {'; '.join(filter(None, faults))}")
     for names in tied:
         _tie(model, names)
 
@@ -54,9 +55,9 @@ def _read(path: Path, allow_classes: Collection[str]) -> Any:
     try:
         exists = path.is_file()
     except OSError as error:  # too long a name, or a folder that may not be read
-        raise UserError(f"argument --checkpoint: cannot open {path}: {error.strerror}") from None
+        raise UserError(f"argument `checkpoint`: cannot open {path}: {error.strerror}") from None
     if not exists:
-        raise UserError(f"argument --checkpoint: there is no file {path}")
+        raise UserError(f"argument `checkpoint`: there is no file {path}")
     if path.suffix == ".safetensors":
         load_file = require("safetensors.torch", install="safetensors").load_file
     else:
@@ -67,13 +68,13 @@ def _read(path: Path, allow_classes: Collection[str]) -> Any:
             return load_file(path)
         except pickle.UnpicklingError as error:
             if "Unsupported operand" in str(error):  # not of Python's pickle format at all
-                raise UserError(f"argument --checkpoint: {path} was not written by torch.save") from None
+                raise UserError(f"argument `checkpoint`: {path} was not written by torch.save") from None
             reason = blocked(path, error, allow_classes)
-            raise UserError(f"argument --checkpoint: {reason or f'{path} cannot be read ({_reason(error)})'}") from None
+            raise UserError(f"argument `checkpoint`: {reason or f'{path} cannot be read ({_reason(error)})'}") from None
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a damaged file can fail in any way, and so can an allowed class
-            raise UserError(f"argument --checkpoint: {path} cannot be read ({first_line(error)})") from None
+            raise UserError(f"argument `checkpoint`: {path} cannot be read ({first_line(error)})") from None
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
@@ -95,13 +96,13 @@ def _state_dict(document: Any, path: Path) -> Mapping[str, Any]:
     if isinstance(found, Mapping) and any(isinstance(value, Tensor) for value in found.values()):
         if unnamed := [key for key in found if not isinstance(key, str)]:
             raise UserError(
-                f"argument --checkpoint: {path} holds a dict of tensors whose keys are no names of parameters "
+                f"argument `checkpoint`: {path} holds a dict of tensors whose keys are not names of parameters "
                 f"({_few(list(map(repr, unnamed)), 'of another type')}): save model.state_dict()"
             )
         return found
     content = f"keys {', '.join(map(str, list(found)[:8]))}" if isinstance(found, Mapping) else type(found).__name__
     raise UserError(
-        f"argument --checkpoint: {path} holds no state dict, neither plain nor under {', '.join(_NESTED[:4])}, ... "
+        f"argument `checkpoint`: {path} holds no state dict, neither plain nor under {', '.join(_NESTED[:4])}, ... "
         f"({content}): save model.state_dict()"
     )
 
@@ -133,7 +134,7 @@ def _check_dtypes(state: Mapping[str, Any], own: Mapping[str, Any], parameters: 
             faults.append(f"{name}: {str(value.dtype).removeprefix('torch.')}")
     if faults:
         raise UserError(
-            f"argument --checkpoint: {path} is not of this model: {_few(faults, 'not dense floating-point numbers')}; "
+            f"argument `checkpoint`: {path} is not of this model: {_few(faults, 'not dense floating-point numbers')}; "
             "convert them, e.g. by to_dense() or dequantize(), and save them again"
         )
 

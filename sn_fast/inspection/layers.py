@@ -26,11 +26,11 @@ from ..norms import BoundInfo, operator_norm_interval
 from ..running import progress_bar
 from .weights import check_weight, quantized_layers
 
-_REMEDY = "; leave it out with --exclude, or give a smaller --input-size"
+_REMEDY = "; leave it out with `exclude`, or give a smaller `input_size`"
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerMeasurement:
     """One layer at one input size.
 
     Attributes:
@@ -82,14 +82,14 @@ class Inspection:
         seconds: that all took.
     """
 
-    layers: tuple[LayerNorm, ...]
+    layers: tuple[LayerMeasurement, ...]
     unmeasured: tuple[str, ...] = ()
     seconds: float = 0.0
 
-    def measured(self) -> tuple[LayerNorm, ...]:
+    def measured(self) -> tuple[LayerMeasurement, ...]:
         return tuple(layer for layer in self.layers if layer.upper is not None)
 
-    def largest(self) -> LayerNorm | None:
+    def largest(self) -> LayerMeasurement | None:
         return max(self.measured(), key=lambda layer: layer.upper or 0.0, default=None)
 
     def log10_product(self) -> float:
@@ -159,24 +159,24 @@ def _chosen(model: nn.Module, include: str | None, exclude: str | None) -> dict[
         quantized = (
             "; its quantised layers are not measured: give the model before it was" if quantized_layers(model) else ""
         )
-        raise UserError(f"argument MODEL: the model has no Linear, Embedding or convolution layer{quantized}")
+        raise UserError(f"argument `model`: the model has no Linear, Embedding or convolution layer{quantized}")
     chosen = {
         name: module
         for name, module in layers.items()
         if (wanted is None or wanted.search(name)) and not (unwanted and unwanted.search(name))
     }
     if not chosen:
-        option = "--include" if include is not None else "--exclude"
+        argument = "include" if include is not None else "exclude"
         names = ", ".join([*list(layers)[:4], *(["..."] if len(layers) > 4 else [])])
-        raise UserError(f"argument {option}: no layer is left of {names}")
+        raise UserError(f"argument `{argument}`: no layer is left of {names}")
     return chosen
 
 
-def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
+def _pattern(argument: str, text: str | None) -> re.Pattern[str] | None:
     try:
         return None if text is None else re.compile(text)
     except re.error as error:
-        raise UserError(f"argument --{option}: {text!r} is no regular expression ({error})") from None
+        raise UserError(f"argument `{argument}`: {text!r} is not a regular expression ({error})") from None
 
 
 def _used_sizes(
@@ -194,13 +194,13 @@ def _used_sizes(
         except BaseException as error:  # a forward that is not ours can fail in any way
             if lacks_memory(error):
                 raise UserError(
-                    f"argument --input-size: {times(input_size)} is too large: there is not enough memory for the "
+                    f"argument `input_size`: {times(input_size)} is too large: there is not enough memory for the "
                     f"model's run on one input ({first_line(error)}); give a smaller size"
                 ) from error
             failure = error
     assert failure is not None
     raise UserError(
-        f"argument --input-size: the model does not take an input of size {times(input_size)} "
+        f"argument `input_size`: the model does not take an input of size {times(input_size)} "
         f"({first_line(failure)}); give the size of its inputs, channels first{_taken(layers)}"
     ) from failure
 
@@ -221,14 +221,14 @@ def _taken(layers: Mapping[str, nn.Module]) -> str:
     """What the first layer takes, as a hint."""
     name, first = next(iter(layers.items()))
     if isinstance(first, nn.Embedding):
-        return f", e.g. --input-size 16 for 16 indices: layer {name} is an embedding"
+        return f", e.g. 16 for 16 indices: layer {name} is an embedding"
     if isinstance(first, nn.Linear):
-        return f", e.g. --input-size {first.in_features}: layer {name} takes {first.in_features} features"
+        return f", e.g. {first.in_features}: layer {name} takes {first.in_features} features"
     n = spatial_axes(first)
     channels = getattr(first, "in_channels", None)
     if not n or not isinstance(channels, int):
         return ""
-    return f", e.g. --input-size {times((channels, *(32,) * n))}: layer {name} takes {channels} channels"
+    return f", e.g. {times((channels, *(32,) * n))}: layer {name} takes {channels} channels"
 
 
 def _uses(layers: Mapping[str, nn.Module], sizes: Mapping[str, list[tuple[int, ...]]]) -> list[_Use]:
@@ -260,7 +260,7 @@ def _operator(name: str, module: nn.Module, size: tuple[int, ...]) -> LinearOper
         raise UserError(f"layer {name}: {error}") from None
 
 
-def _measured(use: _Use, tol: float) -> LayerNorm:
+def _measured(use: _Use, tol: float) -> LayerMeasurement:
     began = time.perf_counter()
     kind = kind_of(use.module)
     assert kind is not None
@@ -268,7 +268,7 @@ def _measured(use: _Use, tol: float) -> LayerNorm:
     weight = use.module.weight
     assert isinstance(weight, Tensor)
     shape = window(use.module) or times(weight.shape)
-    row = LayerNorm(use.name, cls, shape, use.input_size, note=use.note, tied=tuple(use.tied))
+    row = LayerMeasurement(use.name, cls, shape, use.input_size, note=use.note, tied=tuple(use.tied))
     if use.input_size is None and kind.axes:
         row = replace(row, reshaped=_matrix_norm(kind.reshaped(weight)))
         return replace(row, seconds=time.perf_counter() - began)
@@ -278,7 +278,7 @@ def _measured(use: _Use, tol: float) -> LayerNorm:
         note = "; ".join(filter(None, (use.note, f"not measured: {error}")))
         return replace(row, note=note, seconds=time.perf_counter() - began)
     try:
-        lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)  # type: ignore[misc]
+        lower, upper, info = operator_norm_interval(op, tol=tol, return_info=True)
     except ValueError as error:  # a raw weight that is finite can still give one in use that is not
         raise UserError(f"layer {use.name}: {error}") from None
     row = replace(row, lower=float(lower), upper=float(upper), certificate=info)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, require
 from ..files import replace_file
 from ..layers.describe import times
-from .layers import Inspection, LayerNorm
+from .layers import Inspection, LayerMeasurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,17 +37,17 @@ _LOGARITHMIC = 50.0  # ratio of the largest to the smallest norm from which bars
 def check_plot(path: Path) -> None:
     """Before the work: raise UserError unless a plot can be written there."""
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"argument --plot: {path} will not do: the name has to end with {', '.join(FORMATS)}")
+        raise UserError(f"argument `path`: invalid value {path}: the name must end with {', '.join(FORMATS)}")
     try:
         if not path.parent.is_dir():
-            raise UserError(f"argument --plot: there is no folder {path.parent}")
+            raise UserError(f"argument `path`: there is no folder {path.parent}")
         exists = _exists(path)
     except OSError as error:
-        raise UserError(f"argument --plot: cannot write {path}: {error.strerror}") from None
+        raise UserError(f"argument `path`: cannot write {path}: {error.strerror}") from None
     if exists and not _is_ours(path):
-        raise UserError(f"argument --plot: {path} exists and is no plot of sn-fast, so it stays; give another name")
+        raise UserError(f"argument `path`: {path} exists and is not a plot of sn-fast, so it stays; give another name")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"argument --plot: cannot write into {path.parent}: permission denied")
+        raise UserError(f"argument `path`: cannot write into {path.parent}: permission denied")
     require("matplotlib", install="matplotlib")
 
 
@@ -60,7 +60,7 @@ def plot(inspection: Inspection, path: Path, title: str = "") -> None:
     check_plot(path)
     layers = inspection.measured()
     if not layers:
-        raise UserError("argument --plot: no layer has a measured norm, so there is nothing to draw")
+        raise UserError("argument `path`: no layer has a measured norm, so there is nothing to draw")
     image = io.BytesIO()
     with require("matplotlib").rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows as boxes
@@ -69,10 +69,10 @@ def plot(inspection: Inspection, path: Path, title: str = "") -> None:
     try:
         replace_file(path, image.getvalue())
     except OSError as error:
-        raise UserError(f"argument --plot: cannot write {path}: {error.strerror}") from None
+        raise UserError(f"argument `path`: cannot write {path}: {error.strerror}") from None
 
 
-def _draw(layers: tuple[LayerNorm, ...], title: str) -> Figure:
+def _draw(layers: tuple[LayerMeasurement, ...], title: str) -> Figure:
     height = min(1.6 + _HEIGHT * len(layers), _MOST_INCHES)
     figure: Figure = require("matplotlib.figure").Figure(figsize=(8.0, height), layout="constrained")
     axes = figure.subplots()
@@ -125,7 +125,7 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _label(layer: LayerNorm) -> str:
+def _label(layer: LayerMeasurement) -> str:
     size = f" at {times(layer.input_size)}" if layer.input_size else ""
     name = layer.name.encode("utf-8", "replace").decode()
     if len(name) > _LONGEST_NAME:

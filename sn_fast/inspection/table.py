@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context
+from decimal import ROUND_CEILING, ROUND_FLOOR
 from typing import Any
 
-from ..layers.describe import aligned, times
-from .layers import Inspection, LayerNorm
+from ..layers.describe import aligned, rounded, times
+from .layers import Inspection, LayerMeasurement
 
 _HEAD = ("layer", "type", "input", "norm at least", "at most", "width", "certificate", "reshaped", "off by", "")
 _RIGHT = frozenset({3, 4, 5, 7, 8})
-_DIGITS = 6
 _LARGE = 1e6
 _SHOWN = 3
 
@@ -34,7 +33,7 @@ def document(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _cells(layer: LayerNorm) -> tuple[str, ...]:
+def _cells(layer: LayerMeasurement) -> tuple[str, ...]:
     notes = [layer.note, *([f"same weight as {', '.join(layer.tied)}"] if layer.tied else [])]
     return (
         layer.name or "(the model)",
@@ -44,7 +43,7 @@ def _cells(layer: LayerNorm) -> tuple[str, ...]:
         _rounded(layer.upper, ROUND_CEILING),
         _percent(layer.width, "{:.2f}%"),
         layer.certificate.method if layer.certificate else "-",
-        "-" if layer.reshaped is None else f"{layer.reshaped:.{_DIGITS - 1}g}",
+        "-" if layer.reshaped is None else f"{layer.reshaped:.5g}",
         _percent(layer.reshaped_error, "{:+.1f}%"),
         "; ".join(filter(None, notes)),
     )
@@ -72,7 +71,7 @@ def _summary(inspection: Inspection) -> list[str]:
     return [*lines, f"{inspection.seconds:.1f} s"]
 
 
-def _entry(layer: LayerNorm) -> dict[str, Any]:
+def _entry(layer: LayerMeasurement) -> dict[str, Any]:
     certificate = layer.certificate
     return {
         "name": layer.name,
@@ -95,9 +94,7 @@ def _entry(layer: LayerNorm) -> dict[str, Any]:
 
 
 def _rounded(value: float | None, direction: str) -> str:
-    if value is None:
-        return "-"
-    return f"{Context(prec=_DIGITS, rounding=direction).create_decimal_from_float(value):g}"
+    return "-" if value is None else rounded(value, direction)
 
 
 def _percent(share: float | None, form: str) -> str:

@@ -15,14 +15,14 @@ _SHOWN = 3
 
 def check_values(model: nn.Module) -> None:
     """Raise UserError if a parameter or a buffer is on the meta device, where it has a shape but no values."""
-    with failures_explained("argument MODEL: reading the model's parameters failed"):
+    with failures_explained("argument `model`: reading the model's parameters failed"):
         tensors = [*model.named_parameters(), *model.named_buffers()]
         meta = [name for name, tensor in tensors if isinstance(tensor, Tensor) and tensor.is_meta]
     if meta:
         shown = ", ".join(meta[:_SHOWN]) + (", ..." if len(meta) > _SHOWN else "")
         raise UserError(
-            f"argument MODEL: {len(meta)} of the model's tensors {'is' if len(meta) == 1 else 'are'} on the meta "
-            f"device and without values ({shown}): give them all with --checkpoint FILE, or make the model on the CPU"
+            f"argument `model`: {len(meta)} of the model's tensors {'is' if len(meta) == 1 else 'are'} on the meta "
+            f"device and without values ({shown}): give them all with `checkpoint`, or make the model on the CPU"
         )
 
 

@@ -71,7 +71,7 @@ def _own_code(module: nn.Module, known: type[nn.Module] | None) -> str | None:
     if known is None:
         known = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules.")), nn.Module)
     if known is nn.Module:
-        return f"{cls.__name__} is no class of torch.nn"
+        return f"{cls.__name__} is not a class of torch.nn"
     for name, owner in _methods(known):
         standard = vars(owner)[name]
         if name in vars(module) and callable(standard):

@@ -246,7 +246,7 @@ _add(
 
 def _table(module: Any, weight: Tensor, _: Size | None) -> LinearOperator:
     if getattr(module, "mode", "sum") == "max":
-        raise ValueError("EmbeddingBag(mode='max') is no linear map; modes 'sum' and 'mean' are")
+        raise ValueError("EmbeddingBag(mode='max') is not a linear map; modes 'sum' and 'mean' are")
     if module.max_norm is not None:  # rows are cut when they are looked up, as torch.embedding_renorm_ does it
         norms = torch.linalg.vector_norm(weight, ord=module.norm_type, dim=1, keepdim=True)
         weight = torch.where(norms > module.max_norm, weight * (module.max_norm / (norms + 1e-7)), weight)

@@ -47,6 +47,13 @@ def observed_input_sizes(
     return sizes
 
 
+def check_is_no_shape(example_input: object) -> None:
+    """Raise TypeError where a shape was given in place of a tensor of that shape."""
+    if isinstance(example_input, (tuple, list)) and example_input and all(type(n) is int for n in example_input):
+        sizes = ", ".join(map(str, example_input))
+        raise TypeError(f"example_input=({sizes}) is a shape; give a tensor, e.g. torch.zeros({sizes})")
+
+
 def _run(model: nn.Module, example_input: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> None:
     args = example_input if isinstance(example_input, tuple) else ()
     kwargs = dict(example_input) if isinstance(example_input, Mapping) else {}
@@ -58,7 +65,13 @@ def _run(model: nn.Module, example_input: Tensor | tuple[Any, ...] | Mapping[str
         return
     # Without memory: shapes alone are computed, and all tensors have to be on meta for that.
     state, args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (state, args, kwargs))
-    functional_call(model, state, args, kwargs)
+    try:
+        functional_call(model, state, args, kwargs)
+    except Exception as error:  # a forward that is not ours can fail in any way
+        raise ValueError(
+            f"the model's forward fails on the meta device, where tensors have shapes alone ({type(error).__name__}: "
+            f"{error}); load or initialise the weights first"
+        ) from error
 
 
 @contextmanager

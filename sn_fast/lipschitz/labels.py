@@ -32,14 +32,14 @@ def class_indices(y: Any, shape: Sequence[int], binary: bool, device: torch.devi
     """Class indices for scores of shape (B, classes), checked, as an int64 tensor (B,).
 
     Raises:
-        ValueError: ``y`` is no list of B integers, or a class in it does not exist.
+        ValueError: ``y`` is not a list of B integers, or a class in it does not exist.
     """
     rows, count = shape
     expected = f"give {rows} class indices, integers from 0 to {count - 1}"
     try:
         given = torch.as_tensor(y)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"y={y!r} is no list of integers; {expected}") from error
+        raise ValueError(f"y={y!r} is not a list of integers; {expected}") from error
     if given.shape == (rows, 1) and binary:
         given = given[:, 0]
     if given.numel() == 0 and rows == 0:

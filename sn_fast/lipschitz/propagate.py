@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from ..layers.exact import why_not_its_class
+from ..layers.observe import check_is_no_shape
 from . import (  # noqa: F401 - they register rules
     activations,
     contractions,
@@ -70,7 +71,7 @@ def lipschitz_bound(
         where a layer has no finite bound, or none that is of use; the report says which and why.
 
     Raises:
-        TypeError: ``model`` is no module, or ``example_input`` neither tensor nor tuple.
+        TypeError: ``model`` is not a module, or ``example_input`` neither tensor nor tuple.
         ValueError: a weight has NaN or infinite elements, is on the meta device, or has no shape yet.
     Warns:
         UserWarning: torch.fx cannot trace the model: the report has the layers one by one, and no bound.
@@ -78,6 +79,7 @@ def lipschitz_bound(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_is_no_shape(example_input)
     if not isinstance(example_input, (Tensor, tuple)):
         raise TypeError(f"example_input is a {type(example_input).__name__}; give a tensor, or a tuple of arguments")
     args = example_input if isinstance(example_input, tuple) else (example_input,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import math
@@ -14,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError, require
 from ..files import replace_file
+from ..layers.describe import aligned, html_table
 from .labels import check_logits, class_indices, two_sided
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _HEAD = ("layer", "type", "constant", "bound so far", "how")
+_NUMBERS = (2, 3)  # columns
 _BAR_COLOUR, _NO_BOUND_COLOUR = "#0072B2", "#D55E00"  # Okabe and Ito's
 _DPI = 150
 
@@ -76,7 +78,7 @@ class LipschitzReport:
             or NaN, and where the bound is infinite.
 
         Raises:
-            TypeError: ``logits`` is no floating-point tensor.
+            TypeError: ``logits`` is not a floating-point tensor.
             ValueError: ``logits`` or ``y`` has another shape, or a class in ``y`` does not exist.
         """
         check_logits(logits)
@@ -94,11 +96,17 @@ class LipschitzReport:
         return torch.where((half_margin > 0) & scores.isfinite().all(dim=1), radius, 0.0)
 
     def __str__(self) -> str:
-        rows = [_HEAD, *(_cells(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-        lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-        end = f"Lipschitz bound: {_number(self.bound)}" + (f" ({self.reason})" if self.reason else "")
-        return "\n".join([*lines, end])
+        return "\n".join([*aligned(self._rows(), _NUMBERS), self._conclusion()])
+
+    def _repr_html_(self) -> str:
+        """As notebooks show it."""
+        return html_table(self._rows(), _NUMBERS, self._conclusion())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [_HEAD, *map(_cells, self.layers)]
+
+    def _conclusion(self) -> str:
+        return f"Lipschitz bound: {_number(self.bound)}" + (f" ({self.reason})" if self.reason else "")
 
     def to_dict(self) -> dict[str, Any]:
         """bound, reason and layers; numbers as they are."""
@@ -166,19 +174,12 @@ def _cells(layer: LayerBound) -> tuple[str, ...]:
     return layer.name, layer.kind, constant, _number(layer.bound), layer.reason or layer.how
 
 
-def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    right = (2, 3)  # numbers
-    return [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-
-
 def _number(x: float) -> str:
     return f"{x:.6g}"
 
 
 def _matplotlib(module: str) -> Any:
     try:
-        return importlib.import_module(f"matplotlib.{module}")
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":  # installed, but broken: its own message says more
-            raise
-        raise ImportError("plots need the package matplotlib; run: pip install 'sn_fast[train]'") from error
+        return require(f"matplotlib.{module}")
+    except UserError as error:
+        raise ImportError(str(error)) from error

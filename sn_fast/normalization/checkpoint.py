@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import users_stacklevel
 from ..layers.linear import whole_window_size
 from ..reference.linear_map import compute_dtype, matvec, rmatvec
 from ..reference.power import normalized
@@ -78,7 +79,7 @@ def _say_once(p: State, u: Tensor, v: Tensor, load: object) -> None:
         f"sn_fast: the checkpoint's singular vectors have shapes u {tuple(u.shape)} and v {tuple(v.shape)}, this "
         f"{type(p.module).__name__} needs u {tuple(p.u.shape)} and v {tuple(p.v.shape)} (another input size?); they "
         "are left out, here and in other layers like it, and sigma is computed anew from the loaded weight",
-        stacklevel=2,
+        stacklevel=users_stacklevel(),
     )
 
 

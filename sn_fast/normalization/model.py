@@ -15,12 +15,13 @@ from torch.nn.utils import parametrize
 
 from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
-from ..layers.observe import observed_input_sizes
+from ..layers.observe import check_is_no_shape, observed_input_sizes
 from ..norms.estimate import operator_norm
+from ..ops.precision import Precision
 from .checks import check_has_norm
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
-from .options import Options
+from .options import Gradient, InputSize, Mode, OperatorName, Options
 from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
 from .selection import betas_of, compiled_pattern, included_classes, is_chosen
@@ -34,14 +35,14 @@ def spectral_norm(
     module: ModuleT,
     name: str = "weight",
     *,
-    input_size: int | Sequence[int] | str | None = None,
+    input_size: InputSize = None,
     beta: float = 1.0,
-    mode: str = "cap",
+    mode: Mode = "cap",
     n_power_iterations: int = 1,
-    operator: str = "conv",
-    gradient: str = "detached",
+    operator: OperatorName = "conv",
+    gradient: Gradient = "detached",
     reduce: bool = True,
-    precision: str | None = None,
+    precision: Precision | None = None,
     bound: bool = False,
 ) -> ModuleT:
     """Normalise one layer's weight by the norm of its true linear map; equivalent to
@@ -86,14 +87,14 @@ def apply_spectral_norm(
     example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
     *,
     beta: float | Mapping[str, float] = 1.0,
-    mode: str = "cap",
+    mode: Mode = "cap",
     n_power_iterations: int = 1,
     include: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
     exclude: str | None = None,
-    operator: str = "conv",
-    gradient: str = "detached",
+    operator: OperatorName = "conv",
+    gradient: Gradient = "detached",
     reduce: bool = True,
-    precision: str | None = None,
+    precision: Precision | None = None,
     bound: bool = False,
 ) -> ModuleT:
     """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
@@ -112,6 +113,7 @@ def apply_spectral_norm(
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
             is not proportional to their weight (``spectral_norm``), by name.
     """
+    check_is_no_shape(example_input)
     if not isinstance(example_input, (Tensor, tuple, Mapping)):
         raise TypeError(
             f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
@@ -138,13 +140,14 @@ def apply_spectral_norm(
             used_at = sizes.get(name, [])
             size = _size_of_largest_norm(module, used_at)
             options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-            _register(module, "weight", size, options, hashed, used_at)
+            _register(module, "weight", size, options, hashed, used_at).path = name
             done.append(module)
     except BaseException as error:
         for module in done:
             _remove(module, "weight", keep_raw=True)
         if type(error) in (ValueError, TypeError):
-            raise type(error)(f"layer {name!r}: {error}") from error
+            calls = re.sub(r"\(module\b", lambda _: f"(model.get_submodule({name!r})", str(error))
+            raise type(error)(f"layer {name!r}: {calls}") from error
         raise
     check_once_per_forward(model)
     return model
@@ -216,7 +219,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
 def _register(
     module: nn.Module,
     name: str,
-    input_size: int | Sequence[int] | str | None,
+    input_size: InputSize,
     options: Options,
     hashed: bool = False,
     used_at: Iterable[tuple[int, ...]] = (),
@@ -242,9 +245,7 @@ def _register(
         reason = _why_not_divisible(module, size, mapped=not options.bound)
         mapped = reason is None and _why_not_divisible(module, size, mapped=False) is not None
         if reason is not None:
-            raise ValueError(
-                f"{type(module).__name__} cannot be normalised by its weight: {reason}; it can be measured"
-            )
+            raise ValueError(f"{type(module).__name__} cannot be normalised by its weight: {reason}")
     if size is not None:
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
     known = kind_of(module)
@@ -284,7 +285,7 @@ def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]
         raise ValueError(
             f"layer{'s' * many} {names} cannot be normalised by {'their weights' if many else 'its weight'}: "
             f"{next(iter(refused.values()))}{' (the first; the others are alike)' * many}. "
-            f"They can be measured. Leave them alone with exclude={pattern!r}"
+            f"Leave {'them' if many else 'it'} alone with exclude={pattern!r}"
         )
 
 
@@ -293,8 +294,6 @@ def _why_not_divisible(module: nn.Module, size: Sequence[int] | None, *, mapped:
     kind = kind_of(module)
     if kind is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
         return None
-    if weight.is_meta:  # there is nothing to measure: only the map of the kind itself is known
-        return kind.why_not_exact(module)
     axes = spatial_axes(module)
     sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
     reason = None
@@ -305,7 +304,7 @@ def _why_not_divisible(module: nn.Module, size: Sequence[int] | None, *, mapped:
     return reason
 
 
-def _input_size(module: nn.Module, n: int, input_size: int | Sequence[int] | str | None) -> tuple[int, ...] | None:
+def _input_size(module: nn.Module, n: int, input_size: InputSize) -> tuple[int, ...] | None:
     if input_size is None:
         return None
     if not isinstance(input_size, str):
@@ -333,7 +332,7 @@ def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tu
     ):
         return tuple(map(max, zip(*distinct)))  # the norm grows with the size
     norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
-    return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]  # type: ignore[arg-type]
+    return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]
 
 
 def normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

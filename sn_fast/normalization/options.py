@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal
 
 from ..layers.linear import as_int
 from ..ops.precision import PRECISIONS
 from ..ops.precision import matmul_precision as matmul_precision
+
+Mode = Literal["cap", "scale"]
+OperatorName = Literal["conv", "reshape"]
+Gradient = Literal["detached", "full"]
+InputSize = int | Sequence[int] | Literal["any"] | None
 
 
 @dataclass(frozen=True)

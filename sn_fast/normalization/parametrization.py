@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..errors import users_stacklevel
 from ..layers.linear import whole_window_size
 from ..ops.fingerprint import is_hashed, record_of, same_content
 from ..ops.normalize import normalize, normalize_all
@@ -32,6 +34,8 @@ class SpectralNorm(State):
     """Parametrization W -> W / max(1, sigma / beta), or beta * W / sigma, of one weight."""
 
     is_replica = False
+    path = ""
+    """Of the layer in the model that ``apply_spectral_norm`` was given."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -144,11 +148,15 @@ class SpectralNorm(State):
             self._warned = True
             assert self.layer_geometry is not None
             warnings.warn(
-                f"sn_fast: {type(self.module).__name__} was normalised for inputs of size "
-                f"{self.layer_geometry.input_size} but is used at {size}, where its norm can be larger; "
-                "apply spectral_norm again with input_size= the largest size",
-                stacklevel=4,
+                f"sn_fast: {self._label()} was normalised for inputs of size {self.layer_geometry.input_size} but is "
+                f"used at {size}, where its norm can be larger; apply spectral_norm again with input_size= the largest "
+                "size",
+                stacklevel=users_stacklevel(),
             )
+
+    def _label(self) -> str:
+        kind = parametrize.type_before_parametrizations(self.module).__name__
+        return f"layer {self.path!r} ({kind})" if self.path else kind
 
     def covers(self, size: tuple[int, ...]) -> bool:
         """Whether the norm at this input size is known to be at most the one in use.

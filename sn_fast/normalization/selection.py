@@ -48,4 +48,4 @@ def compiled_pattern(argument: str, text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{argument}: {text!r} is no regular expression ({error})") from None
+        raise ValueError(f"{argument}: {text!r} is not a regular expression ({error})") from None

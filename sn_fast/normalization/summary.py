@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from decimal import ROUND_CEILING, Context
+from decimal import ROUND_CEILING
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.describe import aligned, times, window
+from ..layers.describe import aligned, rounded, times, window
 from ..layers.kinds import kind_of
 from ..layers.linear import LayerOperator, chain, is_of_weight, operator_of
 from ..layers.observe import evaluating
@@ -19,7 +19,6 @@ from .parametrization import SpectralNorm
 
 _HEAD = ("layer", "operator", "sigma", "beta", "mode", "norm in use at most")
 _RIGHT = frozenset({2, 3, 5})
-_DIGITS = 6
 
 
 def spectral_norm_summary(model: nn.Module) -> str:
@@ -51,10 +50,10 @@ def _cells(name: str, p: SpectralNorm, weight: Tensor) -> tuple[str, ...]:
     options = p.options
     sigma, bound = "-", "-"
     if p.layer_geometry is not None:
-        sigma = f"{float(p.sigma):.{_DIGITS}g}"
+        sigma = f"{float(p.sigma):.6g}"
         op = LayerOperator(p.operand(weight), p.layer_geometry)
         own = _own_map(p, op)
-        bound = _rounded_up(layer_bound(op, every_size=p.every_size)) if own is None else own
+        bound = rounded(layer_bound(op, every_size=p.every_size), ROUND_CEILING) if own is None else own
     return name or "(the layer)", _operator(p), sigma, f"{options.beta:g}", options.mode, bound
 
 
@@ -72,7 +71,7 @@ def _own_map(p: SpectralNorm, op: LayerOperator) -> str | None:
         bound, info = operator_norm_bound(own, return_info=True)
     except ValueError:
         return "unknown: not its map"
-    return _rounded_up(float(bound)) if info.certified and info.confidence == 1 else "unknown: not its map"
+    return rounded(float(bound), ROUND_CEILING) if info.certified and info.confidence == 1 else "unknown: not its map"
 
 
 def _is_of_module(p: SpectralNorm) -> bool:
@@ -97,7 +96,3 @@ def _place(p: SpectralNorm) -> str:
     if geometry is None:
         return ", input size not known before the first forward"
     return ", at every size" if p.every_size else f" at {times(geometry.input_size)}"
-
-
-def _rounded_up(value: float) -> str:
-    return f"{Context(prec=_DIGITS, rounding=ROUND_CEILING).create_decimal_from_float(value):g}"

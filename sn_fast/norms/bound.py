@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from numbers import Real
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -25,17 +26,45 @@ from .problem import Problem
 from .rounding import absolute_norm
 from .symbol import Symbol
 
-METHODS = ("auto", "dense", "circulant", "fft", "gram", "lanczos", "rowsum")
+Method = Literal["auto", "dense", "circulant", "fft", "gram", "lanczos", "rowsum"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
 _LARGEST_GRAM = 1 << 30  # bytes of the matrix that "dense" factorises
 _QUICK = 2e9  # multiplications of "dense" below which "auto" tries nothing else
 _AFFORDABLE = 2.5e10  # multiplications that "auto" spends on one method, about a second on two cores
 _CLOSE = 5e-3  # "auto" looks no further when a bound is within this of what Lanczos reaches from below
 
 
+@overload
 def operator_norm_bound(
     op: LinearOperator,
     *,
-    method: str = "auto",
+    method: Method = "auto",
+    grid: int | Sequence[int] | None = None,
+    tightness: float = 1.01,
+    delta: float = 1e-6,
+    generator: torch.Generator | None = None,
+    return_info: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def operator_norm_bound(
+    op: LinearOperator,
+    *,
+    method: Method = "auto",
+    grid: int | Sequence[int] | None = None,
+    tightness: float = 1.01,
+    delta: float = 1e-6,
+    generator: torch.Generator | None = None,
+    return_info: Literal[True],
+) -> tuple[Tensor, BoundInfo]: ...
+
+
+def operator_norm_bound(
+    op: LinearOperator,
+    *,
+    method: Method = "auto",
     grid: int | Sequence[int] | None = None,
     tightness: float = 1.01,
     delta: float = 1e-6,
@@ -71,7 +100,7 @@ def operator_norm_bound(
     Raises:
         ValueError: an unknown method, or one that ``op`` has no weight for; an argument out of range; a weight with NaN
             or infinite elements; products that are visibly not linear or not each other's adjoint; or an operator that
-            is too large for "dense". TypeError: ``op`` is no operator.
+            is too large for "dense". TypeError: ``op`` is not an operator.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(map(repr, METHODS))}")
@@ -211,7 +240,7 @@ class Search:
                 # Of the scaled kernel, so that float32 does not overflow.
                 kernel = self.problem.kernel.reshape(self.op.weight.shape).to(compute_dtype(self.op.weight))
                 norm = operator_norm(LayerOperator(kernel, self.op.geometry), tol=1e-4)
-                self._lower = math.ldexp(float(norm), self.problem.exponent)  # type: ignore[arg-type]
+                self._lower = math.ldexp(float(norm), self.problem.exponent)
         return self._lower
 
     def _on_grid(self, symbol: Symbol, grid: Grid, give_up: float = math.inf) -> float:

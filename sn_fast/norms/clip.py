@@ -14,7 +14,7 @@ from ..layers.kinds import kind_of
 from ..layers.linear import checked_weight, why_not_divisible
 from ..layers.weighted import LayerOperator, MatrixOperator, as_int, layer_operator, per_axis
 from ..reference.geometry import Axis
-from .bound import operator_norm_bound
+from .bound import Method, operator_norm_bound
 from .definite import below
 from .grid import is_periodic
 from .problem import Problem, times_power_of_two
@@ -148,8 +148,8 @@ def _why_not(module: nn.Module, weight: Tensor, input_size: int | tuple[int, ...
 
 def _bound(op: LayerOperator) -> float:
     mode = op.geometry.mode
-    method = "dense" if not op.geometry.axes else "fft" if mode == "zeros" else "auto"
-    return float(operator_norm_bound(op, method=method))  # type: ignore[arg-type]
+    method: Method = "dense" if not op.geometry.axes else "fft" if mode == "zeros" else "auto"
+    return float(operator_norm_bound(op, method=method))
 
 
 def _scaled_below(beta: float, kernel: Tensor, op: LayerOperator, problem: Problem) -> tuple[Tensor, float]:

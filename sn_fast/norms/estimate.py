@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from ..layers.weighted import LayerOperator, as_int, layer_operator
 from ..ops.power_step import lanczos_start
 from ..reference.linear_map import compute_dtype
 from .flat import FlatOperator, Triple, dense_matrices, flattened, unit
+
+Method = Literal["power", "lanczos", "block", "dense"]
 
 _DEFAULT_MAX_ITERATIONS = {"power": 2000, "lanczos": 400, "block": 1000}
 _BLOCK = 4
@@ -29,10 +32,36 @@ class ConvergenceWarning(UserWarning):
     """An iteration stopped at its limit before it reached the wanted tolerance."""
 
 
+@overload
 def operator_norm(
     op: LinearOperator,
     *,
-    method: str = "lanczos",
+    method: Method = "lanczos",
+    tol: float = 1e-5,
+    max_iterations: int | None = None,
+    generator: torch.Generator | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
+    return_vectors: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def operator_norm(
+    op: LinearOperator,
+    *,
+    method: Method = "lanczos",
+    tol: float = 1e-5,
+    max_iterations: int | None = None,
+    generator: torch.Generator | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
+    return_vectors: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def operator_norm(
+    op: LinearOperator,
+    *,
+    method: Method = "lanczos",
     tol: float = 1e-5,
     max_iterations: int | None = None,
     generator: torch.Generator | None = None,
@@ -60,7 +89,7 @@ def operator_norm(
     Raises:
         ValueError: an unknown method, tol <= 0, max_iterations < 1, a weight with NaN or inf, an operator too large
             for "dense", or one whose products are visibly not linear or not each other's adjoint.
-        TypeError: ``op`` is no operator.
+        TypeError: ``op`` is not an operator.
     Warns:
         ConvergenceWarning: the iterations ended above ``tol``; the message says how far.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,26 @@ from .estimate import ConvergenceWarning, check_operator, check_tolerance, opera
 from .general_bound import BoundInfo
 from .rounding import product_error
 from .symbol import UNIT_ROUNDOFF
+
+
+@overload
+def operator_norm_interval(
+    op: LinearOperator,
+    *,
+    tol: float = 1e-5,
+    start: tuple[Tensor, Tensor] | None = None,
+    return_info: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def operator_norm_interval(
+    op: LinearOperator,
+    *,
+    tol: float = 1e-5,
+    start: tuple[Tensor, Tensor] | None = None,
+    return_info: Literal[True],
+) -> tuple[Tensor, Tensor, BoundInfo]: ...
 
 
 def operator_norm_interval(
@@ -53,8 +74,8 @@ def operator_norm_interval(
             _, _, v = operator_norm(op, tol=tol, start=start, return_vectors=True)
         lower = attained_norm(op, v)
         upper, info = tightest_bound(op, lower=lower)
-    ends = (torch.tensor(end, dtype=torch.float64, device=op.device) for end in (lower, upper))
-    return (*ends, info) if return_info else tuple(ends)  # type: ignore[return-value]
+    least, most = (torch.tensor(end, dtype=torch.float64, device=op.device) for end in (lower, upper))
+    return (least, most, info) if return_info else (least, most)
 
 
 def attained_norm(op: LinearOperator, v: Tensor) -> float:

@@ -89,7 +89,7 @@ def _half_step_kernel(
     counters = torch.empty(plan.n_counters, dtype=torch.int32, device=plan.device)
     module.half_step(
         plan.tables.addresses(),
-        plan.n_units,
+        plan.n_items,
         half,
         [w.data_ptr() for w in weights],
         [x.data_ptr() for x in vectors],

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference.geometry import Axis, Geometry
 from .library import dtype_code
 
-AXES = 3  # csrc/spectral/gather.h: kAxes
+AXES = 3  # csrc/spectral/plan.h: kAxes
 MOST_CHANNELS = 1 << 19  # of a convolution: k = (channel, slot) is taken apart exactly up to there (csrc: Depth)
 
 IntArray = npt.NDArray[np.int32]
@@ -96,7 +96,7 @@ class Table:
         return self._places[key]
 
     def add_slots(self, m: Map, tiles: list[npt.NDArray[Any]]) -> IntArray:
-        """The slots of every tile, as csrc/spectral/gather.h has them; returns where they begin and their numbers."""
+        """The slots of every tile, as csrc/spectral/plan.h has them; returns where they begin and their numbers."""
         along = np.stack(np.unravel_index(np.arange(math.prod(m.slots)), m.slots), axis=1)
         weight = sum(taps[i].astype(np.int64) for taps, i in zip(m.taps, along.T)) * m.tap_stride
         slots = np.column_stack([along, weight])
@@ -140,7 +140,7 @@ def _adjoint_axis(axis: Axis, mode: str) -> _AxisMap:
 
 
 class Map:
-    """One direction of one operator: y = A x, in the terms of csrc/spectral/gather.h."""
+    """One direction of one operator: y = A x, in the terms of csrc/spectral/plan.h."""
 
     def __init__(self, layout: Layout, forward: bool) -> None:
         g = layout.geometry

@@ -1,7 +1,7 @@
-"""The plan of grouped power iteration: index tables and the units of work of both half steps, made once per model.
+"""The plan of grouped power iteration: index tables and the items of work of both half steps, made once per model.
 
 A plan depends on shapes, strides and dtypes alone, so it is kept and reused as long as these stay. It describes the
-geometry to the kernels (csrc/spectral/gather.h has the formula) and divides the work of all layers into units, which
+geometry to the kernels (csrc/spectral/plan.h has the formula) and divides the work of all layers into items, which
 the blocks of one launch take one after the other.
 """
 
@@ -19,18 +19,18 @@ import numpy.typing as npt
 import torch
 
 from .layout import AXES, IntArray, Layout, Map, Table
+from .schedule import GEMM64, TILE_COLUMNS, TILE_ROWS, WORK_ITEM, Tiling, make_schedule, partial_size
 from .tables import Tables
-from .units import GEMM64, TILE_COLUMNS, TILE_ROWS, UNIT, Tiling, make_units, partial_size
 
-# csrc/spectral/gather.h: the same fields in the same order.
-GATHER = np.dtype(
+# csrc/spectral/plan.h: the same fields in the same order.
+OPERATOR_MAP = np.dtype(
     [(n, "<i4") for n in ("op", "dtype", "groups", "rows", "channels", "positions", "inputs")]
     + [(n, "<i4") for n in ("group_stride", "row_stride", "channel_stride", "tap_stride")]
     + [(n, "<i4", AXES) for n in ("size", "slots", "entry")]
     + [(n, "<i4") for n in ("order", "tile_slots", "tiles", "input", "output")]
     + [(n, "<i4") for n in ("norm_in", "norms_in", "norm_out", "norms_out")]
 )
-PIECE = np.dtype(
+VECTOR_SLICE = np.dtype(
     [(n, "<i4") for n in ("op", "second", "first", "length", "output", "norm", "norms", "groups")],
 )
 PART = np.dtype([(n, "<i4") for n in ("span", "first", "length", "number", "parts", "whole")])  # lanczos.h
@@ -41,10 +41,10 @@ _MOST_PARTS = 256  # of a group's vector that is orthogonalised: each block read
 
 
 class Plan:
-    """Tables of one list of operators (gathers, units, pieces, indices), and the sizes that a call has to allocate."""
+    """Tables of one list of operators (maps, items, slices, indices), and the sizes that a call has to allocate."""
 
     def __init__(self, module: ModuleType, layouts: Sequence[Layout], device: torch.device, parallel: int) -> None:
-        sizes = [GATHER.itemsize, UNIT.itemsize, PIECE.itemsize]
+        sizes = [OPERATOR_MAP.itemsize, WORK_ITEM.itemsize, VECTOR_SLICE.itemsize]
         if module.plan_struct_sizes() != sizes:
             raise RuntimeError(
                 f"plan structs differ: {sizes} here, {module.plan_struct_sizes()} in the compiled module"
@@ -74,18 +74,18 @@ class Plan:
             self._gather(table, tilings, h, offsets, norm_offsets, halves, slots[h]) for h, tilings in enumerate(halves)
         ]
         budget = max(_PARTIALS * sum(self.result_sizes), _LEAST_PARTIALS)
-        # The first counters are those of the units that blocks have taken, of either half step.
+        # The first counters are those of the items that blocks have taken, of either half step.
         self.n_counters = len(halves)
-        units = []
+        items = []
         for tilings, first_norms, of_tiles in zip(halves, norm_offsets, slots):
-            units.append(make_units(tilings, first_norms, parallel, budget, self.n_counters))
-            _set_slots(units[-1], of_tiles)
-            self.n_counters = max(self.n_counters, units[-1]["counter"].max(initial=-1).item() + 1)
-        self.partial_size = max(partial_size(u) for u in units)
-        pieces = self._pieces(halves, offsets, norm_offsets)
-        self.n_units = [len(u) for u in units]
-        self.n_pieces = len(pieces)
-        parts = np.concatenate(records), np.concatenate(units), pieces, table.array()
+            items.append(make_schedule(tilings, first_norms, parallel, budget, self.n_counters))
+            _set_slots(items[-1], of_tiles)
+            self.n_counters = max(self.n_counters, items[-1]["counter"].max(initial=-1).item() + 1)
+        self.partial_size = max(partial_size(u) for u in items)
+        slices = self._slices(halves, offsets, norm_offsets)
+        self.n_items = [len(u) for u in items]
+        self.n_slices = len(slices)
+        parts = np.concatenate(records), np.concatenate(items), slices, table.array()
         self.tables = Tables(parts, device)
 
     @functools.cached_property
@@ -117,7 +117,7 @@ class Plan:
         halves: list[list[Tiling]],
         slots: list[IntArray],
     ) -> npt.NDArray[Any]:
-        records = np.zeros(len(tilings), GATHER)
+        records = np.zeros(len(tilings), OPERATOR_MAP)
         for i, (record, tiling) in enumerate(zip(records, tilings)):
             m = tiling.map
             values: dict[str, Any] = {
@@ -135,15 +135,15 @@ class Plan:
                 "norm_out": norm_offsets[half][i],
                 "norms_out": tiling.tiles_per_group,
             }
-            for name in GATHER.names or ():
+            for name in OPERATOR_MAP.names or ():
                 record[name] = values[name] if name in values else getattr(m, name)
         return records
 
     @staticmethod
-    def _pieces(
+    def _slices(
         halves: list[list[Tiling]], offsets: list[list[int]], norm_offsets: list[list[int]]
     ) -> npt.NDArray[Any]:
-        pieces = []
+        slices = []
         for half, tilings in enumerate(halves):
             for i, t in enumerate(tilings):
                 per_group = t.map.rows * t.map.positions
@@ -152,10 +152,10 @@ class Plan:
                     for first in range(0, per_group, _PIECE):
                         length = min(_PIECE, per_group - first)
                         norm = norm_offsets[half][i] + group * norms
-                        pieces.append((i, half, group * per_group + first, length, offsets[half][i], norm, norms, 1))
+                        slices.append((i, half, group * per_group + first, length, offsets[half][i], norm, norms, 1))
                 if half == 1:
-                    pieces.append((i, half, 0, 0, 0, norm_offsets[half][i], norms, t.map.groups))
-        return np.array(pieces, PIECE)
+                    slices.append((i, half, 0, 0, 0, norm_offsets[half][i], norms, t.map.groups))
+        return np.array(slices, VECTOR_SLICE)
 
 
 def _shapes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -167,10 +167,10 @@ def _lengths(tilings: list[Tiling]) -> list[int]:
     return [t.map.groups * t.map.rows * t.map.positions for t in tilings]
 
 
-def _set_slots(units: npt.NDArray[Any], of_tiles: list[IntArray]) -> None:
-    """Where each unit's slots lie in the table, and their number, from those of its operator's tiles."""
+def _set_slots(items: npt.NDArray[Any], of_tiles: list[IntArray]) -> None:
+    """Where each item's slots lie in the table, and their number, from those of its operator's tiles."""
     firsts = np.cumsum([0, *map(len, of_tiles)])[:-1]
-    units["slots"], units["n_slots"] = np.concatenate(of_tiles)[firsts[units["gather"]] + units["tile"]].T
+    items["slots"], items["n_slots"] = np.concatenate(of_tiles)[firsts[items["map"]] + items["tile"]].T
 
 
 def _filled(tiling: Tiling) -> IntArray:
@@ -180,7 +180,7 @@ def _filled(tiling: Tiling) -> IntArray:
 
 
 class GradientPlan:
-    """Tables of one layer for its weight's gradient (gather, indices), and the sizes that a call has to allocate."""
+    """Tables of one layer for its weight's gradient (map, indices), and the sizes that a call has to allocate."""
 
     def __init__(self, layout: Layout, device: torch.device, parallel: int, budget: int) -> None:
         m = Map(layout, forward=True)
@@ -194,7 +194,7 @@ class GradientPlan:
         self.partial_size = tiles * parts * size if parts > 1 else 0
         self.n_counters = tiles if parts > 1 else 0
         table = Table()
-        record = np.zeros(1, GATHER)
+        record = np.zeros(1, OPERATOR_MAP)
         for name in ("groups", "rows", "channels", "positions", "inputs"):
             record[name] = getattr(m, name)
         for name in ("group_stride", "row_stride", "channel_stride", "tap_stride", "size", "slots"):

@@ -211,8 +211,8 @@ def _power_step_once(
     counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
     module.power_step(
         plan.tables.addresses(),
-        plan.n_units,
-        plan.n_pieces,
+        plan.n_items,
+        plan.n_slices,
         [w.data_ptr() for w in weights],
         [t.data_ptr() for t in starts],
         [t.data_ptr() for t in images],
@@ -263,10 +263,10 @@ def _lanczos_start_kernel(
     ]
     partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
     counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
-    gathers, units, _, table = plan.tables.addresses()
+    maps, items, _, table = plan.tables.addresses()
     module.lanczos(
-        (gathers, units, table),
-        plan.n_units,
+        (maps, items, table),
+        plan.n_items,
         parts.addresses(),
         n_parts,
         n,

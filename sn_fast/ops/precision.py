@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
-PRECISIONS = ("fp32", "tf32", "3xtf32", "bf16")  # csrc/spectral/half_step.h: Precision
+Precision = Literal["fp32", "tf32", "3xtf32", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)  # csrc/spectral/half_step.h: Precision
 _OF_MATMUL = {"highest": "fp32", "high": "tf32", "medium": "bf16"}  # torch.set_float32_matmul_precision
 
 

@@ -55,7 +55,7 @@ class PreparedStep:
         (target,) = targets.addresses()
         code = PRECISIONS.index(precision)
         self._refresh = module.Refresh(
-            *(plan.tables.addresses(), plan.n_units, plan.n_pieces, self._weights, *vectors),
+            *(plan.tables.addresses(), plan.n_items, plan.n_slices, self._weights, *vectors),
             *(target, plan.n_counters, code),
         )
         self.records = record_plan(module, weights)

@@ -63,7 +63,7 @@ class Axis:
         """An output that sees every tap, if this axis is a set of windows that share no input; else None.
 
         Then the operator falls apart along this axis into one block per output; each block is that of a whole window
-        with some inputs missing, so the norm is the whole window's (DESIGN: exact reductions).
+        with some inputs missing, so the norm is the whole window's.
         """
         if self.out > 1 and self.extent > self.stride:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class AmplificationDetector:
         direction: str = "gradient",
         repeats: int = 4,
         seed: int = 0,
-        loss: str | Loss = "ce",
+        loss: Literal["ce", "bce"] | Loss = "ce",
     ) -> None:
         self.model = check_model(model)
         self.length = positive("length", length)

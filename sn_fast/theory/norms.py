@@ -132,7 +132,7 @@ def _measured(layer: Layer, certified: bool) -> tuple[float, float, float | None
     try:
         frobenius = frobenius_norm(layer.operator)
         if not certified:
-            spectral = float(operator_norm(layer.operator))  # type: ignore[arg-type]
+            spectral = float(operator_norm(layer.operator))
             # A lower estimate of one and an exact value of the other must not turn a rank of 1 into less.
             return min(spectral, frobenius.value), copies * frobenius.value, _kernel_norm(layer)
         bound, info = operator_norm_bound(layer.operator, return_info=True)

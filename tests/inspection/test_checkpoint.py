@@ -79,7 +79,7 @@ def test_other_models(tmp_path):
 
 def test_files_that_are_no_checkpoint(tmp_path, uninstalled):
     def message(path: Path) -> str:
-        with pytest.raises(UserError, match=r"^(argument --checkpoint|the package)") as caught:
+        with pytest.raises(UserError, match=r"^(argument `checkpoint`|the package)") as caught:
             load_checkpoint(small(), path)
         assert "\n" not in str(caught.value)
         return str(caught.value)

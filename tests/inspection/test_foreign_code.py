@@ -245,7 +245,7 @@ def test_a_measurement_that_fails_names_the_layer(nets, capsys, monkeypatch):
 
 @pytest.mark.parametrize("threads", ["1025", "99999999999999999999"])
 def test_numbers_of_threads_that_no_machine_has(nets, capsys, threads):
-    assert f"argument --threads: {threads} will not do" in refused(capsys, "nets:small", "--threads", threads)
+    assert f"argument --threads: invalid value {threads}" in refused(capsys, "nets:small", "--threads", threads)
 
 
 LONG = ["a" * 300, "ä" * 200, "/".join(["a" * 200] * 30), "a" * 5000]
@@ -337,13 +337,13 @@ def state(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
         (state(weight=torch.ones(2, 3, dtype=torch.bool)), "(weight: bool)"),
         (state(weight=torch.ones(2, 3, dtype=torch.complex64)), "(weight: complex64)"),
         (state(weight=torch.empty(2, 3, device="meta")), "is not of this model: "),
-        ({0: torch.ones(2, 3), "bias": torch.zeros(2)}, "keys are no names of parameters (1 of another type (0))"),
-        ({("a", 1): torch.ones(2, 3)}, "keys are no names of parameters"),
+        ({0: torch.ones(2, 3), "bias": torch.zeros(2)}, "keys are not names of parameters (1 of another type (0))"),
+        ({("a", 1): torch.ones(2, 3)}, "keys are not names of parameters"),
         (
             {None: torch.ones(2, 3), 2.5: torch.zeros(1)},
-            "keys are no names of parameters (2 of another type (None, 2.5))",
+            "keys are not names of parameters (2 of another type (None, 2.5))",
         ),
-        ({"state_dict": {b"weight": torch.ones(2, 3)}}, "keys are no names of parameters"),
+        ({"state_dict": {b"weight": torch.ones(2, 3)}}, "keys are not names of parameters"),
         ({"weight": torch.ones(2, 3), "bias": 3}, "is not of this model: "),
         ({"weight": torch.ones(2, 3), "bias": "x"}, "is not of this model: "),
     ],
@@ -371,12 +371,12 @@ def test_a_file_that_is_no_plot_stays(nets, capsys):
     for name, content in (("photo.png", b"\x89PNG\r\n\x1a\n..."), ("paper.pdf", b"%PDF-1.7"), ("empty.svg", b"")):
         (nets / name).write_bytes(content)
         line = refused(capsys, "nets:small", "--input-size", "1x6x6", "--plot", name)
-        assert f"argument --plot: {name} exists and is no plot of sn-fast, so it stays" in line
+        assert f"argument --plot: {name} exists and is not a plot of sn-fast, so it stays" in line
         assert (nets / name).read_bytes() == content
     (nets / "folder.png").mkdir()
     (nets / "link.png").symlink_to(nets / "nowhere")
     for name in ("folder.png", "link.png"):
-        assert "exists and is no plot" in refused(capsys, "nets:small", "--plot", name)
+        assert "exists and is not a plot" in refused(capsys, "nets:small", "--plot", name)
     for name in ("a.png", "a.pdf", "a.svg"):
         for _ in range(2):  # its own are replaced
             assert main(["norms", "nets:small", "--input-size", "1x6x6", "--quiet", "--plot", name]) == 0

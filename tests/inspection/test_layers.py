@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 import sn_fast
 from sn_fast.errors import UserError
-from sn_fast.inspection import Inspection, LayerNorm, inspect_model, table
+from sn_fast.inspection import Inspection, LayerMeasurement, inspect_model, table
 from sn_fast.layers import LinearOperator, operator_of
 
 from ..layers.own_maps import BY_PRODUCTS, NOT_LINEAR, OF_ONE_WEIGHT, norm_of
@@ -164,16 +164,16 @@ def test_include_and_exclude():
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
     assert [layer.name for layer in inspect_model(model, (2,), include="[012]", exclude="1").layers] == ["0", "2"]
     for options, expected in (
-        ({"include": "conv"}, r"argument --include: no layer is left of 0, 1, 2, 3$"),
-        ({"exclude": "."}, r"argument --exclude: no layer is left of 0, 1"),
-        ({"include": "("}, r"argument --include: '\(' is no regular expression"),
+        ({"include": "conv"}, r"argument `include`: no layer is left of 0, 1, 2, 3$"),
+        ({"exclude": "."}, r"argument `exclude`: no layer is left of 0, 1"),
+        ({"include": "("}, r"argument `include`: '\(' is not a regular expression"),
     ):
         with pytest.raises(UserError, match=expected):
             inspect_model(model, (2,), **options)
 
 
 def test_what_cannot_be_measured():
-    with pytest.raises(UserError, match="argument MODEL: the model has no Linear, Embedding or convolution"):
+    with pytest.raises(UserError, match="argument `model`: the model has no Linear, Embedding or convolution"):
         inspect_model(nn.ReLU(), (2,))
     bad = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
     bad[0].weight.data[0, 1] = math.inf
@@ -186,24 +186,24 @@ def test_what_cannot_be_measured():
 @pytest.mark.parametrize(
     ("model", "size", "hint"),
     [
-        (nn.Sequential(nn.Conv2d(1, 2, 3)), (3, 8, 8), "e.g. --input-size 1x32x32: layer 0 takes 1 channels"),
-        (nn.Sequential(nn.Conv1d(4, 2, 3)), (3, 8), "e.g. --input-size 4x32: layer 0 takes 4 channels"),
-        (nn.Sequential(nn.Linear(784, 2)), (3, 8, 8), "e.g. --input-size 784: layer 0 takes 784 features"),
-        (nn.Sequential(nn.Embedding(3, 2), nn.Linear(3, 2)), (8,), "e.g. --input-size 16 for 16 indices"),
+        (nn.Sequential(nn.Conv2d(1, 2, 3)), (3, 8, 8), "e.g. 1x32x32: layer 0 takes 1 channels"),
+        (nn.Sequential(nn.Conv1d(4, 2, 3)), (3, 8), "e.g. 4x32: layer 0 takes 4 channels"),
+        (nn.Sequential(nn.Linear(784, 2)), (3, 8, 8), "e.g. 784: layer 0 takes 784 features"),
+        (nn.Sequential(nn.Embedding(3, 2), nn.Linear(3, 2)), (8,), "e.g. 16 for 16 indices"),
     ],
 )
 def test_an_input_size_that_does_not_fit_names_one_that_may(model, size, hint):
-    with pytest.raises(UserError, match=r"^argument --input-size: the model does not take an input of size") as caught:
+    with pytest.raises(UserError, match=r"^argument `input_size`: the model does not take an input of size") as caught:
         inspect_model(model, size)
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_properties_of_rows_without_a_norm():
-    row = LayerNorm("a", "Conv2d", "3x3", reshaped=2.0)
+    row = LayerMeasurement("a", "Conv2d", "3x3", reshaped=2.0)
     assert (row.width, row.reshaped_error) == (None, None)
     assert Inspection((row,)).largest() is None
-    assert LayerNorm("a", "Linear", "3x3", lower=0.0, upper=1.0).width == math.inf
+    assert LayerMeasurement("a", "Linear", "3x3", lower=0.0, upper=1.0).width == math.inf
 
 
 def test_layers_with_a_forward_of_their_own() -> None:

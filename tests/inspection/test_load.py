@@ -22,10 +22,10 @@ def test_a_factory_a_class_and_an_instance(nets):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("nowhere:make", "argument MODEL: there is no module 'nowhere'"),
-        ("torch.nowhere:make", "argument MODEL: there is no module 'torch.nowhere'"),
-        ("nets.py:small", "will not do: give an importable module and a function in it"),
-        ("nets:", "will not do: give an importable module"),
+        ("nowhere:make", "argument `model`: there is no module 'nowhere'"),
+        ("torch.nowhere:make", "argument `model`: there is no module 'torch.nowhere'"),
+        ("nets.py:small", "invalid value 'nets.py:small': give an importable module and a function in it"),
+        ("nets:", "invalid value 'nets:': give an importable module"),
         ("nets:smal", "nets has no 'smal' (similar: small, Small)"),
         ("nets:number", "nets:number is a int; give a function or a model"),
         ("nets:no_model", "nets:no_model returned a int, not an nn.Module"),
@@ -47,7 +47,7 @@ def test_a_factory_that_fails_says_where(nets):
 
 
 def test_pretrained_is_for_names(nets):
-    with pytest.raises(UserError, match=r"argument --pretrained: .* give --checkpoint FILE"):
+    with pytest.raises(UserError, match=r"argument `pretrained`: .* give `checkpoint`"):
         load_model("nets:small", pretrained=True)
 
 
@@ -115,7 +115,7 @@ def test_unknown_names(zoos):
 
 @pytest.mark.parametrize("name", ["torchvision:resnet9", "timm:resnet9"])
 def test_weights_that_cannot_be_downloaded(zoos, name):
-    with pytest.raises(UserError, match=rf"making {name} failed: OSError: no network.*; give its weights with --check"):
+    with pytest.raises(UserError, match=rf"making {name} failed: OSError: no network.*; give its weights with `check"):
         load_model(name, pretrained=True)
 
 
@@ -127,7 +127,7 @@ def test_packages_that_are_not_installed(uninstalled, monkeypatch):
     with pytest.raises(UserError, match=r"torchvision is not installed; run: pip install torchvision$"):
         load_model("torchvision:resnet50")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"'resnet50' is no module:function, and neither torchvision nor timm is insta"):
+    with pytest.raises(UserError, match=r"'resnet50' is not a module:function, and torchvision and timm are not inst"):
         load_model("resnet50")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sn_fast.cli import main
 from sn_fast.errors import UserError
-from sn_fast.inspection import Inspection, LayerNorm, inspect_model, plot, table
+from sn_fast.inspection import Inspection, LayerMeasurement, inspect_model, plot, table
 from sn_fast.inspection.table import document
 from sn_fast.layers import operator_of
 
@@ -137,18 +137,18 @@ def test_threads_are_given_back(nets, capsys):
         (["nets:empty"], "argument MODEL: the model has no Linear, Embedding or convolution layer"),
         (["nets:nan", "--input-size", "1x6x6"], "layer conv: its weight has NaN or infinite elements"),
         (["nets:small"], "argument --input-size: the model does not take an input of size 3x224x224"),
-        (["nets:small", "--input-size", "6by6"], "argument --input-size: 6by6 will not do"),
-        (["nets:small", "--input-size", "0x6"], "argument --input-size: 0x6 will not do"),
+        (["nets:small", "--input-size", "6by6"], "argument --input-size: invalid value 6by6"),
+        (["nets:small", "--input-size", "0x6"], "argument --input-size: invalid value 0x6"),
         (["nets:small", "--checkpoint", "absent.pt"], "argument --checkpoint: there is no file absent.pt"),
         (["nets:small", "--checkpoint", "nets.py"], "argument --checkpoint: nets.py was not written by torch.save"),
         (["nets:small", "--checkpoint", "a", "--pretrained"], "not allowed with argument"),
         (["nets:small", "--pretrained"], "argument --pretrained: is for names of torchvision and timm"),
-        (["nets:small", "--tol", "0"], "argument --tol: 0 will not do"),
-        (["nets:small", "--tol", "nan"], "argument --tol: nan will not do"),
-        (["nets:small", "--threads", "0"], "argument --threads: 0 will not do"),
-        (["nets:small", "--device", "tpu"], "argument --device: tpu will not do"),
-        (["nets:small", "--include", "("], "argument --include: '(' is no regular expression"),
-        (["nets:small", "--plot", "a.txt"], "argument --plot: a.txt will not do: the name has to end with .png"),
+        (["nets:small", "--tol", "0"], "argument --tol: invalid value 0"),
+        (["nets:small", "--tol", "nan"], "argument --tol: invalid value nan"),
+        (["nets:small", "--threads", "0"], "argument --threads: invalid value 0"),
+        (["nets:small", "--device", "tpu"], "argument --device: invalid value tpu"),
+        (["nets:small", "--include", "("], "argument --include: '(' is not a regular expression"),
+        (["nets:small", "--plot", "a.txt"], "argument --plot: invalid value a.txt: the name must end with .png"),
         (["nets:small", "--plot", "no/a.png"], "argument --plot: there is no folder no"),
     ],
 )
@@ -178,7 +178,7 @@ def test_ctrl_c(nets, capsys, monkeypatch):
 
 
 def rows(count: int, lower: float, upper: float) -> Inspection:
-    return Inspection(tuple(LayerNorm(str(i), "Linear", "2x2", None, lower, upper) for i in range(count)))
+    return Inspection(tuple(LayerMeasurement(str(i), "Linear", "2x2", None, lower, upper) for i in range(count)))
 
 
 @pytest.mark.parametrize(("lower", "upper"), [(1.23456789, 1.2345679), (2e-9, 2e-9), (0.99999999, 0.99999999)])
@@ -197,11 +197,11 @@ def test_large_products_and_other_facts():
     assert "product of the upper bounds 0" in table(rows(2, 0.0, 0.0))
     assert document(rows(2, 0.0, 0.0))["log10_product_of_upper_bounds"] is None
     json.dumps(document(rows(1, 0.0, 1.0)), allow_nan=False)
-    twice = Inspection(tuple(LayerNorm("a", "Conv2d", "3x3", (s, s), 1.0, float(s)) for s in (2, 3)), ("free",))
+    twice = Inspection(tuple(LayerMeasurement("a", "Conv2d", "3x3", (s, s), 1.0, float(s)) for s in (2, 3)), ("free",))
     text = table(twice)
     assert "1 layer measured, at 2 input sizes in all\nproduct of the upper bounds 3\n" in text
     assert "1 other weight not measured: free" in text
-    unused = table(Inspection((LayerNorm("a", "Conv2d", "3x3", reshaped=2.0, note="not used"),)))
+    unused = table(Inspection((LayerMeasurement("a", "Conv2d", "3x3", reshaped=2.0, note="not used"),)))
     assert unused.splitlines()[1].split() == ["a", "Conv2d", "3x3", *"-----", "2", "-", "not", "used"]
 
 
@@ -215,4 +215,4 @@ def test_plots_of_all_kinds(tmp_path):
     assert (tmp_path / "linear.png").read_bytes().startswith(PNG)
     assert b"<svg" in (tmp_path / "log.svg").read_bytes()
     with pytest.raises(UserError, match="no layer has a measured norm"):
-        plot(Inspection((LayerNorm("a", "Conv2d", "3x3"),)), tmp_path / "a.png")
+        plot(Inspection((LayerMeasurement("a", "Conv2d", "3x3"),)), tmp_path / "a.png")

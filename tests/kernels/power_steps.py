@@ -17,7 +17,7 @@ from torch import Tensor
 from sn_fast.layers import LayerOperator
 from sn_fast.ops import plan as plans
 from sn_fast.ops import power_step as ops
-from sn_fast.ops import units as dividing
+from sn_fast.ops import schedule
 from sn_fast.ops.layout import Layout
 from sn_fast.ops.library import kernels_of
 from sn_fast.ops.plan import Plan
@@ -28,7 +28,7 @@ from .accuracy import judge, round_operands
 from .small_operators import DTYPES, any_operator, conv, line, matrix
 from .tensor_cores import longest_chain, relative_size, tensor_core_of
 
-KINDS = ("dot", "axpy", "direct", "gemm64", "gemm16")  # csrc/spectral/gather.h: TileKind
+KINDS = ("dot", "axpy", "direct", "gemm64", "gemm16")  # csrc/spectral/plan.h: TileKind
 
 CHOSEN: dict[str, Callable[[], LayerOperator]] = {
     "gemm64": lambda: line(70, 20, 70),
@@ -146,7 +146,7 @@ def check_precision(op: LayerOperator, precision: str) -> None:
             norms = groups.norm(dim=1, keepdim=True)
             return [groups / norms.clamp(min=1e-30), norms.max()]
 
-        gemm = any(KINDS[kind].startswith("gemm") for kind in set(units_of(plan)[half]["kind"]))
+        gemm = any(KINDS[kind].startswith("gemm") for kind in set(items_of(plan)[half]["kind"]))
         operands = round_operands(precision if gemm else "fp32", op.weight.float(), start)
         weight, x = (t.double() for t in operands)
         if not bool((normalized(weight, x)[0].norm(dim=1) > 0).all()):
@@ -177,38 +177,38 @@ class _Sizes:
 
     @staticmethod
     def plan_struct_sizes() -> list[int]:
-        return [plans.GATHER.itemsize, dividing.UNIT.itemsize, plans.PIECE.itemsize]
+        return [plans.OPERATOR_MAP.itemsize, schedule.WORK_ITEM.itemsize, plans.VECTOR_SLICE.itemsize]
 
 
-def gathers_of(plan: Plan) -> list[np.ndarray]:
+def maps_of(plan: Plan) -> list[np.ndarray]:
     """The plan's operators, per half step."""
-    return np.split(plan.tables[0].view(plans.GATHER), 2)
+    return np.split(plan.tables[0].view(plans.OPERATOR_MAP), 2)
 
 
-def units_of(plan: Plan) -> list[np.ndarray]:
+def items_of(plan: Plan) -> list[np.ndarray]:
     """The plan's units of work, per half step."""
-    return np.split(plan.tables[1].view(dividing.UNIT), [plan.n_units[0]])
+    return np.split(plan.tables[1].view(schedule.WORK_ITEM), [plan.n_items[0]])
 
 
 def kinds_of(call: Call) -> set[tuple[str, bool]]:
     """Kinds of the tiles that run, and whether their sums are split."""
-    units = np.concatenate(units_of(plan_of(call)))
-    return {(KINDS[kind], bool(splits > 1)) for kind, splits in zip(units["kind"], units["splits"])}
+    items = np.concatenate(items_of(plan_of(call)))
+    return {(KINDS[kind], bool(splits > 1)) for kind, splits in zip(items["kind"], items["splits"])}
 
 
 @contextmanager
 def planning(split: bool = False, parallel: int | None = None, **constants: float) -> Iterator[None]:
     """Plans made otherwise: with sums split as often as can be, for a number of blocks, or with other constants."""
-    make_units, make_plan = plans.make_units, ops.Plan
+    make_schedule, make_plan = plans.make_schedule, ops.Plan
     with pytest.MonkeyPatch.context() as patch:
         for name, value in constants.items():
-            patch.setattr(dividing, name, value)
+            patch.setattr(schedule, name, value)
         if split:
-            for name in ("_UNIT_COST", "_PART_COST", "_JOIN_COST"):
-                patch.setattr(dividing, name, 0)
-            patch.setattr(dividing, "_COARSE", (math.inf, 1e-12))
-            patch.setattr(dividing, "_ENOUGH", 0)
-            patch.setattr(plans, "make_units", lambda t, first, _, __, c: make_units(t, first, 10**6, 2**30, c))
+            for name in ("_ITEM_COST", "_PART_COST", "_JOIN_COST"):
+                patch.setattr(schedule, name, 0)
+            patch.setattr(schedule, "_COARSE", (math.inf, 1e-12))
+            patch.setattr(schedule, "_ENOUGH", 0)
+            patch.setattr(plans, "make_schedule", lambda t, first, _, __, c: make_schedule(t, first, 10**6, 2**30, c))
         if parallel is not None:
             patch.setattr(ops, "Plan", lambda module, layouts, device, _: make_plan(module, layouts, device, parallel))
         ops._plans.cache_clear()

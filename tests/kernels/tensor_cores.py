@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 
 from sn_fast.ops import plan as plans
-from sn_fast.ops import units as dividing
+from sn_fast.ops import schedule
 from sn_fast.ops.plan import Plan
 
-UNIT = 2.0**-23  # float32's last bit, relative
+WORK_ITEM = 2.0**-23  # float32's last bit, relative
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TensorCore:
         mean = (2 * n / 3 + 1 / 2) / 2
         variance = (block * 4.0**-self.extra_bits / 3 + 1 / 12) * (n + 1) / 2
         joining = parts / 24 if parts > 1 else 0.0
-        return 2 * (mean + math.sqrt(variance + joining)) * UNIT * max(1.0, size)
+        return 2 * (mean + math.sqrt(variance + joining)) * WORK_ITEM * max(1.0, size)
 
 
 TENSOR_CORES = {"H100": TensorCore(8, 16, 2), "A100": TensorCore(4, 8, 1)}
@@ -83,15 +83,15 @@ def use(module: ModuleType, core: TensorCore) -> None:
 
 def longest_chain(plan: Plan, half: int) -> tuple[list[int], int]:
     """Of one half step's GEMM tiles: the chain's products, one number per pass over some slots, and the most parts."""
-    units = np.split(plan.tables[1].view(dividing.UNIT), [plan.n_units[0]])[half]
-    units = units[units["kind"] >= dividing.GEMM64]
-    gathers = np.split(plan.tables[0].view(plans.GATHER), 2)[half]
+    items = np.split(plan.tables[1].view(schedule.WORK_ITEM), [plan.n_items[0]])[half]
+    items = items[items["kind"] >= schedule.GEMM64]
+    maps = np.split(plan.tables[0].view(plans.OPERATOR_MAP), 2)[half]
     table = plan.tables[3]
-    slots = table[gathers["tile_slots"][units["gather"]] + 2 * units["tile"] + 1]
-    channels = units["channel_end"] - units["channel"]
+    slots = table[maps["tile_slots"][items["map"]] + 2 * items["tile"] + 1]
+    channels = items["channel_end"] - items["channel"]
     longest = int(np.argmax(slots * channels))
     passes = [min(64, int(slots[longest]) - i) for i in range(0, int(slots[longest]), 64)]
-    return [int(channels[longest]) * n for n in passes], int(units["splits"].max())
+    return [int(channels[longest]) * n for n in passes], int(items["splits"].max())
 
 
 def relative_size(squares: Tensor, total: Tensor, groups: int) -> float:

@@ -55,7 +55,7 @@ def best_in_krylov_space(matrix: Tensor, start: Tensor, n: int) -> float:
 
 
 def check(op: LayerOperator, u: Tensor, v: Tensor, n: int, tolerance: float = 2e-5) -> None:
-    """Unit vectors of every group whose <u, A v> is what the Krylov space allows, no more and no less."""
+    """WorkItem vectors of every group whose <u, A v> is what the Krylov space allows, no more and no less."""
     assert u.shape == op.out_shape
     assert v.shape == op.in_shape
     g = op.geometry.groups

@@ -129,10 +129,10 @@ FAULTS: dict[str, Sequence[Edit]] = {
     "no barrier before counting": [(MEETING, MEETING.replace("    __syncthreads();\n", ""))],
     "no barrier after counting": [(f"{AFTER}    }}\n    __syncthreads();\n", f"{AFTER}    }}\n")],
     "parts counted without an atomic": [("atomicAdd(split.counter, 1)", "(*split.counter)++")],
-    "units taken without an atomic": [
+    "items taken without an atomic": [
         ("            next = atomicAdd(p.taken, 1);", "            next = (*p.taken)++;"),
     ],
-    "no barrier at a unit's end": [("        __syncthreads();  // the next unit uses the same shared memory\n", "")],
+    "no barrier at an item's end": [("        __syncthreads();  // the next item uses the same shared memory\n", "")],
     "no barrier in the gemm tile": [
         (
             "wait_for_copies<kWeightStages - 2>();\n                __syncthreads();",
@@ -156,10 +156,10 @@ FAULTS_OF_A_REFRESH: dict[str, Sequence[Edit]] = {
     "no barrier after counting": [(f"{COMPARED}    }}\n    __syncthreads();\n", f"{COMPARED}    }}\n")],
     "hashes added without an atomic": [(HASHED, "p.sums[unit.op] += sum;\n")],
     "changes counted without an atomic": [("atomicAdd(&p.changes[p.n_operators], 1)", "++p.changes[p.n_operators]")],
-    "no barrier at the end of a unit that is left out": [
+    "no barrier at the end of an item that is left out": [
         (
-            "if (!p.changes || p.changes[s.gather.op] != 0) {",
-            "if (p.changes && p.changes[s.gather.op] == 0) continue;\n{",
+            "if (!p.changes || p.changes[s.map.op] != 0) {",
+            "if (p.changes && p.changes[s.map.op] == 0) continue;\n{",
         ),
     ],
 }

@@ -18,7 +18,7 @@ from sn_fast.reference.geometry import Axis, Geometry
 from ..attacks.models import same_bits
 from .accuracy import UNIT_ROUNDOFF
 from .conftest import THREAD_ORDERS
-from .power_steps import CHOSEN, Call, check_precision, gathers_of, operators, plan_of, planning
+from .power_steps import CHOSEN, Call, check_precision, maps_of, operators, plan_of, planning
 from .small_operators import conv, drawn, line, matrix
 
 
@@ -70,7 +70,7 @@ def test_paddings_wider_than_the_kernel(kernels: ModuleType, data: st.DataObject
     call = Call.of(op, seed=seed)
     with planning(split=split):
         # Terms that are alike are rounded alike, up to half a unit each: in sums of 16, and in the sum of those.
-        products = max(int(g["slots"].prod() * g["channels"].max()) for g in gathers_of(plan_of(call)))
+        products = max(int(g["slots"].prod() * g["channels"].max()) for g in maps_of(plan_of(call)))
         call.check(cuts=(16 + products / 16) / 2 * UNIT_ROUNDOFF)
 
 

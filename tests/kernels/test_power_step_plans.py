@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sn_fast import LinearOperator
-from sn_fast.ops import units as dividing
+from sn_fast.ops import schedule
 from sn_fast.ops.layout import MOST_CHANNELS, Layout, Map
-from sn_fast.ops.units import Tiling
+from sn_fast.ops.schedule import Tiling
 from sn_fast.reference.geometry import Geometry
 
-from .power_steps import KINDS, Call, gathers_of, operators, plan_from, plan_of, units_of
+from .power_steps import KINDS, Call, items_of, maps_of, operators, plan_from, plan_of
 from .small_operators import conv, drawn, matrix
 
 
@@ -22,11 +22,11 @@ def check_plan(call: Call, parallel: int = 9) -> None:
     """Every result is computed once, from all channels, in parts that do not share memory."""
     plan = plan_of(call, parallel)
     counters: set[int] = set()
-    for half, (gathers, units) in enumerate(zip(gathers_of(plan), units_of(plan))):
+    for half, (maps, items) in enumerate(zip(maps_of(plan), items_of(plan))):
         norms: set[int] = set()
         partials: list[tuple[int, int]] = []
-        for op, g in enumerate(gathers):
-            mine = units[units["gather"] == op]
+        for op, g in enumerate(maps):
+            mine = items[items["map"] == op]
             assert g["op"] == op
             kind = KINDS[mine["kind"][0]]
             assert (mine["kind"] == mine["kind"][0]).all()
@@ -58,7 +58,7 @@ def check_plan(call: Call, parallel: int = 9) -> None:
             assert first >= end
             end = first + size
         assert end <= plan.partial_size
-    assert counters == set(range(2, plan.n_counters))  # the first two count the units taken
+    assert counters == set(range(2, plan.n_counters))  # the first two count the items taken
     assert plan.partial_size <= max(4 * sum(plan.result_sizes), 1 << 20)
 
 
@@ -74,18 +74,18 @@ def test_plan_of_resnet18(reduced: bool, parallel: int) -> None:
     chosen = resnet18(reduced)
     call = Call.of(*chosen)
     check_plan(call, parallel)
-    for units in units_of(plan_of(call, parallel)):
-        assert parallel == 3 or (units["splits"] > 1).any()
+    for items in items_of(plan_of(call, parallel)):
+        assert parallel == 3 or (items["splits"] > 1).any()
 
 
 def test_plans_of_long_sums_do_not_overflow() -> None:
     """12 million columns times hundreds of parts is more than 2^31."""
     layout = Layout(Geometry(), 16, 12_000_000, 12_000_000, 1, 0, 0)
     plan = plan_from([layout], parallel=396)
-    for units, channels in zip(units_of(plan), (16, 12_000_000)):
-        assert (units["channel"] < units["channel_end"]).all()
-        assert units["channel_end"].max() == channels
-    assert len(units_of(plan)[1]) > 100
+    for items, channels in zip(items_of(plan), (16, 12_000_000)):
+        assert (items["channel"] < items["channel_end"]).all()
+        assert items["channel_end"].max() == channels
+    assert len(items_of(plan)[1]) > 100
 
 
 def resnet18(reduced: bool = True) -> list[LinearOperator]:
@@ -102,23 +102,23 @@ def resnet18(reduced: bool = True) -> list[LinearOperator]:
 def test_blocks_end_together() -> None:
     """With the costs that the plan reckons with: none works much longer than the mean, and little is done twice.
 
-    Where each has much to do, it has three units or so: real blocks are not as even as the costs.
+    Where each has much to do, it has three items or so: real blocks are not as even as the costs.
     """
     call = Call.of(*resnet18())
     layouts = [Layout.of(op.weight, op.geometry) for op in call.operators]
-    for half, units in enumerate(units_of(plan_of(call, 396))):
+    for half, items in enumerate(items_of(plan_of(call, 396))):
         tilings = [Tiling(Map(layout, forward=bool(layout.geometry.axes) == (half == 0))) for layout in layouts]
         work, costs = 0.0, []
-        for unit in units:
-            t = tilings[unit["gather"]]
-            kind = KINDS[unit["kind"]]
-            whole = max(map(t.cost, range(len(t.active)))) if kind == "direct" else t.cost(unit["tile"])
-            part = whole * (unit["channel_end"] - unit["channel"]) / t.map.channels
+        for item in items:
+            t = tilings[item["map"]]
+            kind = KINDS[item["kind"]]
+            whole = max(map(t.cost, range(len(t.active)))) if kind == "direct" else t.cost(item["tile"])
+            part = whole * (item["channel_end"] - item["channel"]) / t.map.channels
             work += part
-            extra = dividing._PART_COST + unit["splits"] * t.partial_sums * dividing._JOIN_COST
-            costs.append(part + dividing._UNIT_COST + (extra if unit["splits"] > 1 else 0.0))
-        ends = dividing.last_end(np.array(costs), 396)
-        assert 2.5 * 396 < len(units) < 4 * 396
+            extra = schedule._PART_COST + item["splits"] * t.partial_sums * schedule._JOIN_COST
+            costs.append(part + schedule._ITEM_COST + (extra if item["splits"] > 1 else 0.0))
+        ends = schedule.last_end(np.array(costs), 396)
+        assert 2.5 * 396 < len(items) < 4 * 396
         assert max(costs) <= 0.7 * work / 396
         assert ends <= 1.25 * sum(costs) / 396
         assert ends <= 1.4 * work / 396
@@ -128,14 +128,14 @@ def test_blocks_end_together() -> None:
 
 def test_parts_are_few_where_blocks_are() -> None:
     """Every part costs: one block needs none."""
-    for units in units_of(plan_of(Call.of(*resnet18()), 1)):
-        assert (units["splits"] == 1).all()
+    for items in items_of(plan_of(Call.of(*resnet18()), 1)):
+        assert (items["splits"] == 1).all()
 
 
 def test_the_budget_holds_for_one_long_sum() -> None:
     """A matrix of few rows: its vectors are small, and so are its parts' sums."""
     plan = plan_from([Layout(Geometry(), 16, 1 << 20, 1 << 20, 1, 0, 0)], parallel=396)
-    assert (units_of(plan)[0]["splits"] > 50).all() or (units_of(plan)[1]["splits"] > 50).all()
+    assert (items_of(plan)[0]["splits"] > 50).all() or (items_of(plan)[1]["splits"] > 50).all()
     assert plan.partial_size <= 4 * sum(plan.result_sizes)
 
 

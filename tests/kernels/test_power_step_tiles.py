@@ -37,7 +37,7 @@ def test_precisions(rounding_kernels: ModuleType, name: str, precision: str) -> 
 def test_long_sums_are_sums_of_sums(kernels: ModuleType, precision: str, factor: float) -> None:
     """The error of thousands of products in one sum, without parts, stays near PyTorch's, which adds in blocks."""
     long = [line(4, 1500, 20), line(4, 5000, 20, 1), line(20, 1500, 20), line(20, 500, 70, 9), matrix(20, 20_000)]
-    with planning(_UNIT_COST=1 << 50):
+    with planning(_ITEM_COST=1 << 50):
         Call.of(*long).check(precision=precision, factor=factor)
 
 

@@ -108,8 +108,8 @@ def test_a_barrier_missing_from_the_gemm_tile(tmp_path: Path, module: ModuleType
 
 BARRIERS: dict[str, Edit] = {
     "gemm: slots before their use": (
-        "slots_at(p.table, unit.slots)[begin + thread];\n            __syncthreads();",
-        "slots_at(p.table, unit.slots)[begin + thread];",
+        "slots_at(p.table, item.slots)[begin + thread];\n            __syncthreads();",
+        "slots_at(p.table, item.slots)[begin + thread];",
     ),
     "gemm: positions before their use": (
         "        __syncthreads();\n        // 3) Chunk after chunk.",
@@ -132,19 +132,19 @@ BARRIERS: dict[str, Edit] = {
         "            // 2) All (slot, channel) pairs,",
     ),
     "half_step: the first number": (
-        "if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);\n    __syncthreads();",
-        "if (thread_number() == 0) s.next = atomicAdd(p.taken, 1);",
+        "if (opaque_thread_index() == 0) s.next = atomicAdd(p.taken, 1);\n    __syncthreads();",
+        "if (opaque_thread_index() == 0) s.next = atomicAdd(p.taken, 1);",
     ),
-    "half_step: the unit before its gather": (
-        "copy_by_lanes(s.unit, p.units + number, thread);\n            __syncwarp();",
-        "copy_by_lanes(s.unit, p.units + number, thread);",
+    "half_step: the item before its map": (
+        "copy_by_lanes(s.item, p.items + number, thread);\n            __syncwarp();",
+        "copy_by_lanes(s.item, p.items + number, thread);",
     ),
-    "half_step: the unit before its use": (
+    "half_step: the item before its use": (
         "        __syncthreads();\n        if (thread == kWarp) s.next = next;",
         "        if (thread == kWarp) s.next = next;",
     ),
-    "half_step: the end of a unit": (
-        "        __syncthreads();  // the next unit uses the same shared memory\n",
+    "half_step: the end of an item": (
+        "        __syncthreads();  // the next item uses the same shared memory\n",
         "",
     ),
     "gradient: the first positions": (
@@ -257,9 +257,9 @@ def test_bits_do_not_depend_on_the_number_of_blocks(tmp_path: Path, module: Modu
 
 OVERFLOW = "ERROR: AddressSanitizer: heap-buffer-overflow"
 BEYOND: dict[str, tuple[Edit, str, str]] = {  # what is said of it, and where
-    "a unit too many": (("number < p.n_units", "number <= p.n_units"), OVERFLOW, "half_step_kernel"),
+    "a item too many": (("number < p.n_items", "number <= p.n_items"), OVERFLOW, "power_step_half"),
     "a row beyond the last": (
-        ("last_row = g.rows - unit.row - 1;", "last_row = g.rows - unit.row;"),
+        ("last_row = g.rows - item.row - 1;", "last_row = g.rows - item.row;"),
         OVERFLOW,
         "GemmTile<float",
     ),

@@ -70,7 +70,7 @@ class Call:
         generator = torch.Generator().manual_seed(seed)
         shapes = op.weight.shape, op.out_shape, op.in_shape
         grad, u, v = (torch.randn(shape, generator=generator) for shape in shapes)
-        # Unit vectors per group, as they are in use: then both terms of the formula count.
+        # WorkItem vectors per group, as they are in use: then both terms of the formula count.
         groups = op.geometry.groups
         u, v = (x / x.norm() * groups**0.5 for x in (u, v))
         top = None if groups == 1 and group is None else torch.tensor(group or 0)

@@ -295,6 +295,13 @@ def test_an_operator_that_is_not_the_forwards_map() -> None:
     kinds.unregister_layer(Fused)
 
 
+def test_a_registered_layer_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(PlainConv(3, 4, 3, stride=2, padding=1))
+        apply_spectral_norm(model, torch.zeros(1, 3, 9, 8))
+    assert tuple(operator_of(model[0]).in_shape) == (3, 9, 8)
+
+
 def test_subclasses_and_replacement() -> None:
     class Sub(PlainConv):
         pass

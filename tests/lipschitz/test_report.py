@@ -7,12 +7,13 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sn_fast.lipschitz import LipschitzReport, lipschitz_bound
+from sn_fast.lipschitz import LayerBound, LipschitzReport, lipschitz_bound
 
 
 @pytest.fixture
@@ -33,6 +34,25 @@ def test_table(report: LipschitzReport, finite: LipschitzReport) -> None:
     assert [row.split()[:2] for row in rows] == [["0", "Linear"], ["1", "LayerNorm"], ["2", "ReLU"], ["3", "Linear"]]
     assert end.startswith("Lipschitz bound: inf (1: divides by")
     assert str(finite).splitlines()[-1] == f"Lipschitz bound: {finite.bound:.6g}"
+
+
+def test_notebooks_show_a_table(report: LipschitzReport) -> None:
+    html = report._repr_html_()
+    root = ElementTree.fromstring(f"<div>{html}</div>")
+    rows = [[cell.text or "" for cell in row] for row in root.iter("tr")]
+    *lines, end = str(report).splitlines()
+    assert [" ".join(row).split() for row in rows] == [line.split() for line in lines]
+    assert [p.text for p in root.iter("p")] == [end]
+    sides = [cell.get("style") for cell in next(root.iter("tr"))]
+    assert sides == [f"text-align: {side}" for side in ("left", "left", "right", "right", "left")]
+
+
+def test_names_are_text_in_html() -> None:
+    row = LayerBound("<script>alert(1)</script>", "A&B", 1.0, 1.0, "closed form")
+    html = LipschitzReport(1.0, (row,))._repr_html_()
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+    assert "A&amp;B" in html
 
 
 def test_bounds_accumulate(finite: LipschitzReport) -> None:

@@ -1,4 +1,4 @@
-"""Copies, checkpoints and resumed training: the state goes with the weight it belongs to (DESIGN 7)."""
+"""Copies, checkpoints and resumed training: the state goes with the weight it belongs to."""
 
 from __future__ import annotations
 

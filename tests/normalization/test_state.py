@@ -1,4 +1,4 @@
-"""Sigma belongs to the weight in use: when u, v and sigma move, and when they must not (DESIGN 7)."""
+"""Sigma belongs to the weight in use: when u, v and sigma move, and when they must not."""
 
 from __future__ import annotations
 

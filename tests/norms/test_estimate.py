@@ -55,7 +55,7 @@ def test_lanczos_survives_restarts_on_a_crowded_spectrum() -> None:
 
 
 def test_fifteen_lanczos_steps_are_close_and_one_power_step_is_not() -> None:
-    """The reason for the Lanczos start: DESIGN 7."""
+    """The reason for the Lanczos start."""
     op = ConvOperator(torch.randn(32, 32, 3, 3), (16, 16), padding=1)
     truth = operator_norm(op)
     with pytest.warns(ConvergenceWarning):

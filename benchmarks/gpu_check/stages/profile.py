@@ -12,7 +12,9 @@ from typing import Any
 from .. import programs
 from ..context import Context
 
-_KERNELS = "half_step_kernel|finish_kernel|normalize_kernel|inner_kernel|normalize_backward_kernel|pgd_step_.*"
+_KERNELS = (
+    "power_step_half|power_step_finish|normalize_weights|normalize_backward_dot|normalize_backward_gradient|pgd_step_.*"
+)
 _STALLS = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 _WAITS = ("long_scoreboard", "short_scoreboard", "barrier", "mio_throttle", "lg_throttle", "math_pipe_throttle", "wait")
 METRICS = {

@@ -1,5 +1,25 @@
 """The networks that the experiments train."""
 
-from .demo import demo_network, layer_norms
+from . import architectures  # noqa: F401 - registers them
+from .build import build_network
+from .demo import demo_network
+from .layer_norms import layer_norms
+from .modes import evaluating
+from .published import load_published, published_names
+from .registry import Architecture, architecture, network_names
+from .regularization import parameter_groups
+from .stack import Stack
 
-__all__ = ["demo_network", "layer_norms"]
+__all__ = [
+    "Architecture",
+    "Stack",
+    "architecture",
+    "build_network",
+    "demo_network",
+    "evaluating",
+    "layer_norms",
+    "load_published",
+    "network_names",
+    "parameter_groups",
+    "published_names",
+]

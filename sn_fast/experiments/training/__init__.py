@@ -6,8 +6,20 @@
 
 from ...errors import UserError
 from .config import TrainConfig
-from .errors import Interrupted
+from .errors import DivergedRun, Interrupted
 from .job import RunResult, resume, train
 from .report import table
+from .trained import TrainedNetwork, trained_networks
 
-__all__ = ["Interrupted", "RunResult", "TrainConfig", "UserError", "resume", "table", "train"]
+__all__ = [
+    "DivergedRun",
+    "Interrupted",
+    "RunResult",
+    "TrainConfig",
+    "TrainedNetwork",
+    "UserError",
+    "resume",
+    "table",
+    "train",
+    "trained_networks",
+]

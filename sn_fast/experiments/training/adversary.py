@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ...attacks import fgm, pgd, wrm
@@ -17,19 +19,21 @@ class Adversary:
     """
 
     scheme: str
-    norm: str
+    norm: Literal["2", "inf", "1"]
     eps: float
     steps: int
+    autocast_dtype: torch.dtype | None = None
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
         """x, (B, C, H, W), moved against labels y, (B,); None: against the model's own predictions."""
         if self.scheme == "erm":
             return x
+        common: Any = {"eps": self.eps, "autocast_dtype": self.autocast_dtype}
         if self.scheme == "fgm":
-            return fgm(model, x, y, norm=self.norm, eps=self.eps)
+            return fgm(model, x, y, norm=self.norm, **common)
         if self.scheme == "pgm":
-            return pgd(model, x, y, norm=self.norm, eps=self.eps, steps=self.steps)
-        return wrm(model, x, y, eps=self.eps, steps=self.steps)
+            return pgd(model, x, y, norm=self.norm, steps=self.steps, **common)
+        return wrm(model, x, y, steps=self.steps, **common)
 
     def scaled(self, factor: float) -> Adversary:
         return replace(self, eps=factor * self.eps)
@@ -38,5 +42,5 @@ class Adversary:
         if self.scheme == "erm":
             return "clean"
         if self.scheme == "wrm":
-            return f"WRM 1/(2γ) = {self.eps:g}"
-        return f"{self.scheme.upper()} ℓ{self.norm.replace('inf', '∞')} ε = {self.eps:g}"
+            return f"WRM 1/(2γ) = {self.eps:.4g}"
+        return f"{self.scheme.upper()} ℓ{self.norm.replace('inf', '∞')} ε = {self.eps:.4g}"

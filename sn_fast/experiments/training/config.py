@@ -1,39 +1,38 @@
-"""The options of the job: their defaults, their checks, and their form in a file."""
+"""The options of a run: their checks, and their form in a file."""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 
-from ...errors import UserError
+from ...errors import OptionError
 from ...running import MOST_THREADS
+from ..networks import network_names
 from .adversary import Adversary
+from .defaults import DEFAULTS
 
 SCHEMES = ("erm", "fgm", "pgm", "wrm")
 NORMS = ("2", "inf", "1")
 ATTACK_LABELS = ("true", "predicted")
 DEVICES = ("auto", "cpu", "cuda")
-
-
-@dataclass(frozen=True)
-class _DataDefaults:
-    train_size: int
-    epochs: int
-    radius: Mapping[str, float]
-    """eps of FGM and PGM, by norm."""
-    transport: float
-    """eps = 1 / (2 gamma) of WRM."""
-    beta: float
-
-
-DEFAULTS = {
-    "digits": _DataDefaults(200, 180, {"2": 0.8, "inf": 0.15, "1": 4.0}, 0.3, 1.6),
-    "mnist5k": _DataDefaults(500, 40, {"2": 1.5, "inf": 0.15, "1": 15.0}, 1.0, 2.0),
-}
+OPTIMIZERS = ("sgd", "adam")
+DECAYS = ("none", "epoch", "step")
+GRADIENTS = ("detached", "full")
+EVALUATIONS = ("curves", "published")
+PRECISIONS = ("float32", "bfloat16")
+_NORM_NAMES = {"l2": "2", "linf": "inf", "l1": "1"}
+_SCHEME_NAMES = {"pgd": "pgm"}
+_DECAY = 0.95
+_DECAY_PERIOD = 390  # steps of an epoch of CIFAR-10
+_STOP_EPOCHS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,64 +40,130 @@ class TrainConfig:
     """Everything that decides what a run computes; ``create`` fills in what depends on the data set.
 
     Raises:
-        UserError: an option is out of range.
+        OptionError: an option is out of range.
     """
 
     data: str = "digits"
-    train_size: int
+    data_dir: str | None = None
+    """Folder of the data set's official files; of no use to those that come with packages (digits, mnist5k)."""
+    allow_partial: bool = False
+    """Accept files that are not the official ones whole."""
+    train_size: int | None = None
+    """None: all training images."""
+    random_labels: float = 0.0
+    """Share of the training images whose labels are drawn at random."""
+    arch: str = "demo"
+    """Name of the network for ``build_network``, or "demo": three convolutions and a linear layer."""
     scheme: str = "pgm"
-    norm: str = "2"
+    norm: Literal["2", "inf", "1"] = "2"
     """Of the radius of FGM and PGM; WRM has none."""
-    eps: float
-    """Radius of FGM and PGM, in pixels in [0, 1]; 1 / (2 gamma) of WRM. Under "erm" it serves the evaluation only."""
+    eps: float | None = None
+    """Radius of FGM and PGM, in units of the input (pixels in [0, 1], or whitened); 1 / (2 gamma) of WRM. Under "erm"
+    it serves the evaluation only. None: the data set's default, filled in by ``with_strength``."""
+    other_eps: float | None = None
+    """Of the other kind of attack, for the evaluation: 1 / (2 gamma) where ``eps`` is a radius, else a radius."""
     steps: int = 15
     attack_labels: str = "true"
     """What training's attacks move away from: "true" labels, or as the published code the "predicted" ones."""
     beta: float
     single: bool = False
     """Train the network with ``beta`` alone, without the one of beta = inf beside it."""
+    gradient: Literal["detached", "full"] = "detached"
+    """Of the normalisation: "detached" holds u and v constant; "full" goes through the iteration, as published."""
     epochs: int
     batch_size: int = 50
+    drop_last: bool = False
+    """Leave out the last batch of an epoch if it is short."""
+    optimizer: str = "sgd"
+    """"sgd" with momentum 0.9, or "adam"."""
     lr: float = 0.05
+    lr_decay: str = "none"
+    """lr * 0.95^(t / 390) with t counted in "epoch"s (as published) or in "step"s (as was meant)."""
+    weight_decay: float | None = None
+    """Coefficient of the squared weights; None: what the network is defined with, mostly 0."""
+    stop_accuracy: float = 0.0
+    """Stop when the training accuracy, mean over five epochs, reaches it; 0: never."""
+    evaluation: str = "curves"
+    """At the end: "curves": accuracies under every attack with the true labels, a robustness curve, margins.
+    "published": accuracies clean and under the training's attack with the network's own predictions for labels."""
     seed: int = 0
     device: str
     threads: int = 1
     """Of PyTorch on the CPU. The layers are too small to gain much from a second thread, and where others compute too,
     threads that wait for each other made the job ten times slower (measured)."""
+    precision: str = "float32"
+    """"bfloat16": forward and attacks under autocast; weights stay in float32."""
+    compile: bool = False
+    """Training steps and attacks through torch.compile."""
+    tensorboard: bool = False
+    keep_every: int = 0
+    """Keep the weights of every so many epochs in files of their own; 0: of none."""
 
     @classmethod
     def create(cls, **options: Any) -> TrainConfig:
         """A configuration from some options by name; None or absent: the default, which may depend on the data set."""
         given = {name: value for name, value in options.items() if value is not None}
-        given["norm"] = str(given.get("norm", cls.norm))  # 2 and inf may come as numbers
-        data, scheme, norm = given.get("data", cls.data), given.get("scheme", cls.scheme), given["norm"]
+        unknown = given.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise TypeError(f"TrainConfig.create() got an unexpected keyword argument {min(unknown)!r}")
+        given["norm"] = _named(given.get("norm", cls.norm), _NORM_NAMES)  # 2 and inf may come as numbers
+        given["scheme"] = _named(given.get("scheme", cls.scheme), _SCHEME_NAMES)
+        data = given.get("data", cls.data)
         _check_choice("data", data, tuple(DEFAULTS))
-        _check_choice("norm", norm, NORMS)
         default = DEFAULTS[data]
-        by_data = {
-            "train_size": default.train_size,
-            "eps": default.transport if scheme == "wrm" else default.radius[norm],
-            "beta": default.beta,
-            "epochs": default.epochs,
-        }
-        return cls(**{**by_data, **given, "device": _resolved_device(given.get("device", "auto"))})
+        given["device"] = _resolved_device(given.get("device", "auto"))
+        for name in ("arch", "train_size", "beta", "epochs"):
+            given.setdefault(name, getattr(default, name))
+        for field in fields(cls):
+            if field.name not in given:
+                try:
+                    given[field.name] = default.option(field.name, given["arch"])
+                except KeyError:
+                    continue
+        config = cls(**given)
+        return config if default.strength.relative else config.with_strength(math.nan)
+
+    def with_strength(self, mean_norm: float) -> TrainConfig:
+        """With the attacks' strengths filled in where they are the data set's defaults.
+
+        Args:
+            mean_norm: mean l2 norm of the training images; not read where the defaults are absolute.
+        """
+        strength = DEFAULTS[self.data].strength
+        ball, transport = strength.eps_of_ball(self.norm, mean_norm), strength.eps_of_transport(mean_norm)
+        own, other = (transport, ball) if self.scheme == "wrm" else (ball, transport)
+        return replace(
+            self,
+            eps=own if self.eps is None else self.eps,
+            other_eps=other if self.other_eps is None else self.other_eps,
+        )
 
     def __post_init__(self) -> None:
-        _check_choice("data", self.data, tuple(DEFAULTS))
-        _check_choice("scheme", self.scheme, SCHEMES)
-        _check_choice("norm", self.norm, NORMS)
-        _check_choice("attack_labels", self.attack_labels, ATTACK_LABELS)
-        for name in ("eps", "lr"):
-            _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "give a finite number > 0")
-        for name in ("train_size", "steps", "epochs", "batch_size", "threads"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "give an integer >= 1")
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        architectures = ("demo", *network_names())
+        if self.arch not in architectures:
+            near = tuple(difflib.get_close_matches(self.arch, architectures))
+            _check_choice("arch", self.arch, near or architectures)
+        for name in ("eps", "other_eps", "lr"):
+            value = getattr(self, name)
+            _check(name, value, value is None or 0 < value < math.inf, "must be a finite number > 0")
         for name in ("train_size", "steps", "epochs", "batch_size"):
-            _check(name, getattr(self, name), getattr(self, name) < 2**31, "give an integer < 2147483648")
-        _check("threads", self.threads, self.threads <= MOST_THREADS, f"give an integer <= {MOST_THREADS}")
-        _check("seed", self.seed, 0 <= self.seed < 2**32, "give an integer from 0 to 4294967295")
-        _check("beta", self.beta, self.beta > 0, "give a number > 0")
+            value = getattr(self, name)
+            _check(name, value, value is None or value >= 1, "must be an integer >= 1")
+            _check(name, value, value is None or value < 2**31, "must be an integer < 2147483648")
+        threads = self.threads
+        _check("threads", threads, 1 <= threads <= MOST_THREADS, f"must be an integer from 1 to {MOST_THREADS}")
+        _check("keep_every", self.keep_every, self.keep_every >= 0, "must be an integer >= 0")
+        _check("seed", self.seed, 0 <= self.seed < 2**32, "must be an integer from 0 to 4294967295")
+        for name in ("random_labels", "stop_accuracy"):
+            value = getattr(self, name)
+            _check(name, value, 0 <= value <= 1, "must be a number from 0 to 1")
+        decay = self.weight_decay
+        _check("weight_decay", decay, decay is None or 0 <= decay < math.inf, "must be a finite number >= 0")
+        _check("beta", self.beta, self.beta > 0, "must be a number > 0")
         comparable = self.single or self.beta < math.inf
-        _check("beta", self.beta, comparable, "the comparison is with inf; give a finite number, or add --single")
+        _check("beta", self.beta, comparable, "the comparison is with inf; give a finite number, or choose single")
 
     @property
     def betas(self) -> tuple[float, ...]:
@@ -110,13 +175,38 @@ class TrainConfig:
         return self.adversary(self.scheme)
 
     def adversary(self, scheme: str) -> Adversary:
-        """The attack ``scheme``, at this run's eps where it is an eps of that kind, else at the data set's default."""
-        default = DEFAULTS[self.data]
-        if scheme == "wrm":
-            eps = self.eps if self.scheme == "wrm" else default.transport
-        else:
-            eps = default.radius[self.norm] if self.scheme == "wrm" else self.eps
-        return Adversary(scheme, self.norm, eps, self.steps)
+        """The attack ``scheme``, at this run's eps where it is an eps of that kind, else at ``other_eps``."""
+        eps = self.eps if (scheme == "wrm") == (self.scheme == "wrm") else self.other_eps
+        assert eps is not None, "with_strength was not called"
+        return Adversary(scheme, self.norm, eps, self.steps, autocast_dtype=self.autocast_dtype)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.precision == "bfloat16" else None
+
+    def key(self) -> str:
+        """A name of what the run computes: short, the same on every machine, and stable when options are added."""
+        values = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _OF_THE_MACHINE and value != field.default:
+                values[field.name] = json_number(value) if isinstance(value, float) else value
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return f"{self.data}-{self.arch}-{self.scheme}-{self.norm}-beta{self.beta:g}-seed{self.seed}-{digest[:8]}"
+
+    def learning_rate(self, epoch: int, step: int) -> float:
+        """For the step ``step`` of all, in the epoch ``epoch``, both counted from 0."""
+        t = {"none": 0, "epoch": epoch, "step": step}[self.lr_decay]
+        return float(self.lr * _DECAY ** (t / _DECAY_PERIOD))
+
+    def batches(self, samples: int) -> int:
+        """Steps of an epoch over so many samples."""
+        return samples // self.batch_size if self.drop_last else math.ceil(samples / self.batch_size)
+
+    def stops_after(self, accuracies: Sequence[float]) -> bool:
+        """Whether training ends after the epochs with these training accuracies, before ``epochs`` are done."""
+        last = deque(accuracies, maxlen=_STOP_EPOCHS)
+        return self.stop_accuracy > 0 and len(last) == _STOP_EPOCHS and sum(last) / len(last) >= self.stop_accuracy
 
     def to_json(self) -> dict[str, Any]:
         """As a file holds it; JSON has no infinity."""
@@ -124,33 +214,57 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
-        return cls(**{**values, "beta": float(values["beta"])})
+        config = cls(**{**values, "beta": float(values["beta"])})
+        return config if DEFAULTS[config.data].strength.relative else config.with_strength(math.nan)
 
     def refuse_changes(self, options: Mapping[str, Any]) -> None:
-        """Raise UserError if an option that is not None differs from this configuration."""
+        """Raise OptionError if an option that is not None differs from this configuration."""
         for name, value in options.items():
             mine = getattr(self, name)
-            same = value is None or value == mine or (name == "device" and value == "auto")
+            value = _named(value, {"norm": _NORM_NAMES, "scheme": _SCHEME_NAMES}.get(name, {})) if value else value
+            same = value is None or value in (mine, str(mine)) or (name == "device" and value == "auto")
             _check(name, value, same, f"the run to resume has {mine}; leave the option out, or start a new run")
+
+
+_OF_THE_MACHINE = ("data_dir", "device", "threads", "compile", "tensorboard", "keep_every")
+_CHOICES = {
+    "data": tuple(DEFAULTS),
+    "scheme": SCHEMES,
+    "norm": NORMS,
+    "attack_labels": ATTACK_LABELS,
+    "gradient": GRADIENTS,
+    "optimizer": OPTIMIZERS,
+    "lr_decay": DECAYS,
+    "evaluation": EVALUATIONS,
+    "precision": PRECISIONS,
+}
 
 
 def json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
+def _named(value: Any, names: Mapping[str, str]) -> Any:
+    """A name in its first form, of numbers and of names in another case too."""
+    if not names:
+        return value
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return names.get(text.lower(), text)
+
+
 def _resolved_device(device: str) -> str:
     _check_choice("device", device, DEVICES)
     available = torch.cuda.is_available()
-    _check("device", device, available or device != "cuda", "this PyTorch sees no CUDA device; give --device cpu")
+    _check("device", device, available or device != "cuda", "this PyTorch has no CUDA device; choose cpu")
     if device == "auto":
         return "cuda" if available else "cpu"
     return device
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _check(name, value, value in choices, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
+    _check(name, value, value in choices, "choose " + " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1]))))
 
 
 def _check(name: str, value: object, valid: bool, remedy: str) -> None:
     if not valid:
-        raise UserError(f"argument --{name.replace('_', '-')}: {value} will not do: {remedy}")
+        raise OptionError(name, value, remedy)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from ...errors import UserError
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a job whose folder can be resumed."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(f"interrupted; continue with: sn-fast train --resume {shlex.quote(str(run_dir))}")
+
+
+class DivergedRun(UserError):
+    """A run that ended because training diverged; its metrics.json says so."""
 
 
 class Diverged(Exception):

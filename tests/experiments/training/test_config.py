@@ -20,24 +20,29 @@ def test_every_combination_has_defaults_that_pass_the_checks(data, scheme, norm)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"data": "cifar"}, "argument --data: cifar will not do: choose digits or mnist5k"),
-        ({"scheme": "pgd"}, "argument --scheme: pgd will not do: choose erm, fgm, pgm or wrm"),
-        ({"norm": "3"}, "argument --norm: 3 will not do: choose 2, inf or 1"),
-        ({"attack_labels": "false"}, "argument --attack-labels: false will not do: choose true or predicted"),
-        ({"eps": 0.0}, "argument --eps: 0.0 will not do: give a finite number > 0"),
-        ({"eps": -1.0}, "argument --eps: -1.0 will not do: give a finite number > 0"),
-        ({"eps": math.nan}, "argument --eps: nan will not do: give a finite number > 0"),
-        ({"lr": math.inf}, "argument --lr: inf will not do: give a finite number > 0"),
-        ({"beta": 0.0}, "argument --beta: 0.0 will not do: give a number > 0"),
-        ({"beta": math.nan}, "argument --beta: nan will not do: give a number > 0"),
-        ({"beta": math.inf}, "argument --beta: inf will not do: the comparison is with inf; give a finite number"),
-        ({"epochs": 0}, "argument --epochs: 0 will not do: give an integer >= 1"),
-        ({"steps": 0}, "argument --steps: 0 will not do: give an integer >= 1"),
-        ({"batch_size": -5}, "argument --batch-size: -5 will not do: give an integer >= 1"),
-        ({"train_size": 0}, "argument --train-size: 0 will not do: give an integer >= 1"),
-        ({"threads": 0}, "argument --threads: 0 will not do: give an integer >= 1"),
-        ({"seed": -1}, "argument --seed: -1 will not do: give an integer from 0 to"),
-        ({"device": "tpu"}, "argument --device: tpu will not do: choose auto, cpu or cuda"),
+        ({"data": "cifar"}, "data='cifar': choose digits, mnist5k, mnist, cifar10, cifar100 or svhn"),
+        ({"scheme": "pgx"}, "scheme='pgx': choose erm, fgm, pgm or wrm"),
+        ({"norm": "3"}, "norm='3': choose 2, inf or 1"),
+        ({"attack_labels": "false"}, "attack_labels='false': choose true or predicted"),
+        ({"arch": "mlp1"}, "arch='mlp1': choose mlp"),
+        ({"arch": "zzz"}, "arch='zzz': choose demo, "),
+        ({"optimizer": "rms"}, "optimizer='rms': choose sgd or adam"),
+        ({"random_labels": 1.5}, "random_labels=1.5: must be a number from 0 to 1"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0: must be a finite number >= 0"),
+        ({"eps": 0.0}, "eps=0.0: must be a finite number > 0"),
+        ({"eps": -1.0}, "eps=-1.0: must be a finite number > 0"),
+        ({"eps": math.nan}, "eps=nan: must be a finite number > 0"),
+        ({"lr": math.inf}, "lr=inf: must be a finite number > 0"),
+        ({"beta": 0.0}, "beta=0.0: must be a number > 0"),
+        ({"beta": math.nan}, "beta=nan: must be a number > 0"),
+        ({"beta": math.inf}, "beta=inf: the comparison is with inf; give a finite number"),
+        ({"epochs": 0}, "epochs=0: must be an integer >= 1"),
+        ({"steps": 0}, "steps=0: must be an integer >= 1"),
+        ({"batch_size": -5}, "batch_size=-5: must be an integer >= 1"),
+        ({"train_size": 0}, "train_size=0: must be an integer >= 1"),
+        ({"threads": 0}, "threads=0: must be an integer from 1 to"),
+        ({"seed": -1}, "seed=-1: must be an integer from 0 to"),
+        ({"device": "tpu"}, "device='tpu': choose auto, cpu or cuda"),
     ],
 )
 def test_bad_options_are_refused_by_name_value_and_remedy(options, expected):
@@ -48,7 +53,7 @@ def test_bad_options_are_refused_by_name_value_and_remedy(options, expected):
 
 def test_cuda_without_cuda_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match=r"argument --device: cuda .* give --device cpu"):
+    with pytest.raises(UserError, match=r"device='cuda': .* choose cpu"):
         TrainConfig.create(device="cuda")
     assert TrainConfig.create(device="auto").device == "cpu"
 
@@ -83,5 +88,47 @@ def test_a_configuration_survives_json():
 def test_only_equal_options_may_be_repeated_on_resume():
     config = TrainConfig.create(epochs=5)
     config.refuse_changes({"epochs": 5, "beta": None, "device": "auto"})
-    with pytest.raises(UserError, match="argument --epochs: 6 will not do: the run to resume has 5"):
+    with pytest.raises(UserError, match="epochs=6: the run to resume has 5"):
         config.refuse_changes({"epochs": 6})
+
+
+@pytest.mark.parametrize(("name", "norm"), [("linf", "inf"), ("L2", "2"), ("l1", "1"), ("Linf", "inf")])
+def test_norms_and_schemes_have_other_names(name, norm):
+    assert TrainConfig.create(norm=name, scheme="pgd") == TrainConfig.create(norm=norm, scheme="pgm")
+
+
+def test_the_defaults_of_the_papers_data_sets_are_the_published_ones():
+    mnist = TrainConfig.create(data="mnist", scheme="wrm").with_strength(9.2157)
+    assert (mnist.optimizer, mnist.lr, mnist.batch_size, mnist.drop_last) == ("adam", 1e-3, 128, True)
+    assert mnist.eps == pytest.approx(1.3563756, rel=1e-4)  # as a published notebook printed it
+    assert mnist.adversary("pgm").eps == pytest.approx(0.46079, rel=1e-4)
+    alexnet = TrainConfig.create(data="cifar10", arch="alexnet_sn")
+    assert (alexnet.optimizer, alexnet.lr, alexnet.lr_decay) == ("sgd", 0.01, "epoch")
+    assert TrainConfig.create(data="cifar10", arch="mlp2_elu_sn").optimizer == "adam"
+    assert TrainConfig.create(data="cifar10", arch="mlp2_elu_sn", optimizer="sgd").optimizer == "sgd"
+
+
+def test_the_learning_rate_decays_by_epochs_as_published_or_by_steps():
+    config = TrainConfig.create(lr=0.1, lr_decay="epoch")
+    assert config.learning_rate(200, 78000) == pytest.approx(0.1 * 0.974, rel=1e-3)
+    assert TrainConfig.create(lr=0.1, lr_decay="step").learning_rate(2, 780) == pytest.approx(0.1 * 0.95**2)
+    assert TrainConfig.create(lr=0.1).learning_rate(200, 78000) == 0.1
+
+
+def test_training_stops_at_the_mean_accuracy_of_five_epochs():
+    config = TrainConfig.create(stop_accuracy=0.999)
+    assert not config.stops_after([1.0] * 4)
+    assert config.stops_after([0.5, 1.0, 1.0, 0.998, 0.999, 0.998])
+    assert not config.stops_after([1.0] * 9 + [0.99])
+    assert not TrainConfig.create().stops_after([1.0] * 9)
+
+
+def test_a_key_names_what_is_computed_and_not_where():
+    config = TrainConfig.create(data="mnist", beta=2.0, single=True)
+    same = TrainConfig.create(data="mnist", beta=2.0, single=True, data_dir="/elsewhere", threads=2, tensorboard=True)
+    assert config.key() == same.key()
+    others = [
+        TrainConfig.create(**{"data": "mnist", "beta": 2.0, "single": True, **change})
+        for change in ({"seed": 1}, {"eps": 0.1}, {"epochs": 3}, {"beta": 4.0}, {"random_labels": 0.5})
+    ]
+    assert len({config.key(), *(other.key() for other in others)}) == 6

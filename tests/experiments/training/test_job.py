@@ -94,11 +94,11 @@ def test_a_run_interrupted_in_an_epoch_continues_bit_by_bit(tiny_run, monkeypatc
     whole = tiny_run("whole", beta=1.2)
     train_epoch = Trainee.train_epoch
 
-    def interrupted(self, samples, config, epoch, bar):
+    def interrupted(self, samples, epoch, bar):
         if (epoch, self.name) == at:
-            train_epoch(self, samples, config, epoch, bar)  # the weights have moved on when it happens
+            train_epoch(self, samples, epoch, bar)  # the weights have moved on when it happens
             raise KeyboardInterrupt
-        return train_epoch(self, samples, config, epoch, bar)
+        return train_epoch(self, samples, epoch, bar)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainee, "train_epoch", interrupted)
@@ -153,11 +153,11 @@ def test_a_killed_run_continues_bit_by_bit(tiny_run, tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_good_epoch(tiny_run, monkeypatch, tmp_path):
     train_epoch = Trainee.train_epoch
 
-    def broken(self, samples, config, epoch, bar):
+    def broken(self, samples, epoch, bar):
         if epoch == 3:
             with torch.no_grad():
                 self.model.fc.bias.fill_(torch.nan)
-        return train_epoch(self, samples, config, epoch, bar)
+        return train_epoch(self, samples, epoch, bar)
 
     monkeypatch.setattr(Trainee, "train_epoch", broken)
     with pytest.raises(UserError, match=r"the loss became nan in epoch 3 with beta=inf; .*--lr 0\.01.*holds epoch 2"):
@@ -184,7 +184,7 @@ def test_resume_refuses_a_checkpoint_of_another_network(tiny_run, monkeypatch):
 
 def test_resume_refuses_another_configuration(tiny_run):
     path = tiny_run(epochs=1).path
-    with pytest.raises(UserError, match=r"argument --beta: 3\.0 will not do: the run to resume has"):
+    with pytest.raises(UserError, match=r"beta=3\.0: the run to resume has"):
         resume(path, {"beta": 3.0})
     config = path / "config.json"
     good = config.read_text()

@@ -39,15 +39,15 @@ def samples() -> Samples:
 @pytest.mark.parametrize("beta", [math.inf, 2.0])
 def test_training_learns(samples, scheme, beta):
     options = config(scheme=scheme)
-    trainee = Trainee.create(beta, IMAGE, options)
-    records = [trainee.train_epoch(samples, options, epoch, Bar()) for epoch in range(1, 11)]
+    trainee = Trainee.create(beta, IMAGE, 10, options)
+    records = [trainee.train_epoch(samples, epoch, Bar()) for epoch in range(1, 11)]
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     assert records[-1]["train_accuracy"] > 0.5
 
 
 def test_the_bar_moves_once_per_batch_and_says_how_it_goes(samples):
     bar = Bar()
-    Trainee.create(2.0, IMAGE, config()).train_epoch(samples, config(), 3, bar)
+    Trainee.create(2.0, IMAGE, 10, config()).train_epoch(samples, 3, bar)
     assert bar.updates == 4
     for part in ("beta=2", "loss 2.", "adv. acc.", "%"):
         assert part in bar.text
@@ -58,38 +58,38 @@ def test_attack_labels_decide_what_the_attack_is_told(samples, monkeypatch, labe
     told = []
     perturb = Adversary.perturb
     monkeypatch.setattr(Adversary, "perturb", lambda self, model, x, y: (told.append(y), perturb(self, model, x, y))[1])
-    Trainee.create(2.0, IMAGE, config()).train_epoch(samples, config(attack_labels=labels), 1, Bar())
+    Trainee.create(2.0, IMAGE, 10, config(attack_labels=labels)).train_epoch(samples, 1, Bar())
     assert [y is not None for y in told] == [expected] * 4
 
 
 def test_every_sample_is_attacked_and_the_attacked_ones_are_trained_on(samples, monkeypatch):
     """With an attack that blanks the images, nothing but the class frequencies can be learned."""
     monkeypatch.setattr(Adversary, "perturb", lambda self, model, x, y: torch.zeros_like(x))
-    trainee = Trainee.create(math.inf, IMAGE, config())
+    trainee = Trainee.create(math.inf, IMAGE, 10, config())
     for epoch in range(1, 6):
-        record = trainee.train_epoch(samples, config(), epoch, Bar())
+        record = trainee.train_epoch(samples, epoch, Bar())
     assert record["train_accuracy"] < 0.2
 
 
 def test_sigma_in_use_follows_the_weights(samples):
-    trainee = Trainee.create(2.0, IMAGE, config())
+    trainee = Trainee.create(2.0, IMAGE, 10, config())
     before = sigmas(trainee.model)
-    trainee.train_epoch(samples, config(), 1, Bar())
+    trainee.train_epoch(samples, 1, Bar())
     after = sigmas(trainee.model)
     assert all(after[layer] != before[layer] for layer in before)
 
 
 def test_an_infinite_loss_stops_the_epoch(samples):
-    trainee = Trainee.create(math.inf, IMAGE, config())
+    trainee = Trainee.create(math.inf, IMAGE, 10, config())
     with torch.no_grad():
         trainee.model.fc.bias[0] = math.nan
     with pytest.raises(Diverged, match="the loss became nan"):
-        trainee.train_epoch(samples, config(), 1, Bar())
+        trainee.train_epoch(samples, 1, Bar())
 
 
 def test_weights_that_the_last_step_broke_are_noticed(samples):
     options = config(batch_size=100)  # one step: its loss is that of the initial weights
-    trainee = Trainee.create(math.inf, IMAGE, options)
+    trainee = Trainee.create(math.inf, IMAGE, 10, options)
     trainee.optimizer.register_step_post_hook(lambda *_: trainee.model.fc.bias.data.fill_(math.inf))
     with pytest.raises(Diverged, match="a weight became infinite or nan"):
-        trainee.train_epoch(samples, options, 1, Bar())
+        trainee.train_epoch(samples, 1, Bar())

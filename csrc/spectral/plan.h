@@ -1,4 +1,4 @@
-// The plan of grouped power iteration, as the device reads it. sn_fast/ops/plan.py and units.py write it: same
+// The plan of grouped power iteration, as the device reads it. sn_fast/ops/plan.py and items.py write it: same
 // fields, same order.
 //
 // A linear layer, a convolution of any geometry, its adjoint and a transposed convolution are all one map, per group of
@@ -14,7 +14,7 @@ namespace sn_fast {
 constexpr int kAxes = 3;  // spatial axes; missing ones have size 1
 
 // One direction (A or A^T) of one operator. Offsets count elements; those into `table` are marked so.
-struct Gather {
+struct OperatorMap {
     std::int32_t op;           // which weight
     std::int32_t dtype;        // of the weight (Dtype)
     std::int32_t groups;
@@ -51,9 +51,9 @@ enum class TileKind : std::int32_t {
 };
 
 // The work of one block at a time: a tile of the result, or a part of its sum over channels.
-struct Unit {
+struct WorkItem {
     std::int32_t kind;
-    std::int32_t gather;
+    std::int32_t map;
     std::int32_t group;
     std::int32_t row;                   // first row (kDirect: first warp's tile among all tiles of the operator)
     std::int32_t tile;                  // tile of positions
@@ -65,14 +65,14 @@ struct Unit {
     std::int32_t slots, n_slots;        // of the tile: its Slots in `table` (kGemm64, kGemm16)
 };
 
-// A piece of a vector to be normalised, or (length 0) sigma of an operator to be found.
-struct Piece {
+// A slice of a vector to be normalised, or (length 0) sigma of an operator to be found.
+struct VectorSlice {
     std::int32_t op;
     std::int32_t second;  // 0: result of the first half step, 1: of the second
     std::int32_t first;   // element within the vector
     std::int32_t length;
     std::int32_t output;  // of the vector in its buffer
-    std::int32_t norm;    // first partial square sum of the piece's group (of group 0 where sigma is wanted)
+    std::int32_t norm;    // first partial square sum of the slice's group (of group 0 where sigma is wanted)
     std::int32_t norms;   // their number per group
     std::int32_t groups;
 };

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from .layout import IntArray, Map
 
-# csrc/spectral/gather.h: the same fields in the same order.
-UNIT = np.dtype(
-    [(n, "<i4") for n in ("kind", "gather", "group", "row", "tile", "channel", "channel_end")]
+# csrc/spectral/plan.h: the same fields in the same order.
+WORK_ITEM = np.dtype(
+    [(n, "<i4") for n in ("kind", "map", "group", "row", "tile", "channel", "channel_end")]
     + [(n, "<i4") for n in ("split", "splits", "counter", "partial", "norm", "slots", "n_slots")]
 )
 DOT, AXPY, DIRECT, GEMM64, GEMM16 = range(5)
@@ -34,14 +34,14 @@ _DIRECT_MOST_ROWS = 8  # above it a GEMM tile wastes less
 _WEIGHT_COST = 36
 _NARROW_COST = 1.4
 _DIRECT_COST = 4.0
-_UNIT_COST = 60_000  # to start and to end
+_ITEM_COST = 60_000  # to start and to end
 _PART_COST = 20_000  # to store its sums and be counted
 _JOIN_COST = 2.5  # per partial sum that the last part reads
 
 # How finely sums are split, in shares of what one block has to do: most tiles, the smallest ones that fill the gaps at
 # the end, and how much of the work those are. Blocks on one multiprocessor slow each other down, which the schedule
 # does not know: where each has much to do, the first of these shares that the memory allows is taken as it is
-# (ResNet-18 on an H200: 210 us with the schedule's choice, 157 us with three units for each block).
+# (ResNet-18 on an H200: 210 us with the schedule's choice, 157 us with three items for each block).
 _COARSE = (0.36, 0.5, 0.65, 0.8, 1.0, 1.4, 2.0, 4.0, 8.0, math.inf)
 _MUCH = 460_000  # 10 us
 _FINE, _LATE = (0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.5)
@@ -105,14 +105,14 @@ def _cost_of_slot(kind: int, tiles: int) -> float:
     return max(factor * TILE_COLUMNS[kind], _WEIGHT_COST / tiles)
 
 
-def make_units(
+def make_schedule(
     tilings: Sequence[Tiling], norm_offsets: Sequence[int], parallel: int, budget: int, first_counter: int
 ) -> npt.NDArray[Any]:
-    """All units of one half step, the costly ones first, as ``parallel`` blocks are to take them.
+    """All items of one half step, the costly ones first, as ``parallel`` blocks are to take them.
 
     Sums are split as ends soonest by the costs above. ``budget`` bounds the partial sums (in elements).
     """
-    tiles = [_tile_units(t, i, first) for i, (t, first) in enumerate(zip(tilings, norm_offsets))]
+    tiles = [_tile_items(t, i, first) for i, (t, first) in enumerate(zip(tilings, norm_offsets))]
     cost = np.concatenate([c for _, c in tiles])
     owners = np.split(np.arange(len(cost)), np.cumsum([len(c) for _, c in tiles])[:-1])
     total = max(1.0, float(cost.sum()))  # 0: nothing is read anywhere
@@ -131,10 +131,10 @@ def make_units(
         ends = last_end(costs[order], parallel)
         if best is None or ends < best[0]:
             best = ends, splits, order
-        if share >= _MUCH or best[0] <= _ENOUGH * (share + len(cost) * _UNIT_COST / parallel):
+        if share >= _MUCH or best[0] <= _ENOUGH * (share + len(cost) * _ITEM_COST / parallel):
             break
     assert best is not None  # the last splits nothing
-    return _cut(tilings, [units for units, _ in tiles], best[1], first_counter)[best[2]]
+    return _cut(tilings, [items for items, _ in tiles], best[1], first_counter)[best[2]]
 
 
 def _grains() -> Iterator[tuple[float, float, float]]:
@@ -146,7 +146,7 @@ def _grains() -> Iterator[tuple[float, float, float]]:
 
 
 def last_end(costs: npt.NDArray[np.float64], parallel: int) -> float:
-    """When the last of ``parallel`` blocks ends, each of which takes the next unit as soon as it is free."""
+    """When the last of ``parallel`` blocks ends, each of which takes the next item as soon as it is free."""
     busy = costs[:parallel].tolist()
     heapq.heapify(busy)
     for cost in costs[parallel:].tolist():
@@ -154,23 +154,23 @@ def last_end(costs: npt.NDArray[np.float64], parallel: int) -> float:
     return float(max(busy))
 
 
-def _tile_units(t: Tiling, op: int, first_norm: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """One unit per tile of one map (per four, of the direct kind), and the cost of each."""
+def _tile_items(t: Tiling, op: int, first_norm: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """One item per tile of one map (per four, of the direct kind), and the cost of each."""
     m = t.map
     if t.kind == DIRECT:
         first = np.arange(0, m.groups * t.tiles_per_group, _DIRECT_WARPS)
-        units = np.zeros(len(first), UNIT)
-        units["row"], units["norm"] = first, first_norm + first
+        items = np.zeros(len(first), WORK_ITEM)
+        items["row"], items["norm"] = first, first_norm + first
         tiles = (first[:, None] + np.arange(_DIRECT_WARPS)) % len(t.active)
         cost = np.array([t.cost(i) for i in range(len(t.active))])[tiles].max(axis=1)
     else:
         group, block, tile = (x.ravel() for x in np.indices((m.groups, t.row_blocks, len(t.active))))
-        units = np.zeros(len(group), UNIT)
-        units["group"], units["row"], units["tile"] = group, block * t.tile_rows, tile
-        units["norm"] = first_norm + np.arange(len(group))
+        items = np.zeros(len(group), WORK_ITEM)
+        items["group"], items["row"], items["tile"] = group, block * t.tile_rows, tile
+        items["norm"] = first_norm + np.arange(len(group))
         cost = np.array([t.cost(i) for i in range(len(t.active))])[tile]
-    units["kind"], units["gather"] = t.kind, op
-    return units, cost.astype(np.float64)
+    items["kind"], items["map"] = t.kind, op
+    return items, cost.astype(np.float64)
 
 
 def _splits(t: Tiling, cost: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
@@ -183,7 +183,7 @@ def _splits(t: Tiling, cost: npt.NDArray[np.float64], target: npt.NDArray[np.flo
 def _costs(t: Tiling, cost: npt.NDArray[np.float64], splits: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Of all parts. Any may be the one that comes last, and adds them up."""
     joining = np.where(splits > 1, _PART_COST + splits * t.partial_sums * _JOIN_COST, 0.0)
-    return np.repeat(cost / splits + _UNIT_COST + joining, splits)
+    return np.repeat(cost / splits + _ITEM_COST + joining, splits)
 
 
 def _cut(
@@ -192,31 +192,31 @@ def _cut(
     splits: Sequence[npt.NDArray[np.int64]],
     counter: int,
 ) -> npt.NDArray[Any]:
-    """The units of all tiles, each cut into so many parts."""
+    """The items of all tiles, each cut into so many parts."""
     partial = 0
     parts = []
     for t, rows, s in zip(tilings, tiles, splits):
-        units = np.repeat(rows, s)
-        units["split"] = np.arange(len(units)) - np.repeat(np.cumsum(s) - s, s)
-        units["splits"] = np.repeat(s, s)
+        items = np.repeat(rows, s)
+        items["split"] = np.arange(len(items)) - np.repeat(np.cumsum(s) - s, s)
+        items["splits"] = np.repeat(s, s)
         channels = t.map.channels
         step = (4 if t.map.layout.dtype == 0 else 8) if t.kind in (DOT, AXPY) else 1  # keeps rows aligned to 16 bytes
-        edges = lambda i: np.minimum(-(-channels * i // units["splits"] // step) * step, channels)  # noqa: B023, E731
-        number = units["split"].astype(np.int64)  # times channels it may leave int32
-        units["channel"], units["channel_end"] = edges(number), edges(number + 1)
+        edges = lambda i: np.minimum(-(-channels * i // items["splits"] // step) * step, channels)  # noqa: B023, E731
+        number = items["split"].astype(np.int64)  # times channels it may leave int32
+        items["channel"], items["channel_end"] = edges(number), edges(number + 1)
         many = s > 1
         sizes = np.where(many, s, 0) * t.partial_sums
-        units["counter"] = np.repeat(np.where(many, counter + np.cumsum(many) - 1, -1), s)
-        units["partial"] = np.repeat(partial + np.cumsum(sizes) - sizes, s)
+        items["counter"] = np.repeat(np.where(many, counter + np.cumsum(many) - 1, -1), s)
+        items["partial"] = np.repeat(partial + np.cumsum(sizes) - sizes, s)
         counter += int(many.sum())
         partial += int(sizes.sum())
-        parts.append(units)
+        parts.append(items)
     return np.concatenate(parts)
 
 
-def partial_size(units: npt.NDArray[Any]) -> int:
+def partial_size(items: npt.NDArray[Any]) -> int:
     """Elements of all partial sums."""
-    many = units[units["splits"] > 1]
+    many = items[items["splits"] > 1]
     if not len(many):
         return 0
     sums = np.array([_SUMS[kind] for kind in range(5)])[many["kind"]] * _THREADS

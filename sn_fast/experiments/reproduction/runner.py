@@ -1,0 +1,138 @@
+"""Computes the runs of a grid: several processes, also of several machines that share the store's folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError, first_line
+from ...files import replace_file
+from ...running import progress_bar
+from ..training import DivergedRun, TrainConfig, resume, train
+from ..training.lock import InUse
+from .grid import DIVERGED, FINISHED, Outcome, Store
+
+_POLL_SECONDS = 2.0
+_ENDED = (FINISHED, DIVERGED, "failed")
+# Gradients of a batch per step, training's own included: what a run costs beside others of its network.
+_COST = {"erm": 1, "fgm": 2, "pgm": 16, "wrm": 17}
+
+
+def compute(
+    store: Store,
+    runs: Sequence[TrainConfig],
+    *,
+    jobs: int = 1,
+    progress: bool = False,
+    retry_failed: bool = False,
+    report: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Compute what the store lacks, in the order of ``runs``, and return what it then holds of each.
+
+    A run is claimed by the lock of its folder, so that any number of processes may compute one grid; a run that stopped
+    half-way is continued by whoever finds it; one that fails is reported and left out.
+
+    Args:
+        jobs: number of processes of this call.
+        progress: a bar for the whole grid on stderr. Its time left supposes that no run stops early.
+        retry_failed: try runs again that failed before (a full disk, missing data), not those that diverged.
+        report: called once with each outcome as its run ends.
+
+    Raises:
+        KeyboardInterrupt: all processes have ended, and every run can be continued.
+    """
+    if retry_failed:
+        for config in runs:
+            with suppress(FileNotFoundError):
+                (store.folder(config) / "failed.json").unlink()
+    if jobs == 1 and not progress:
+        _work(store.path, runs)
+        return _reported(store, runs, report)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=(store.path, runs), daemon=True) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    try:
+        _watch(store, runs, workers, progress, report)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+    return [store.outcome(config) for config in runs]
+
+
+def _work(path: Path, runs: Sequence[TrainConfig]) -> None:
+    """Compute all runs that nobody else does; at the end wait for none."""
+    store = Store(path)
+    for config in runs:
+        if store.outcome(config).status not in _ENDED:
+            _compute_one(store, config)
+
+
+def _compute_one(store: Store, config: TrainConfig) -> None:
+    folder = store.folder(config)
+    try:
+        store.path.mkdir(parents=True, exist_ok=True)
+        if (folder / "config.json").is_file():
+            resume(folder, {"data_dir": config.data_dir})
+        else:
+            train(config, folder)
+    except (InUse, DivergedRun):
+        return  # another process computes it, or its metrics.json says so
+    except (UserError, RuntimeError, MemoryError, OSError) as error:
+        if store.outcome(config).status in _ENDED:
+            return  # another process has computed it meanwhile
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            reason = str(error) if isinstance(error, UserError) else first_line(error)
+            replace_file(folder / "failed.json", json.dumps({"reason": reason}, indent=1).encode())
+
+
+def _watch(
+    store: Store, runs: Sequence[TrainConfig], workers: Sequence[Any], progress: bool, report: Callable[[Outcome], None]
+) -> None:
+    """Show how far the grid is, whoever computes it, until this call's processes have ended."""
+    costs = [_COST[config.scheme] * config.epochs for config in runs]
+    reported: set[str] = set()
+    with progress_bar(progress, "runs", sum(costs)) as bar:
+        shown = 0
+        while True:
+            alive = any(worker.is_alive() for worker in workers)
+            outcomes = [store.outcome(config) for config in runs]
+            done = sum(
+                cost if o.status in _ENDED else cost * o.epochs_done // o.config.epochs
+                for cost, o in zip(costs, outcomes)
+            )
+            ended = [o for o in outcomes if o.status in _ENDED]
+            for outcome in ended:
+                if (key := outcome.config.key()) not in reported:
+                    reported.add(key)
+                    report(outcome)
+            bar.set_description_str(f"run {len(ended)}/{len(runs)}", refresh=False)
+            bar.update(done - shown)
+            shown = done
+            if not alive:
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def _reported(store: Store, runs: Sequence[TrainConfig], report: Callable[[Outcome], None]) -> list[Outcome]:
+    outcomes = [store.outcome(config) for config in runs]
+    for outcome in outcomes:
+        report(outcome)
+    return outcomes
+
+
+def describe(outcome: Outcome) -> str:
+    """One line about a run that has ended."""
+    name = outcome.config.key()
+    if outcome.status != FINISHED:
+        return f"{name}: {outcome.status}: {outcome.reason}"
+    parts = ", ".join(f"{part} {100 * outcome.accuracy(part):.2f}" for part in ("train", "validation", "test"))
+    return f"{name}: {outcome.epochs_done} epochs, accuracy (%) {parts}"
