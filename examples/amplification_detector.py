@@ -1,13 +1,14 @@
 """Does the amplification of a small perturbation betray attacked inputs? And an attack that knows that it is watched?
 
-Trains a small network on scikit-learn's digits, with and without spectral normalisation, and tells clean from attacked
-test images by the gains of its layers (``sn_fast.theory.AmplificationDetector``). Each detector is fitted on one half
-of the test images, with the attack that it is then tried on, and judged by the area under the ROC curve (0.5 is
-chance) on the other half. The last columns are an attack that climbs the detector's score too: its area, and the share
-of the images that fool the network and do not score above 95 % of the clean ones. That attack has the l2 radius eps,
-also in the rows of WRM, where eps is 1 / (2 gamma).
+Trains a small network on scikit-learn's digits (or another data set), with and without spectral normalisation, and tells
+clean from attacked test images by the gains of its layers (``sn_fast.theory.AmplificationDetector``). Each detector is
+fitted on one half of the test images, with the attack that it is then tried on, and judged by the area under the ROC
+curve (0.5 is chance) on the other half. The last columns are an attack that climbs the detector's score too: its area,
+and the share of the images that fool the network and do not score above 95 % of the clean ones. That attack has the l2
+radius eps, also in the rows of WRM, where eps is 1 / (2 gamma).
 
     python examples/amplification_detector.py --seeds 0 1 2
+    python examples/amplification_detector.py --set mnist --data FOLDER --train-size 5000
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sn_fast.attacks import fgm, pgd, wrm
-from sn_fast.experiments.data import Samples, load_split
+from sn_fast.experiments.data import Samples, load_data
 from sn_fast.experiments.networks import demo_network
 from sn_fast.theory import AmplificationDetector
 
@@ -80,6 +81,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--betas", type=float, nargs="+", default=[float("inf"), 2.0], help="caps of the layers' norms")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--set", default="digits", help="a data set of sn_fast.experiments.load_data, e.g. mnist")
+    parser.add_argument("--data", help="folder of its official files; digits and mnist5k need none")
+    parser.add_argument("--train-size", type=int, default=900)
     parser.add_argument("--test-size", type=int, default=400, help="test images; half of them fit the detector")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,7 +93,7 @@ def main() -> None:
         name = "plain" if beta == float("inf") else f"SN, beta {beta:g}"
         results: dict[tuple[str, float], list[Result]] = {}
         for seed in args.seeds:
-            split = load_split("digits", 900, seed)
+            split = load_data(args.set, args.data, train_size=args.train_size, seed=seed)
             model = trained(split.train, beta, seed, args.epochs)
             unit = float(split.train.x.flatten(1).norm(dim=1).mean())
             x, y = split.test.x[: args.test_size], split.test.y[: args.test_size]
