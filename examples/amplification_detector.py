@@ -1,6 +1,6 @@
 """Does the amplification of a small perturbation betray attacked inputs? And an attack that knows that it is watched?
 
-Trains a small network on scikit-learn's digits (or another data set), with and without spectral normalisation, and tells
+Trains a small network on scikit-learn's digits or another data set, with and without spectral normalisation, and tells
 clean from attacked test images by the gains of its layers (``sn_fast.theory.AmplificationDetector``). Each detector is
 fitted on one half of the test images, with the attack that it is then tried on, and judged by the area under the ROC
 curve (0.5 is chance) on the other half. The last columns are an attack that climbs the detector's score too: its area,
