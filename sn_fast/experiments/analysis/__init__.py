@@ -19,8 +19,10 @@ From networks ({panel: {name: network}}, as ``by_defence`` makes of ``trained_ne
 - ``gradient_norm_distributions``, ``norm_gain_distributions``: ||d loss / d x||, and ||f(x)|| / ||x||.
 - ``network_norms``: as ``trained_norms``, measured anew.
 - ``perturbed_images``: images, perturbations and predictions.
+- ``capacities``: the theory's capacities beside the measured generalisation gaps (of outcomes with their networks).
 """
 
+from .capacities import Capacities, NetworkCapacity, capacities
 from .distributions import Distribution, Distributions, Panel
 from .perturbed_images import AttackedImage, PerturbedImages, perturbed_images
 from .results import Analysis, Table, write_analysis
@@ -36,9 +38,11 @@ __all__ = [
     "Analysis",
     "AttackedImage",
     "BetaResult",
+    "Capacities",
     "Curve",
     "Distribution",
     "Distributions",
+    "NetworkCapacity",
     "NetworkNorms",
     "Panel",
     "PerturbedImages",
@@ -53,6 +57,7 @@ __all__ = [
     "TrainingCurves",
     "accuracy_table",
     "by_defence",
+    "capacities",
     "gradient_norm_distributions",
     "margin_distributions",
     "network_norms",

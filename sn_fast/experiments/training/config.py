@@ -50,6 +50,8 @@ class TrainConfig:
     """Accept files that are not the official ones whole."""
     train_size: int | None = None
     """None: all training images."""
+    validation_size: int | None = None
+    """Number of images for choices between networks. None: as published; 0 of the sets that come with packages."""
     random_labels: float = 0.0
     """Share of the training images whose labels are drawn at random."""
     arch: str = "demo"
@@ -154,6 +156,8 @@ class TrainConfig:
             _check(name, value, value is None or value < 2**31, "must be an integer < 2147483648")
         threads = self.threads
         _check("threads", threads, 1 <= threads <= MOST_THREADS, f"must be an integer from 1 to {MOST_THREADS}")
+        size = self.validation_size
+        _check("validation_size", size, size is None or size >= 0, "must be an integer >= 0")
         _check("keep_every", self.keep_every, self.keep_every >= 0, "must be an integer >= 0")
         _check("seed", self.seed, 0 <= self.seed < 2**32, "must be an integer from 0 to 4294967295")
         for name in ("random_labels", "stop_accuracy"):

@@ -140,6 +140,7 @@ def _prepared(config: TrainConfig) -> tuple[Split, TrainConfig]:
         config.data_dir,
         train_size=config.train_size,
         seed=config.seed,
+        validation_size=config.validation_size,
         random_labels=config.random_labels,
         allow_partial=config.allow_partial,
         **DEFAULTS[config.data].preparation,
