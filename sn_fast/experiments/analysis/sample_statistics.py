@@ -19,7 +19,7 @@ from .results import check_networks, check_samples
 _CLEAN = Adversary("erm", "2", 0.0, 1)
 _BATCH_SIZE = 250
 MODES = (0, 1, 2)
-_MODE_NAMES = {0: "margin", 1: "margin over the product of norms", 2: "margin over the norms of FGM's bound"}
+_MODE_NAMES = {0: "margins", 1: "normalised margins, mode 1", 2: "normalised margins, mode 2"}
 _FACTORS = {1: "∏σ", 2: "∏σ (1 + ε/κ L)"}
 _PUBLISHED_FACTORS = {1: "∏σ", 2: "∏σ (1 + Σ∏σ)"}
 _CORRECTION = " √Σ(‖W‖F/σ)²"
