@@ -118,6 +118,9 @@ def gradient_norm_distributions(
 ) -> Distributions:
     """The l2 norm of the loss gradient in the image, whose least value is the kappa of the theorems.
 
+    In float32 the probability of a sure class is rounded by 6e-8: gradients that are smaller than that times the
+    network's slope are right in their order of magnitude only.
+
     Args:
         networks: {panel: {name: network}}, as ``by_defence`` gives.
         labels: of the loss: "true", as published, or "predicted".
