@@ -17,7 +17,7 @@ from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_siz
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
-from .checks import check_has_norm
+from .checks import check_has_norm, check_not_sharded
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Options
@@ -117,6 +117,7 @@ def apply_spectral_norm(
             f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
             "keyword arguments"
         )
+    check_not_sharded(model)
     classes = included_classes(include)
     excluded = compiled_pattern("exclude", exclude) if exclude else None
     layers = {
