@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401 - importing them defines the operators
     fingerprint,
+    lanczos,
     normalize,
     pgd_step,
     power_step,
