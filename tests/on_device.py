@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 DEVICE = torch.device(os.environ.get("SN_FAST_TEST_DEVICE") or "cpu")
 
 _HERE = Path(__file__).parent
-MOVED = ("attacks", "kernels", "layers", "lipschitz", "normalization", "norms")
+MOVED = ("attacks", "kernels", "layers", "lipschitz", "normalization", "norms", "theory")
 """Folders of the tests whose tensors are moved."""
 
 _MOVED = tuple(str(_HERE / folder) + os.sep for folder in MOVED)

@@ -24,7 +24,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("norms",),
     ("normalization",),
     ("attacks", "lipschitz"),
-    ("__init__",),  # the public names; those of sn_fast.attacks stay apart
+    ("theory",),
+    ("__init__",),  # the public names; those of sn_fast.attacks and sn_fast.theory stay apart
     ("experiments", "inspection"),
     ("cli",),
     ("__main__",),
@@ -161,6 +162,7 @@ def test_a_circle_is_found(tmp_path: Path, form: str, length: int) -> None:
         *(("normalization", "lipschitz"), ("normalization", "attacks"), ("attacks", "inspection")),
         *(("lipschitz", "experiments"), ("experiments", "cli"), ("inspection", "cli")),
         *(("attacks", "lipschitz"), ("lipschitz", "attacks"), ("experiments", "inspection")),
+        *(("attacks", "theory"), ("lipschitz", "theory"), ("theory", "experiments")),
     ],
 )
 def test_an_import_upwards_is_found(tmp_path: Path, form: str, lower: str, upper: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from typing import Any
 
 from ..experiments.training import TrainConfig, resume, table, train
 from ..experiments.training.defaults import DEFAULTS, DataDefaults
+from ..experiments.training.ranks import ALONE, ranks_of_torchrun
 from .output import write
 
 _DESCRIPTION = """\
@@ -22,6 +24,7 @@ example:
   sn-fast train --data mnist5k --scheme fgm --norm inf --eps 0.1 --beta 2 --out runs/mine
   sn-fast train --data mnist --data-dir DIR --arch mlp2_elu_sn --scheme fgm
   sn-fast train --resume runs/mine                 after Ctrl-C or a crash
+  torchrun --nproc-per-node 2 -m sn_fast train --ddp --data mnist --data-dir DIR
 """
 
 
@@ -114,6 +117,9 @@ def add_command(commands: Any) -> None:
         metavar="{float32,bfloat16}",
         help="of forwards and attacks (default: float32)",
     )
+    machine.add_argument(
+        "--ddp", action="store_true", help="share every batch between the processes that torchrun has started"
+    )
     machine.add_argument("--compile", action="store_true", default=None, help="torch.compile for steps and attacks")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -158,13 +164,16 @@ def _radii() -> str:
 
 def _run(options: argparse.Namespace) -> None:
     chosen = vars(options).copy()
-    for name in ("run", "json", "quiet", "out", "resume"):
+    for name in ("run", "json", "quiet", "out", "resume", "ddp"):
         del chosen[name]
-    progress = not options.quiet
-    if options.resume is not None:
-        result = resume(options.resume, chosen, progress=progress)
-    else:
-        result = train(TrainConfig.create(**chosen), options.out, progress=progress)
+    with ranks_of_torchrun(options.device or "auto") if options.ddp else nullcontext(ALONE) as ranks:
+        progress = not options.quiet and ranks.leads
+        if options.resume is not None:
+            result = resume(options.resume, chosen, progress=progress, ranks=ranks)
+        else:
+            result = train(TrainConfig.create(**chosen), options.out, progress=progress, ranks=ranks)
+    if not ranks.leads:
+        return
     if options.json:
         write(json.dumps(result.document(), allow_nan=False))
     else:

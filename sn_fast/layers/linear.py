@@ -16,7 +16,7 @@ from .applying import apply, probe, visible
 from .exact import computes_weight
 from .kinds import LayerKind, conv_operator, kind_of, nominal_size, whole_window_size
 from .operators import LinearOperator, unscaled
-from .traced import NotLinear, table_operator, traced_operator
+from .traced import NotLinear, is_same_memory, table_operator, traced_operator
 from .undisturbed import undisturbed
 from .weighted import (
     ConvOperator,
@@ -132,11 +132,11 @@ def _measured(
     module: nn.Module, kind: LayerKind | None, weight: Tensor, size: int | Sequence[int] | None
 ) -> LinearOperator:
     """The operator of a layer with a forward of its own."""
-    if weight.is_meta:
-        raise NotLinear("its weight is on the meta device")
     if kind is None:
         return traced_operator(module, (weight.shape[1],), weight.dtype, weight.device)
     if kind.table_size is not None:
+        if weight.is_meta:
+            raise NotLinear("its weight is on the meta device, without values to look up; load or initialise it first")
         return table_operator(module, kind.table_size(module), weight.device)
     if kind.axes and size is None:
         kind.operator(module, weight, None)  # raises
@@ -154,36 +154,51 @@ def why_not_divisible(
 
     Where the map is not simply that of the layer's kind, it is looked at with W, with 2 W and with a random weight: it
     has to be the operator of each. With ``mapped`` the weight of a registered operator may be a linear function of W.
+    On meta the operator has to have the parameter itself for its weight; a registered one is taken on trust.
     """
     kind = kind_of(module)
     if kind is None:
         return None
     own = kind.why_not_exact(module)
-    if own is None and not kind.of_user:
+    if own is None and (not kind.of_user or weight.is_meta):
         return None
-    w = weight.detach()
-    random = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
     try:
-        maps = [(t, _with_weight(module, kind, t, input_size, own is not None)) for t in (w, 2 * w, random, w + random)]
+        reason = _other_map(module, kind, weight.detach(), input_size, mapped, declared=own is None)
     except ValueError as error:
         return f"{own}: {error}" if own else str(error)
-    declared = own is None
-    own = own or f"the operator registered for {type(module).__name__}"
-    if not _is_twice(maps[0][1], maps[1][1]):
-        return f"{own}: its map is not proportional to the weight, that of 2 W is not twice that of W"
-    layers = [(t, layer_operator(unscaled(op)[1])) for t, op in maps]
-    if any(layer is None or len(layer.geometry.axes) != kind.axes for _, layer in layers):
-        return f"{own}: its map is not one convolution or matrix of the weight"
+    label = own or f"the operator registered for {type(module).__name__}"
+    return None if reason is None else f"{label}: {reason}; it can be measured"
+
+
+def _other_map(
+    module: nn.Module, kind: LayerKind, w: Tensor, size: Sequence[int] | None, mapped: bool, declared: bool
+) -> str | None:
+    """What keeps the map from being that of the layer's kind for parameter w; None if it is. Raises if not linear."""
+    random = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
+    trials = [w] if w.is_meta else [w, 2 * w, random, w + random]  # on meta the operations are followed, once
+    maps = [(t, _with_weight(module, kind, t, size, not declared)) for t in trials]
+    layers = [layer_operator(unscaled(op)[1]) for _, op in maps]
+    if any(layer is None or len(layer.geometry.axes) != kind.axes for layer in layers):
+        return "its map is not one convolution or matrix of the weight"
+    if len(maps) > 1 and not _is_twice(maps[0][1], maps[1][1]):
+        return "its map is not proportional to the weight, that of 2 W is not twice that of W"
     if mapped and declared:
-        return None if _is_linear([op for _, op in maps]) else f"{own}: its weight is not linear in the parameter"
+        return None if _is_linear([op for _, op in maps]) else "its weight is not linear in the parameter"
     for t, op in maps:
         layer = layer_operator(op)
         same = [] if layer is None else [u for u in (layer.weight, layer.weight.T if not kind.axes else layer.weight)]
-        if layer is None or not any(u.shape == t.shape and torch.equal(u, t) for u in same):
-            return f"{own}: its map has another weight than the parameter itself"
-        if not kind.of_user and not kind.table_size and layer.geometry != _declared(module, kind, t, input_size):
-            return f"{own}: its map is another convolution than that of its class"
+        if layer is None or not any(_is_same(u, t) for u in same):
+            return "its map has another weight than the parameter itself"
+        if not kind.of_user and not kind.table_size and layer.geometry != _declared(module, kind, t, size):
+            return "its map is another convolution than that of its class"
     return None
+
+
+def _is_same(weight: Tensor, other: Tensor) -> bool:
+    """Whether two weights are equal; on meta, whether they would be the same memory."""
+    if weight.is_meta or other.is_meta:
+        return is_same_memory(weight, other)
+    return weight.shape == other.shape and torch.equal(weight, other)
 
 
 def weight_of(op: LinearOperator) -> Tensor | None:
@@ -238,7 +253,7 @@ def is_of_weight(op: LinearOperator, declared: LinearOperator) -> bool:
     found, wanted = layer_operator(op), layer_operator(declared)
     if found is None or wanted is None or found.geometry != wanted.geometry:
         return False
-    return found.weight.shape == wanted.weight.shape and torch.equal(found.weight, wanted.weight)
+    return _is_same(found.weight, wanted.weight)
 
 
 def weight_in_use(module: nn.Module, name: str = "weight") -> Any:

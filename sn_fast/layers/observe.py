@@ -65,7 +65,13 @@ def _run(model: nn.Module, example_input: Tensor | tuple[Any, ...] | Mapping[str
         return
     # Without memory: shapes alone are computed, and all tensors have to be on meta for that.
     state, args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (state, args, kwargs))
-    functional_call(model, state, args, kwargs)
+    try:
+        functional_call(model, state, args, kwargs)
+    except Exception as error:  # a forward that is not ours can fail in any way
+        raise ValueError(
+            f"the model's forward fails on the meta device, where tensors have shapes alone ({type(error).__name__}: "
+            f"{error}); load or initialise the weights first"
+        ) from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .applying import probe, visible
 from .linear_ops import FRESH, LEAKS, rule_of
 from .operators import FunctionOperator, LinearOperator
 from .undisturbed import undisturbed
-from .weighted import ConvOperator, MatrixOperator
+from .weighted import ConvOperator, MatrixOperator, layer_operator
 
 _PADDINGS = {"reflection_pad": "reflect", "replication_pad": "replicate"}
 
@@ -49,8 +49,11 @@ def traced_operator(
     weight standardisation, masks, quantisation of weights), the operator is that of this weight. Otherwise it is that
     of the function, by products (``LinearOperator.from_function``).
 
+    On meta there are no values: the operations alone are followed, and the operator has the parameter itself for its
+    weight.
+
     Raises:
-        NotLinear: an operation is not linear in the input, or the forward fails.
+        NotLinear: an operation is not linear in the input, or the forward fails; on meta, the weight is another one.
     """
     shape = tuple(in_shape)
     x = probe(1, shape, dtype, device, seed=5)
@@ -67,6 +70,13 @@ def traced_operator(
         if reason is not None:
             raise NotLinear(reason)
         state = tracker.state(out)
+        if device.type == "meta":
+            if isinstance(state, _Image) and tracker.applies_a_parameter(state.op, module):
+                return state.op
+            raise NotLinear(
+                "on the meta device its map is known only where it is one convolution or matrix of a parameter itself; "
+                "load or initialise the weights first"
+            )
         fresh = probe(2, shape, dtype, device, seed=6)
         first, again = module(fresh[:1]), module(fresh[:1])
         if bool((first - again).abs().max() > visible(dtype, device) * first.abs().max()):
@@ -125,12 +135,14 @@ class _Tracker(TorchDispatchMode):
     Attributes:
         leak: why Python code may have seen values that depend on the input.
         rounded: whether what depends on the input went through a lower precision.
+        written: storages that were written to.
     """
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.leak: str | None = None
         self.rounded = False
+        self.written: set[int] = set()
         self._kept: list[Tensor] = []  # a storage that is alive keeps its address
         self._reasons: dict[int, str | None] = {}  # by storage: why it is not linear, None if it is
         self._states: dict[Any, _Input | _Image] = {}
@@ -143,6 +155,8 @@ class _Tracker(TorchDispatchMode):
         depends = [t for t in flat if self._depends(t)]
         known = [self.state(a) if isinstance(a, Tensor) else None for a in args]
         out = func(*args, **kwargs)
+        written = list(_written(func, args, kwargs))
+        self.written.update(map(_storage, written))
         if not depends:
             return out
         name = func._schema.name.partition("::")[2]
@@ -154,7 +168,6 @@ class _Tracker(TorchDispatchMode):
             return out
         if reason is None:
             reason = self._why_not_linear(name, args, kwargs)
-        written = list(_written(func, args, kwargs))
         for t in written:
             self._mark(t, reason)
             self._forget(_storage(t))
@@ -172,6 +185,13 @@ class _Tracker(TorchDispatchMode):
 
     def state(self, t: Tensor) -> _Input | _Image | None:
         return self._states.get(_place(t))
+
+    def applies_a_parameter(self, op: LinearOperator, module: nn.Module) -> bool:
+        """Whether the weight of an operator is, in place and form, a parameter of the module that nothing wrote to."""
+        layer = layer_operator(op)
+        if layer is None or _storage(layer.weight) in self.written:
+            return False
+        return any(is_same_memory(layer.weight, p) for p in module._parameters.values() if p is not None)
 
     def padded(self, x: Tensor, out: Tensor, pads: Sequence[int], mode: str) -> None:
         """Note that ``out`` is ``x`` padded, as F.pad takes the pads."""
@@ -327,6 +347,11 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
+
+
+def is_same_memory(t: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same elements of memory, in the same order."""
+    return _place(t) == _place(other)
 
 
 def _place(t: Tensor) -> Any:

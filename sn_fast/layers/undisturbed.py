@@ -21,7 +21,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     tensors = _tensors(modules)
     values = [(t, t._version, t.detach().clone()) for t in tensors]
     gpus = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    kind = tensors[0].device.type if tensors else "cpu"
+    kind = next((t.device.type for t in tensors if not t.is_meta), "cpu")
     with torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.autocast(kind, enabled=False):
         try:
             yield

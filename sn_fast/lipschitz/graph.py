@@ -19,6 +19,8 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _KNOWN_BY_SHAPE = ("shape", "ndim", "dtype", "device", "is_cuda")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
+Leaf = Callable[[nn.Module], bool]
+
 
 class Untraceable(Exception):
     """torch.fx cannot write the model as a graph, or not one that computes what the model computes."""
@@ -68,10 +70,15 @@ class _Attribute(_Faithful, fx.proxy.Attribute):
 
 
 class Tracer(fx.Tracer):
-    """Calls of modules that have a rule, and of other layers of PyTorch, become nodes; the rest is traced through."""
+    """Calls of modules that have a rule, and of other layers of PyTorch, become nodes; the rest is traced through.
 
-    def __init__(self) -> None:
+    Args:
+        leaf: whether calls of a module become nodes.
+    """
+
+    def __init__(self, leaf: Leaf) -> None:
         super().__init__(param_shapes_constant=True)
+        self._leaf = leaf
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -81,18 +88,18 @@ class Tracer(fx.Tracer):
         return None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+        return self._leaf(m)
 
 
 class ShapedTracer(Tracer):
     """One that knows the shape of each value: every call is run on tensors without elements.
 
     Args:
-        args: the arguments of the call that is traced.
+        leaf: as in ``Tracer``. args: the arguments of the call that is traced.
     """
 
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        super().__init__()
+    def __init__(self, leaf: Leaf, args: tuple[Any, ...]) -> None:
+        super().__init__(leaf)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._values: dict[fx.Node, Any] = {}
         self._given = iter(args)
@@ -151,7 +158,7 @@ def is_leaf(module: nn.Module) -> bool:
     return of_torch and ours
 
 
-def trace(model: nn.Module, args: tuple[Any, ...]) -> tuple[nn.Module, fx.Graph]:
+def trace(model: nn.Module, args: tuple[Any, ...], leaf: Leaf = is_leaf) -> tuple[nn.Module, fx.Graph]:
     """A module that holds the model as ``model``, and its graph when called with so many positional arguments.
 
     The call of the model is traced, not its forward: with its hooks, and with the forward that the instance has.
@@ -166,7 +173,7 @@ def trace(model: nn.Module, args: tuple[Any, ...]) -> tuple[nn.Module, fx.Graph]
     holder = type("Holder", (nn.Module,), {"forward": forward})()
     holder.model = model
     errors: list[Exception] = []
-    for tracer in (Tracer(), ShapedTracer(args)):
+    for tracer in (Tracer(leaf), ShapedTracer(leaf, args)):
         with attributes_restored(model):
             try:
                 return holder, tracer.trace(holder)

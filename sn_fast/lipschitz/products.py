@@ -28,7 +28,7 @@ def linear_layer(call: Call) -> Constant:
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def batch_norm(call: Call) -> float | Constant:
     # diagonal: gamma / sqrt(variance + eps) per channel
-    scale = _scale(call)
+    scale = normalisation_scale(call)
     return no_bound(f"{BATCH_STATISTICS}: no useful bound") if scale is None else loosened(float(scale.abs().max()))
 
 
@@ -37,8 +37,8 @@ def folded(layer: Call, norm: Call) -> Constant | None:
 
     None if they are not one: the normalisation has no running statistics, or its channels are not the layer's outputs.
     """
-    scale = _scale(norm)
-    operator = _operator(layer)
+    scale = normalisation_scale(norm)
+    operator = linear_map(layer)
     channels_are_outputs = layer.out.ndim == len(operator.out_shape) + 1
     if scale is None or not channels_are_outputs or scale.numel() != operator.out_shape[0]:
         return None
@@ -48,7 +48,7 @@ def folded(layer: Call, norm: Call) -> Constant | None:
 
 def _certificate(call: Call, scale: Tensor | None, norm: nn.Module | None) -> Constant:
     """The bound of a linear layer whose outputs are scaled; one layer at one size is bounded once."""
-    operator = _operator(call)
+    operator = linear_map(call)
     if not isinstance(operator, LayerOperator):
         constant = bounded(call, operator)
         factor = 1.0 if scale is None else loosened(float(scale.abs().max()))
@@ -58,7 +58,7 @@ def _certificate(call: Call, scale: Tensor | None, norm: nn.Module | None) -> Co
     key = (id(holder), tuple(t._version for t in tensors), operator.geometry, id(norm))
     reusable = scale is None or norm is not None
     if not (reusable and key in call.cache):
-        operator = operator if scale is None else _scaled(operator, scale)
+        operator = operator if scale is None else scaled_outputs(operator, scale)
         # What the ids stand for is kept, so that they stay theirs.
         call.cache[key] = (bounded(call, operator), holder, norm)
     constant = call.cache[key][0]
@@ -78,7 +78,8 @@ def bounded(call: Call, operator: LinearOperator) -> Constant:
     return Constant(float(bound), info.method)
 
 
-def _operator(call: Call) -> LinearOperator:
+def linear_map(call: Call) -> LinearOperator:
+    """The operator of a linear layer or of its function, at the size of its input."""
     call.allows("bias", "output_size")
     if call.module is not None:
         axes = spatial_axes(call.module)
@@ -99,7 +100,7 @@ def _operator(call: Call) -> LinearOperator:
     return ConvOperator(weight, tuple(call.x.shape[2 - weight.ndim :]), transposed=transposed, **settings)
 
 
-def _scaled(operator: LayerOperator, scale: Tensor) -> LayerOperator:
+def scaled_outputs(operator: LayerOperator, scale: Tensor) -> LayerOperator:
     """The operator followed by one factor per output channel."""
     weight, geometry = operator.weight.double(), operator.geometry
     if geometry.transposed:  # (groups * inputs, outputs, ...): outputs are numbered within their group
@@ -109,7 +110,7 @@ def _scaled(operator: LayerOperator, scale: Tensor) -> LayerOperator:
     return LayerOperator(weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), geometry)
 
 
-def _scale(call: Call) -> Tensor | None:
+def normalisation_scale(call: Call) -> Tensor | None:
     """gamma / sqrt(variance + eps) of an evaluated normalisation; None where it uses the statistics of its input."""
     call.allows("running_mean", "bias", "momentum", "cudnn_enabled")
     if call.module is not None and why_not_its_class(call.module, hooks=False) is not None:

@@ -86,7 +86,7 @@ def lipschitz_bound(
     if not any(isinstance(a, Tensor) for a in leaves(args)):
         raise TypeError("example_input is a tuple without a tensor; give the model's arguments")
     model = unwrapped(model)
-    _check_tensors(model, args)
+    check_tensors(model, args)
     with evaluating(model):
         try:
             propagation = _Propagation(model, args, fold_batchnorm)
@@ -158,7 +158,7 @@ class _Propagation(fx.Interpreter):
             if not (written or self.bounds[n]):
                 self.pieces.constant(n, value, args, kwargs)
             for other in self.tracking.spread(n, value, written, self.env):
-                self.rows[other] = LayerBound(_function_name(other), "view", None, math.inf, "none", _ALIASED)
+                self.rows[other] = LayerBound(function_name(other), "view", None, math.inf, "none", _ALIASED)
         return value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,7 +195,7 @@ class _Propagation(fx.Interpreter):
 
     def _call(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Call:
         module = self._module(n)
-        name = (own_name(str(n.target)) or kind_of(module)) if module is not None else _function_name(n)
+        name = (own_name(str(n.target)) or kind_of(module)) if module is not None else function_name(n)
 
         def origin(argument: Any) -> Any:
             return self.tracking.origin(argument, self.env.get(argument)) if isinstance(argument, fx.Node) else None
@@ -312,11 +312,12 @@ def _layers_alone(model: nn.Module, args: tuple[Any, ...]) -> Iterator[LayerBoun
             yield LayerBound(call.name, call.kind, outcome.constant, math.inf, outcome.how, outcome.reason)
 
 
-def _check_tensors(model: nn.Module, args: tuple[Any, ...]) -> None:
+def check_tensors(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Raise where a weight, a buffer or an input has no values, or a weight has NaN or infinite elements."""
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     for name, t in named:
         if is_lazy(t):
-            raise ValueError(f"{name!r} has no shape yet: run the model once before lipschitz_bound")
+            raise ValueError(f"{name!r} has no shape yet: run the model once before")
         if t.is_meta:
             raise ValueError(f"{name!r} is on the meta device and has no values; move the model to a real device")
         # Infinity may be meant in a buffer, such as an attention mask.
@@ -340,7 +341,7 @@ def _used_once(n: fx.Node, user: fx.Node) -> bool:
     return count == 1
 
 
-def _function_name(n: fx.Node) -> str:
+def function_name(n: fx.Node) -> str:
     """The node's name, below the module whose forward has the call."""
     stack = n.meta.get("nn_module_stack") or {}
     path = own_name(next(reversed(stack.values()))[0]) if stack else ""

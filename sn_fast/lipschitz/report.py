@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UserError, require
 from ..files import replace_file
 from ..layers.describe import aligned, html_table
+from .labels import check_logits, class_indices, two_sided
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,17 +81,11 @@ class LipschitzReport:
             TypeError: ``logits`` is not a floating-point tensor.
             ValueError: ``logits`` or ``y`` has another shape, or a class in ``y`` does not exist.
         """
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"logits is a {type(logits).__name__}; give a floating-point tensor")
-        if logits.ndim not in (1, 2) or logits.shape[1:] == (0,):
-            raise ValueError(f"logits has shape {tuple(logits.shape)}; give (B, classes), or (B,) of one logit each")
-        if not logits.is_floating_point():
-            raise TypeError(f"logits has dtype {logits.dtype}; give a floating-point tensor")
-        scores = logits.detach().double()
-        binary = scores.ndim == 1 or scores.shape[1] == 1
-        if binary:  # z against 0: a margin of two logits of which one does not move
-            scores = torch.stack((torch.zeros_like(scores.reshape(-1)), scores.reshape(-1)), dim=1)
-        chosen = scores.nan_to_num().argmax(dim=1) if y is None else _classes(y, scores, binary)
+        check_logits(logits)
+        scores, binary = two_sided(logits.detach().double())
+        chosen = (
+            scores.nan_to_num().argmax(dim=1) if y is None else class_indices(y, scores.shape, binary, scores.device)
+        )
         own = scores.gather(1, chosen[:, None])[:, 0]
         others = scores.scatter(1, chosen[:, None], -math.inf).amax(dim=1)
         half_margin = own / 2 - others / 2  # the whole one may overflow
@@ -168,27 +163,6 @@ class LipschitzReport:
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if right < 1000 * left else (1,), numticks=8))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def _classes(y: Any, scores: Tensor, binary: bool) -> Tensor:
-    """Class indices, checked, as an int64 tensor beside the scores."""
-    rows, count = scores.shape
-    expected = f"give {rows} class indices, integers from 0 to {count - 1}"
-    try:
-        given = torch.as_tensor(y)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"y={y!r} is not a list of integers; {expected}") from error
-    if given.shape == (rows, 1) and binary:
-        given = given[:, 0]
-    if given.numel() == 0 and rows == 0:
-        given = given.long()
-    if given.shape != (rows,) or given.is_floating_point() or given.is_complex():
-        raise ValueError(f"y has shape {tuple(given.shape)}, {given.dtype}; {expected}")
-    given = given.to(scores.device, torch.int64)
-    wrong = given[(given < 0) | (given >= count)]
-    if wrong.numel():
-        raise ValueError(f"y has the class {int(wrong[0])}; {expected}")
-    return given
 
 
 def _label(layer: LayerBound) -> str:

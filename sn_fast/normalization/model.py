@@ -245,9 +245,7 @@ def _register(
         reason = _why_not_divisible(module, size, mapped=not options.bound)
         mapped = reason is None and _why_not_divisible(module, size, mapped=False) is not None
         if reason is not None:
-            raise ValueError(
-                f"{type(module).__name__} cannot be normalised by its weight: {reason}; it can be measured"
-            )
+            raise ValueError(f"{type(module).__name__} cannot be normalised by its weight: {reason}")
     if size is not None:
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
     known = kind_of(module)
@@ -287,7 +285,7 @@ def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]]
         raise ValueError(
             f"layer{'s' * many} {names} cannot be normalised by {'their weights' if many else 'its weight'}: "
             f"{next(iter(refused.values()))}{' (the first; the others are alike)' * many}. "
-            f"They can be measured. Leave them alone with exclude={pattern!r}"
+            f"Leave {'them' if many else 'it'} alone with exclude={pattern!r}"
         )
 
 
@@ -296,8 +294,6 @@ def _why_not_divisible(module: nn.Module, size: Sequence[int] | None, *, mapped:
     kind = kind_of(module)
     if kind is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
         return None
-    if weight.is_meta:  # there is nothing to measure: only the map of the kind itself is known
-        return kind.why_not_exact(module)
     axes = spatial_axes(module)
     sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
     reason = None

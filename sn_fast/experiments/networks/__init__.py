@@ -4,6 +4,7 @@ from . import architectures  # noqa: F401 - registers them
 from .build import build_network
 from .demo import demo_network
 from .layer_norms import layer_norms
+from .modes import evaluating
 from .published import load_published, published_names
 from .registry import Architecture, architecture, network_names
 from .regularization import parameter_groups
@@ -15,6 +16,7 @@ __all__ = [
     "architecture",
     "build_network",
     "demo_network",
+    "evaluating",
     "layer_norms",
     "load_published",
     "network_names",

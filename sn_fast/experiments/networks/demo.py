@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,7 +18,11 @@ _LARGE_IMAGE = 16
 
 
 def demo_network(
-    image_shape: Sequence[int], beta: float, seed: int, num_classes: int = CLASSES, gradient: str = "detached"
+    image_shape: Sequence[int],
+    beta: float,
+    seed: int,
+    num_classes: int = CLASSES,
+    gradient: Literal["detached", "full"] = "detached",
 ) -> nn.Sequential:
     """Three 3x3 convolutions with ELU (as in the paper's smooth networks) and a linear layer, for (C, H, W) images.
 

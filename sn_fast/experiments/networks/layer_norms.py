@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import operator_norm, operator_of
+from .modes import evaluating
 
 # On the residual; the norm's own error is far smaller still.
 _NORM_TOLERANCE = 1e-3
@@ -32,15 +33,12 @@ def layer_norms(model: nn.Module, image_shape: Sequence[int]) -> dict[str, float
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     handles = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+        with torch.no_grad(), evaluating(model):
+            model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     with torch.no_grad():
         operators = {name: operator_of(layers[name], size or None) for name, size in sizes.items()}
-        return {name: float(operator_norm(op, tol=_NORM_TOLERANCE)) for name, op in operators.items()}  # type: ignore[arg-type]
+        return {name: float(operator_norm(op, tol=_NORM_TOLERANCE)) for name, op in operators.items()}

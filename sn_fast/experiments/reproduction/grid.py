@@ -17,6 +17,8 @@ from .published import published_row
 
 FINISHED = "finished"
 DIVERGED = "diverged"
+# The first test images, of the sets whose validation is empty by default.
+_VALIDATION_SIZES = {"digits": 300, "mnist5k": 500}
 PUBLISHED = "published"
 """For ``betas``: inf, and the best beta of the published row."""
 
@@ -64,6 +66,8 @@ class Grid:
         norm = "2" if scheme in ("erm", "wrm") else self.norm
         return TrainConfig.create(
             **{
+                "evaluation": "published",
+                "validation_size": _VALIDATION_SIZES.get(self.data),
                 **self.options,
                 "data": self.data,
                 "arch": normalized_twin(arch),

@@ -15,6 +15,7 @@ from ...files import replace_file
 from ...running import progress_bar
 from ..training import DivergedRun, TrainConfig, resume, train
 from ..training.lock import InUse
+from ..training.run_folder import NotEmpty
 from .grid import DIVERGED, FINISHED, Outcome, Store
 
 _POLL_SECONDS = 2.0
@@ -54,7 +55,7 @@ def compute(
         _work(store.path, runs)
         return _reported(store, runs, report)
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(store.path, runs), daemon=True) for _ in range(jobs)]
+    workers = [context.Process(target=_worker, args=(store.path, runs), daemon=True) for _ in range(jobs)]
     for worker in workers:
         worker.start()
     try:
@@ -75,6 +76,12 @@ def _work(path: Path, runs: Sequence[TrainConfig]) -> None:
             _compute_one(store, config)
 
 
+def _worker(path: Path, runs: Sequence[TrainConfig]) -> None:
+    """``_work`` as a process, which Ctrl-C ends quietly: the process that started it speaks."""
+    with suppress(KeyboardInterrupt):
+        _work(path, runs)
+
+
 def _compute_one(store: Store, config: TrainConfig) -> None:
     folder = store.folder(config)
     try:
@@ -85,13 +92,21 @@ def _compute_one(store: Store, config: TrainConfig) -> None:
             train(config, folder)
     except (InUse, DivergedRun):
         return  # another process computes it, or its metrics.json says so
+    except NotEmpty as error:
+        if not (folder / "config.json").is_file():
+            _record_failure(folder, error)
+        # else another process has begun it in this moment
     except (UserError, RuntimeError, MemoryError, OSError) as error:
         if store.outcome(config).status in _ENDED:
             return  # another process has computed it meanwhile
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            reason = str(error) if isinstance(error, UserError) else first_line(error)
-            replace_file(folder / "failed.json", json.dumps({"reason": reason}, indent=1).encode())
+        _record_failure(folder, error)
+
+
+def _record_failure(folder: Path, error: Exception) -> None:
+    reason = str(error) if isinstance(error, UserError) else first_line(error)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "failed.json", json.dumps({"reason": reason}, indent=1).encode())
 
 
 def _watch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Adversary:
     """
 
     scheme: str
-    norm: str
+    norm: Literal["2", "inf", "1"]
     eps: float
     steps: int
     autocast_dtype: torch.dtype | None = None
@@ -27,11 +28,12 @@ class Adversary:
         """x, (B, C, H, W), moved against labels y, (B,); None: against the model's own predictions."""
         if self.scheme == "erm":
             return x
+        common: Any = {"eps": self.eps, "autocast_dtype": self.autocast_dtype}
         if self.scheme == "fgm":
-            return fgm(model, x, y, norm=self.norm, eps=self.eps, autocast_dtype=self.autocast_dtype)
+            return fgm(model, x, y, norm=self.norm, **common)
         if self.scheme == "pgm":
-            return pgd(model, x, y, norm=self.norm, eps=self.eps, steps=self.steps, autocast_dtype=self.autocast_dtype)
-        return wrm(model, x, y, eps=self.eps, steps=self.steps, autocast_dtype=self.autocast_dtype)
+            return pgd(model, x, y, norm=self.norm, steps=self.steps, **common)
+        return wrm(model, x, y, steps=self.steps, **common)
 
     def scaled(self, factor: float) -> Adversary:
         return replace(self, eps=factor * self.eps)

@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -50,12 +50,14 @@ class TrainConfig:
     """Accept files that are not the official ones whole."""
     train_size: int | None = None
     """None: all training images."""
+    validation_size: int | None = None
+    """Number of images for choices between networks. None: as published; 0 of the sets that come with packages."""
     random_labels: float = 0.0
     """Share of the training images whose labels are drawn at random."""
     arch: str = "demo"
     """Name of the network for ``build_network``, or "demo": three convolutions and a linear layer."""
     scheme: str = "pgm"
-    norm: str = "2"
+    norm: Literal["2", "inf", "1"] = "2"
     """Of the radius of FGM and PGM; WRM has none."""
     eps: float | None = None
     """Radius of FGM and PGM, in units of the input (pixels in [0, 1], or whitened); 1 / (2 gamma) of WRM. Under "erm"
@@ -68,7 +70,7 @@ class TrainConfig:
     beta: float
     single: bool = False
     """Train the network with ``beta`` alone, without the one of beta = inf beside it."""
-    gradient: str = "detached"
+    gradient: Literal["detached", "full"] = "detached"
     """Of the normalisation: "detached" holds u and v constant; "full" goes through the iteration, as published."""
     epochs: int
     batch_size: int = 50
@@ -154,6 +156,8 @@ class TrainConfig:
             _check(name, value, value is None or value < 2**31, "must be an integer < 2147483648")
         threads = self.threads
         _check("threads", threads, 1 <= threads <= MOST_THREADS, f"must be an integer from 1 to {MOST_THREADS}")
+        size = self.validation_size
+        _check("validation_size", size, size is None or size >= 0, "must be an integer >= 0")
         _check("keep_every", self.keep_every, self.keep_every >= 0, "must be an integer >= 0")
         _check("seed", self.seed, 0 <= self.seed < 2**32, "must be an integer from 0 to 4294967295")
         for name in ("random_labels", "stop_accuracy"):

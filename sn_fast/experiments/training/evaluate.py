@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...theory import margins
 from ..data import Samples, Split
+from ..networks import evaluating
 from .adversary import Adversary
 from .config import TrainConfig
 from .errors import Diverged
@@ -33,9 +35,8 @@ def attacked(model: nn.Module, samples: Samples, adversary: Adversary, *, labels
     Raises:
         Diverged: a logit is not finite.
     """
-    model.eval()
     results = []
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         for x, y in samples.batches(_BATCH_SIZE):
             x_adv = adversary.perturb(model, x, y if labels == "true" else None)
             results.append((model(x_adv), (x_adv - x).flatten(1).norm(dim=1)))
@@ -47,13 +48,6 @@ def attacked(model: nn.Module, samples: Samples, adversary: Adversary, *, labels
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
     return float((logits.argmax(dim=1) == y).double().mean())
-
-
-def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """Logit of the true class minus the largest other, (N,): negative where misclassified."""
-    true = logits.gather(1, y[:, None])
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return (true - others.amax(dim=1, keepdim=True)).squeeze(1)
 
 
 def swept_adversary(config: TrainConfig) -> Adversary:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ...errors import UserError, first_line, require
 from ...running import notice, progress_bar, torch_threads
@@ -23,7 +24,8 @@ from .errors import Diverged, DivergedRun, Interrupted
 from .evaluate import accuracy, attacked, distinct, evaluate, evaluation_labels, evaluations
 from .loop import Trainee
 from .plots import write_plots
-from .run_folder import RunFolder
+from .ranks import ALONE, Ranks
+from .run_folder import FollowersFolder, RunFolder
 from .scalars import Scalars
 
 _TEST_POINTS = 12
@@ -43,52 +45,92 @@ class RunResult:
         return {"run": str(self.path), "config": self.config.to_json(), **self.metrics}
 
 
-def train(config: TrainConfig, out: str | os.PathLike[str] | None = None, *, progress: bool = False) -> RunResult:
+def train(
+    config: TrainConfig,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+) -> RunResult:
     """Run the whole job in a new folder (``out``; None: a new one in runs/). ``progress`` shows a bar on stderr.
+
+    ``ranks``: the processes that share every batch; all call this function. The losses are those of one process.
 
     Raises:
         UserError: an option, a package, the data or the disk does not allow it. DivergedRun: the loss diverged.
         Interrupted: Ctrl-C; ``resume`` continues.
     """
-    _check_packages(config)
-    split, config = _prepared(config)
-    folder = RunFolder.create(out, default=f"{config.data}-{config.scheme}-beta{config.beta:g}-seed{config.seed}")
-    with folder.discarded_if_empty(), folder.locked("--out"), _resumable(folder):
-        folder.check_unused()  # another process may have been there between
-        folder.write_json("config.json", config.to_json())
-        with torch_threads(config.threads):
-            return _Run(config, folder, split).complete(progress)
+    if not ranks.leads:
+        return _follow(ranks, config.data_dir)
+    with ranks.leading():
+        _check_packages(config)
+        split, config = _prepared(config)
+        folder = RunFolder.create(out, default=f"{config.data}-{config.scheme}-beta{config.beta:g}-seed{config.seed}")
+        with folder.discarded_if_empty(), folder.locked("--out"), _resumable(folder):
+            folder.check_unused()  # another process may have been there between
+            folder.write_json("config.json", config.to_json())
+            ranks.tell(folder.path)
+            with torch_threads(config.threads):
+                return _Run(config, folder, split, ranks).complete(progress)
 
 
 def resume(
-    path: str | os.PathLike[str], options: Mapping[str, Any] | None = None, *, progress: bool = False
+    path: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+    *,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Continue a run from its last finished epoch, bit by bit as if it had not stopped (on a CPU).
 
     Args:
         options: some options by name, which must be those of the run; ``data_dir`` may be another.
+        ranks: as of ``train``; their number may be another.
 
     Raises:
         UserError: the folder holds no run, a damaged one, or one with other options. Otherwise as ``train``.
     """
-    folder = RunFolder.existing(path)
-    with folder.locked("--resume"), _resumable(folder):
+    options = dict(options or {})
+    moved = options.pop("data_dir", None)
+    if not ranks.leads:
+        return _follow(ranks, moved)
+    with ranks.leading(), _opened(path) as folder:
         state = folder.read_checkpoint() if folder.has_checkpoint() else None
         config = config_of(folder, state)
-        options = dict(options or {})
-        moved = options.pop("data_dir", None)
         config.refuse_changes(options)
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError(f"argument --resume: {path} was trained on CUDA, and this PyTorch has no CUDA device")
         _check_packages(config)
         split, _ = _prepared(config if moved is None else replace(config, data_dir=moved))
+        ranks.tell(folder.path)
         with torch_threads(config.threads):
-            run = _Run(config, folder, split)
+            run = _Run(config, folder, split, ranks)
             if state is None:
                 notice(f"{path} has no checkpoint yet: the run starts from the beginning, with the options it has")
             else:
                 run.load(state)
             return run.complete(progress)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[RunFolder]:
+    """The folder of an earlier run, for this process alone."""
+    folder = RunFolder.existing(path)
+    with folder.locked("--resume"), _resumable(folder):
+        yield folder
+
+
+def _follow(ranks: Ranks, data_dir: str | None) -> RunResult:
+    """A process that does not lead: the same computation, from the leader's folder and into no files."""
+    folder = FollowersFolder(ranks.told())
+    state = folder.read_checkpoint() if folder.has_checkpoint() else None
+    config = config_of(folder, state)
+    split, _ = _prepared(config if data_dir is None else replace(config, data_dir=data_dir))
+    with torch_threads(config.threads):
+        run = _Run(config, folder, split, ranks)
+        if state is not None:
+            run.load(state)
+        return run.complete(progress=False)
 
 
 def _prepared(config: TrainConfig) -> tuple[Split, TrainConfig]:
@@ -98,6 +140,7 @@ def _prepared(config: TrainConfig) -> tuple[Split, TrainConfig]:
         config.data_dir,
         train_size=config.train_size,
         seed=config.seed,
+        validation_size=config.validation_size,
         random_labels=config.random_labels,
         allow_partial=config.allow_partial,
         **DEFAULTS[config.data].preparation,
@@ -142,12 +185,15 @@ def _check_packages(config: TrainConfig) -> None:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, folder: RunFolder, split: Split) -> None:
+    def __init__(self, config: TrainConfig, folder: RunFolder, split: Split, ranks: Ranks) -> None:
         self.config = config
         self.folder = folder
         self.split = split
+        self.writes_scalars = config.tensorboard and ranks.leads
         self.image_shape = split.train.x.shape[1:]
-        self.trainees = [Trainee.create(beta, self.image_shape, split.num_classes, config) for beta in config.betas]
+        self.trainees = [
+            Trainee.create(beta, self.image_shape, split.num_classes, config, ranks=ranks) for beta in config.betas
+        ]
         self.epoch = 0
 
     def load(self, state: dict[str, Any]) -> None:
@@ -181,7 +227,7 @@ class _Run:
         epochs = config.epochs * len(self.trainees)
         done = sum(len(trainee.epochs) for trainee in self.trainees)
         with (
-            closing(Scalars(self.folder.path, config.tensorboard, self.epoch + 1)) as scalars,
+            closing(Scalars(self.folder.path, self.writes_scalars, self.epoch + 1)) as scalars,
             progress_bar(progress, "training", epochs * batches, done * batches) as bar,
         ):
             for epoch in range(self.epoch + 1, config.epochs + 1):
@@ -204,6 +250,7 @@ class _Run:
             if epoch % math.ceil(config.epochs / _TEST_POINTS) == 0:
                 labels = evaluation_labels(config)
                 result = attacked(trainee.model, self.split.test, config.training_adversary, labels=labels)
+                record["test_loss"] = float(F.cross_entropy(result.logits, self.split.test.y))
                 record["test_accuracy"] = accuracy(result.logits, self.split.test.y)
         return record
 

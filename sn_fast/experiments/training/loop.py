@@ -18,6 +18,7 @@ from ..data import Samples
 from ..networks import build_network, demo_network, parameter_groups
 from .config import TrainConfig
 from .errors import Diverged
+from .ranks import ALONE, Ranks
 
 _MOMENTUM = 0.9
 
@@ -43,15 +44,24 @@ class Trainee:
     beta: float
     model: nn.Module
     config: TrainConfig
+    ranks: Ranks = ALONE
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.optimizer = _optimizer(self.model, self.config)
-        self._network: nn.Module = torch.compile(self.model) if self.config.compile else self.model  # type: ignore[assignment]
+        self._attacked: nn.Module = torch.compile(self.model) if self.config.compile else self.model  # type: ignore[assignment]
+        self._network = self.ranks.wrapped(self._attacked)
 
     @classmethod
     def create(
-        cls, beta: float, image_shape: Sequence[int], num_classes: int, config: TrainConfig, device: str | None = None
+        cls,
+        beta: float,
+        image_shape: Sequence[int],
+        num_classes: int,
+        config: TrainConfig,
+        *,
+        device: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> Trainee:
         """For images of shape (C, H, W). Equal seeds give equal initial weights for every beta.
 
@@ -72,7 +82,7 @@ class Trainee:
                 seed=config.seed,
                 spectral_norm={"gradient": config.gradient},
             )
-        return cls(beta, model.to(device or config.device), config)
+        return cls(beta, model.to(device or config.device), config, ranks)
 
     @property
     def name(self) -> str:
@@ -94,16 +104,23 @@ class Trainee:
     def train_step(self, x: Tensor, y: Tensor, lr: float) -> Step:
         """Attack the samples x, (B, C, H, W), with labels y, (B,), and move the weights against the loss there.
 
+        The batch is that of all processes, each of which computes its part; loss and gradient are those of the whole.
+
         Raises:
             Diverged: the loss is not finite; the weights are as before.
         """
         config = self.config
         # The first use of the weights after the last step refreshes sigma; the step below shares it.
-        x_adv = config.training_adversary.perturb(self._network, x, y if config.attack_labels == "true" else None)
+        samples = len(y)
+        x, y = self.ranks.part(x), self.ranks.part(y)
+        x_adv = config.training_adversary.perturb(self._attacked, x, y if config.attack_labels == "true" else None)
         with self._autocast(x):
             logits = self._network(x_adv)
-            loss = F.cross_entropy(logits, y)
-        value = loss.item()
+            loss = F.cross_entropy(logits, y, reduction="sum") / samples
+            # Gradients become means over the processes, so that each counts as many times.
+            loss = loss if self.ranks.size == 1 else loss * self.ranks.size
+        summed, correct = self.ranks.summed((loss.item(), int((logits.argmax(dim=1) == y).sum())), x.device)
+        value = summed / self.ranks.size
         if not math.isfinite(value):
             raise Diverged(f"the loss became {value}")
         for group in self.optimizer.param_groups:
@@ -111,7 +128,7 @@ class Trainee:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return Step(value, int((logits.argmax(dim=1) == y).sum()))
+        return Step(value, int(correct))
 
     def train_epoch(self, samples: Samples, epoch: int, bar: ProgressBar) -> dict[str, Any]:
         """One pass over ``samples``, every one attacked; loss and accuracy are those on the attacked samples.

@@ -23,6 +23,10 @@ _FORMAT = 1
 _FILES = ("config.json", "metrics.json", "checkpoint.pt", "*.png")  # whose unfinished versions were .NAME.part once
 
 
+class NotEmpty(UserError):
+    """A folder for a new run holds files."""
+
+
 class RunFolder:
     """config.json, metrics.json, checkpoint.pt and plots of one run."""
 
@@ -52,7 +56,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"argument --out: cannot read {self.path}: {error.strerror}; give another") from None
         if used:
-            raise UserError(
+            raise NotEmpty(
                 f"argument --out: {self.path} is not empty, and nothing is overwritten; give a new folder, or continue "
                 f"the run there with --resume {self.path}"
             )
@@ -159,6 +163,13 @@ class RunFolder:
             raise UserError(
                 f"cannot write {target}: {error.strerror}; put that right, then continue with --resume {self.path}"
             ) from None
+
+
+class FollowersFolder(RunFolder):
+    """The folder as the processes see it that do not lead: nothing is written."""
+
+    def write(self, name: str, content: bytes) -> None:
+        pass
 
 
 def _make_unused(path: Path) -> Path:

@@ -33,6 +33,7 @@ class Scalars:
         for key, name in (
             ("loss", "loss"),
             ("train_accuracy", "accuracy/train"),
+            ("test_loss", "loss_test"),
             ("test_accuracy", "accuracy/test"),
             ("seconds", "seconds"),
         ):

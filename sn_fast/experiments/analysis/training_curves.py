@@ -1,0 +1,205 @@
+"""Loss and accuracy while training: of any runs, and of those with random labels beside those with true ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import OptionError
+from .. import figures
+from ..reproduction import Outcome
+from ..reproduction.grid import DIVERGED
+from .results import Analysis, Cell, Row
+from .runs import distinct_runs, grouped, names, published_order, state, subject
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_FIELDS = ("loss", "test_loss", "train_accuracy", "test_accuracy")
+_MOST_MARKERS = 15
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the epochs of one run gave.
+
+    Attributes:
+        name: of the run, beside the others.
+        state: "finished", or what became of it.
+        epochs: numbers of the epochs, from 1.
+        loss, train_accuracy: mean over each epoch's attacked batches while they were trained on; None: no such number.
+        test_loss, test_accuracy: on the attacked test images, after those epochs that measured it.
+    """
+
+    name: str
+    state: str
+    epochs: tuple[int, ...]
+    loss: tuple[float | None, ...]
+    test_loss: tuple[float | None, ...]
+    train_accuracy: tuple[float | None, ...]
+    test_accuracy: tuple[float | None, ...]
+
+    def points(self, field: str) -> tuple[list[int], list[float]]:
+        """The epochs that have this number, and the number."""
+        found = [(e, v) for e, v in zip(self.epochs, getattr(self, field)) if v is not None]
+        return [e for e, _ in found], [v for _, v in found]
+
+
+@dataclass(frozen=True)
+class TrainingCurves(Analysis):
+    """Loss and accuracy per epoch of several runs; see ``training_curves``."""
+
+    curves: tuple[Curve, ...]
+    title: str
+
+    columns = ("run", "state", "epoch", "loss", "test loss", "train accuracy", "test accuracy")
+
+    def rows(self) -> list[Row]:
+        """One per run and epoch; a run without an epoch has one row."""
+        return [row for curve in self.curves for row in _rows(curve)]
+
+    def _draw(self) -> Figure:
+        figure, (loss, accuracy) = figures.panels(2, width=4.6, height=3.6)
+        for i, curve in enumerate(self.curves):
+            accuracy.plot([], [], color=figures.colour(i), marker=figures.marker(i), label=_label(curve))
+            for axes, kind in ((loss, "loss"), (accuracy, "accuracy")):
+                _plot(axes, curve, "loss" if kind == "loss" else f"train_{kind}", i, "--", training=True)
+                _plot(axes, curve, f"test_{kind}", i, "-")
+        figures.name_parts(accuracy)
+        loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log")
+        accuracy.set(title="Accuracy", xlabel="epoch")
+        figures.accuracy_axis(accuracy)
+        figures.titled(figure, f"While training, under the attack trained with: {self.title}")
+        figures.legend_below(figure, [loss, accuracy])
+        return figure
+
+
+def training_curves(outcomes: Iterable[Outcome]) -> TrainingCurves:
+    """Loss and accuracy per epoch of runs, also of those that have not finished.
+
+    Raises:
+        OptionError: there is no run, or none with an epoch.
+    """
+    runs = distinct_runs(outcomes)
+    curves = tuple(_curve(name, run) for name, run in zip(names(runs), runs))
+    _check_epochs(runs)
+    return TrainingCurves(curves, subject(runs) or "several runs")
+
+
+@dataclass(frozen=True)
+class RandomLabelFitting(Analysis):
+    """Training accuracy with true and with random labels; see ``random_label_fitting``.
+
+    Attributes:
+        panels: {title: {curves}}, one panel per data set, network and scheme.
+    """
+
+    panels: dict[str, tuple[Curve, ...]]
+
+    columns = ("panel", "run", "state", "epoch", "train accuracy")
+
+    def rows(self) -> list[Row]:
+        """One per run and epoch; a run without an epoch has one row."""
+        return [(panel, *row[:3], row[5]) for panel, curves in self.panels.items() for c in curves for row in _rows(c)]
+
+    def _draw(self) -> Figure:
+        figure, shown = figures.panels(len(self.panels))
+        styles = {n: i for i, n in enumerate(dict.fromkeys(c.name for cs in self.panels.values() for c in cs))}
+        for axis, (panel, curves) in zip(shown, self.panels.items()):
+            for curve in curves:
+                style = styles[curve.name]
+                _plot(axis, curve, "train_accuracy", style, figures.line(style), label=curve.name)
+            axis.set(title=panel, xlabel="epoch")
+            figures.accuracy_axis(axis, "training accuracy (%)")
+        figures.titled(figure, "Fitting random labels: training accuracy under the attack trained with")
+        figures.legend_below(figure, shown)
+        return figure
+
+
+def random_label_fitting(outcomes: Iterable[Outcome]) -> RandomLabelFitting:
+    """How well training fits random labels and true ones, with and without normalisation.
+
+    Runs that differ in nothing but beta, seed and the share of random labels make one panel.
+
+    Raises:
+        OptionError: there is no run with random labels, none with an epoch, or no run.
+    """
+    runs = distinct_runs(outcomes)
+    if not any(run.config.random_labels for run in runs):
+        raise OptionError("outcomes", f"{len(runs)} runs", "none has random labels; add runs with random_labels > 0")
+    _check_epochs(runs)
+    runs.sort(key=lambda run: (run.config.random_labels, published_order(run.config.beta), run.config.seed))
+    groups = grouped(runs, "beta", "seed", "random_labels")
+    of_run = dict(zip((run.config.key() for run in runs), _fitting_names(runs)))
+    firsts = [group[0] for group in groups]
+    titles = names(firsts) if len(groups) > 1 else [subject(firsts)]
+    return RandomLabelFitting(
+        {title: tuple(_curve(of_run[run.config.key()], run) for run in group) for title, group in zip(titles, groups)}
+    )
+
+
+def _fitting_names(runs: Sequence[Outcome]) -> list[str]:
+    """Names that are the same in all panels: labels, beta and, where there are several, seed."""
+    seeds = {run.config.seed for run in runs}
+    return [
+        ", ".join(
+            (
+                "true labels" if not run.config.random_labels else _share(run.config.random_labels),
+                figures.beta_label(run.config.beta),
+                *([f"seed {run.config.seed}"] if len(seeds) > 1 else []),
+            )
+        )
+        for run in runs
+    ]
+
+
+def _share(random_labels: float) -> str:
+    return "random labels" if random_labels == 1 else f"{random_labels:.0%} random labels"
+
+
+def _curve(name: str, run: Outcome) -> Curve:
+    epochs: Sequence[Mapping[str, Any]] = run.network.get("epochs", ())
+    values = {field: tuple(_number(record.get(field)) for record in epochs) for field in _FIELDS}
+    return Curve(name, state(run), tuple(int(record["epoch"]) for record in epochs), **values)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _check_epochs(runs: Sequence[Outcome]) -> None:
+    if not any(run.network.get("epochs") for run in runs):
+        raise OptionError("outcomes", f"{len(runs)} runs", "none has an epoch yet; compute them first")
+
+
+def _rows(curve: Curve) -> list[Row]:
+    numbers: list[tuple[Cell, ...]] = list(
+        zip(curve.epochs, curve.loss, curve.test_loss, curve.train_accuracy, curve.test_accuracy)
+    )
+    return [(curve.name, curve.state, *row) for row in numbers or [(None,) * 5]]
+
+
+def _label(curve: Curve) -> str:
+    return f"{curve.name} ({DIVERGED})" if curve.state.startswith(DIVERGED) else curve.name
+
+
+def _plot(
+    axes: Axes, curve: Curve, field: str, index: int, line: Any, *, training: bool = False, label: str = ""
+) -> None:
+    """Training is paler, and without markers, so that it does not hide the test."""
+    x, y = curve.points(field)
+    if not x:
+        return
+    axes.plot(
+        x,
+        figures.percent(y) if field.endswith("accuracy") else y,
+        label=label,
+        color=figures.colour(index),
+        linestyle=line,
+        marker="" if training else figures.marker(index),
+        markevery=max(1, math.ceil(len(x) / _MOST_MARKERS)),
+        alpha=figures.FAINT if training else 1,
+    )

@@ -1,0 +1,300 @@
+"""Parts of the paper, each the runs that it needs and the analyses of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import OptionError, UserError
+from ...files import replace_file
+from ...running import torch_threads
+from ..analysis import (
+    AccuracyTable,
+    Analysis,
+    accuracy_table,
+    by_defence,
+    capacities,
+    gradient_norm_distributions,
+    margin_distributions,
+    norm_gain_distributions,
+    perturbed_images,
+    random_label_fitting,
+    robustness_curves,
+    trained_norms,
+    training_curves,
+    write_analysis,
+)
+from ..data import Samples, Split, load_data
+from ..reproduction import Grid, Outcome, Store, compute
+from ..reproduction.grid import FINISHED
+from ..training import TrainConfig, TrainedNetwork, trained_networks
+from ..training.config import json_number
+from ..training.defaults import DEFAULTS
+
+PARTS = ("table", "curves", "margins", "random-labels", "norms", "bounds")
+_STORE = "runs"
+_FIGURES = "figures"
+_STATISTICS_IMAGES = 2000
+"""Training images for margins, gradients and capacities: enough for quantiles."""
+
+
+@dataclass
+class Report:
+    """What was computed, as text, as JSON and as files.
+
+    Attributes:
+        parts: those asked for.
+        outcomes: of all runs, computed or not.
+        analyses: by name, in the order of the report.
+        missing: {name of an analysis: why there is none}.
+    """
+
+    title: str
+    parts: tuple[str, ...]
+    outcomes: list[Outcome]
+    analyses: dict[str, Analysis] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def unfinished(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.status != FINISHED]
+
+    def text(self) -> str:
+        """The table, and what is missing."""
+        lines = [self.title, ""]
+        table = self.analyses.get("accuracy")
+        if isinstance(table, AccuracyTable):
+            lines += [table.text(), ""]
+        lines += [f"{outcome.config.key()}: {outcome.status} {outcome.reason}".rstrip() for outcome in self.unfinished]
+        lines += [f"no {name}: {reason}" for name, reason in self.missing.items()]
+        return "\n".join(lines).rstrip()
+
+    def document(self) -> dict[str, Any]:
+        """The report as one JSON document."""
+        return {
+            "title": self.title,
+            "parts": list(self.parts),
+            "runs": [
+                {"run": o.config.key(), "status": o.status, "epochs": o.epochs_done, "reason": o.reason}
+                for o in self.outcomes
+            ],
+            "analyses": {
+                name: {
+                    suffix or "rows": {
+                        "columns": list(table.columns),
+                        "rows": [[_json(cell) for cell in row] for row in table.rows],
+                    }
+                    for suffix, table in analysis.tables().items()
+                }
+                for name, analysis in self.analyses.items()
+            },
+            "missing": self.missing,
+        }
+
+    def write(self, folder: Path, page: Callable[[Report], str]) -> list[Path]:
+        """report.txt, report.json, report.html and the figures with their numbers.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        paths = []
+        for name, analysis in self.analyses.items():
+            paths += write_analysis(analysis, folder / _FIGURES, name)
+        contents = {
+            "report.txt": self.text() + "\n",
+            "report.json": json.dumps(self.document(), indent=1, allow_nan=False) + "\n",
+            "report.html": page(self),
+        }
+        for name, content in contents.items():
+            path = folder / name
+            try:
+                replace_file(path, content.encode())
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror or error}; free some space") from None
+            paths.append(path)
+        return paths
+
+
+def reproduce(
+    parts: Sequence[str],
+    grid: Grid,
+    folder: str | os.PathLike[str],
+    *,
+    jobs: int = 1,
+    progress: bool = False,
+    only_report: bool = False,
+    retry_failed: bool = False,
+    report: Callable[[Outcome], None] = lambda outcome: None,
+) -> Report:
+    """Compute what is missing of a grid of runs, and analyse it. Runs are kept in ``folder``/runs.
+
+    Args:
+        parts: of ``PARTS``: "table" (accuracy over beta beside the published), "curves" (robustness and training),
+            "margins" (margins, gradient norms, norm gain, perturbed images), "random-labels" (runs of their own with
+            random labels), "norms" (of the layers), "bounds" (capacities beside the measured gaps).
+        only_report: compute nothing; report what there is.
+        jobs, progress, retry_failed, report: as of ``compute``.
+
+    Raises:
+        OptionError: a part is unknown, or the grid is impossible. UserError: a file is damaged or cannot be written.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise OptionError("what", part, f"choose {', '.join(PARTS)} or all")
+    store = Store(Path(folder, _STORE))
+    runs = grid.runs()
+    random_runs = random_label_runs(grid) if "random-labels" in parts else []
+    wanted = [*runs, *random_runs]
+    if not only_report:
+        compute(store, wanted, jobs=jobs, progress=progress, retry_failed=retry_failed, report=report)
+    outcomes = [store.outcome(config) for config in wanted]
+    result = Report(_title(grid), tuple(parts), outcomes)
+    _Analyst(result, store, runs, random_runs).analyse()
+    return result
+
+
+def random_label_runs(grid: Grid) -> list[TrainConfig]:
+    """The grid with random labels of all training images: never stopped early by accuracy alone, as published."""
+    return replace(grid, options={**grid.options, "random_labels": 1.0}).runs()
+
+
+class _Analyst:
+    """Makes the analyses of a report, each for itself: one that is not possible is named with its reason."""
+
+    def __init__(
+        self, report: Report, store: Store, runs: Sequence[TrainConfig], random_runs: Sequence[TrainConfig]
+    ) -> None:
+        self.report = report
+        self.store = store
+        self.outcomes = [store.outcome(config) for config in runs]
+        self.random = [store.outcome(config) for config in random_runs]
+        self._split: Split | None = None
+
+    def analyse(self) -> None:
+        for part in self.report.parts:
+            try:
+                getattr(self, f"_{part.replace('-', '_')}")()
+            except UserError as error:  # the data, say
+                self.report.missing[part] = str(error)
+
+    def _table(self) -> None:
+        self._add("accuracy", accuracy_table, self.outcomes)
+
+    def _curves(self) -> None:
+        self._add("training", training_curves, self.outcomes)
+        for arch, members in self._chosen().items():
+            config = members[0][1].config
+            attacks = {scheme.upper(): config.adversary(scheme) for scheme in ("fgm", "pgm", "wrm")}
+            networks = by_defence(network for _, network in members)
+            self._add(f"robustness-{arch}", robustness_curves, networks, self.split.test, attacks)
+
+    def _margins(self) -> None:
+        samples = self.statistics_samples
+        for arch, members in self._chosen().items():
+            networks = by_defence(network for _, network in members)
+            adversaries = {
+                panel: next(n.config.training_adversary for _, n in members if n.model in of_panel.values())
+                for panel, of_panel in networks.items()
+            }
+            with_samples = {
+                panel: {name: (model, samples) for name, model in of_panel.items()}
+                for panel, of_panel in networks.items()
+            }
+            self._add(f"margins-{arch}", margin_distributions, with_samples, adversaries)
+            self._add(f"gradients-{arch}", gradient_norm_distributions, networks, samples)
+            self._add(f"gain-{arch}", norm_gain_distributions, networks, samples)
+            for panel, of_panel in networks.items():
+                if (adversary := adversaries[panel]).scheme != "erm":
+                    name = f"images-{arch}-{adversary.scheme}"
+                    self._add(name, perturbed_images, of_panel, self.split.test, adversary)
+
+    def _random_labels(self) -> None:
+        self._add("random-labels", random_label_fitting, [*self.outcomes, *self.random])
+
+    def _norms(self) -> None:
+        self._add("norms", trained_norms, self.outcomes)
+
+    def _bounds(self) -> None:
+        finished = [outcome for outcome in self.outcomes if outcome.status == FINISHED]
+        networks = [(outcome, self._network(outcome)) for outcome in finished]
+        members = [(outcome, network) for outcome, network in networks if network is not None]
+        self._add("capacities", capacities, members, self.statistics_samples)
+
+    def _add(self, name: str, make: Callable[..., Analysis], *arguments: Any) -> None:
+        try:
+            with torch_threads(1):
+                self.report.analyses[name] = make(*arguments)
+        except UserError as error:
+            self.report.missing[name] = str(error)
+
+    @property
+    def split(self) -> Split:
+        """The data of the runs."""
+        if self._split is None:
+            config = self.outcomes[0].config
+            self._split = load_data(
+                config.data,
+                config.data_dir,
+                train_size=config.train_size,
+                seed=config.seed,
+                validation_size=config.validation_size,
+                allow_partial=config.allow_partial,
+                **DEFAULTS[config.data].preparation,
+            )
+        return self._split
+
+    @property
+    def statistics_samples(self) -> Samples:
+        train = self.split.train
+        return Samples(train.x[:_STATISTICS_IMAGES], train.y[:_STATISTICS_IMAGES])
+
+    def _network(self, outcome: Outcome) -> TrainedNetwork | None:
+        """The network of a run; None if the store holds its numbers alone."""
+        try:
+            (network,) = trained_networks(self.store.folder(outcome.config)).values()
+        except UserError as error:
+            self.report.missing[f"network of {outcome.config.key()}"] = str(error)
+            return None
+        return network
+
+    def _chosen(self) -> dict[str, list[tuple[Outcome, TrainedNetwork]]]:
+        """By network: of each scheme the run without normalisation and the best one with, of the first seed."""
+        chosen: dict[str, list[tuple[Outcome, TrainedNetwork]]] = {}
+        groups: dict[tuple[str, str], list[Outcome]] = {}
+        first = self.outcomes[0].config.seed
+        for outcome in self.outcomes:
+            if outcome.status == FINISHED and outcome.config.seed == first:
+                groups.setdefault((outcome.config.arch, outcome.config.scheme), []).append(outcome)
+        for (arch, _), members in groups.items():
+            plain = [o for o in members if math.isinf(o.config.beta)]
+            capped = [o for o in members if math.isfinite(o.config.beta)]
+            best = max(capped, key=_choice, default=None)
+            for outcome in (*plain, *filter(None, [best])):
+                network = self._network(outcome)
+                if network is not None:
+                    chosen.setdefault(arch.removesuffix("_sn"), []).append((outcome, network))
+        if not chosen:
+            self.report.missing["networks"] = "no run has finished"
+        return chosen
+
+
+def _choice(outcome: Outcome) -> float:
+    """The accuracy that chooses between betas."""
+    return outcome.accuracy("validation" if "validation" in outcome.final["accuracy"] else "test")
+
+
+def _title(grid: Grid) -> str:
+    betas = grid.betas if isinstance(grid.betas, str) else ", ".join(f"{beta:g}" for beta in grid.betas)
+    return (
+        f"{grid.data}: {', '.join(grid.archs)}; {', '.join(s.upper() for s in grid.schemes)}; beta {betas}; "
+        f"seeds {', '.join(map(str, grid.seeds))}"
+    )
+
+
+def _json(cell: Any) -> Any:
+    return json_number(cell) if isinstance(cell, float) else cell

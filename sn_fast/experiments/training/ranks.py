@@ -1,0 +1,107 @@
+"""The processes of torchrun that share a run: each takes a part of every batch, the first writes the files."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...errors import UserError
+
+
+class Ranks:
+    """One of ``size`` processes, each of which runs the same code on its part of every batch."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+        self._told = size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and shows the progress."""
+        return self.rank == 0
+
+    def part(self, x: Tensor) -> Tensor:
+        """This process's samples of a batch; none if the batch is smaller than the number of processes."""
+        return x if self.size == 1 else x[self.rank :: self.size]
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model, with gradients that are means over the processes.
+
+        u, v and sigma are the same in all by construction, so buffers are sent only for the statistics of BatchNorm.
+        """
+        if self.size == 1:
+            return model
+        has_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        sends = "forward_sync_buffers"  # the name since torch 2.14
+        if sends not in inspect.signature(DistributedDataParallel.__init__).parameters:
+            sends = "broadcast_buffers"
+        return DistributedDataParallel(model, **{sends: has_statistics})  # type: ignore[arg-type]
+
+    def summed(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Each value, summed over the processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Within this context the leader opens the run's folder; if that fails, the others end too."""
+        try:
+            yield
+        except BaseException:
+            self._tell(None)
+            raise
+
+    def tell(self, folder: Path) -> None:
+        """Leader: the others may work in ``folder`` now."""
+        self._tell(str(folder))
+
+    def told(self) -> Path:
+        """The others: the folder that the leader has opened.
+
+        Raises:
+            UserError: it could not.
+        """
+        message: list[str | None] = [None]
+        dist.broadcast_object_list(message, src=0)
+        if message[0] is None:
+            raise UserError("the first process has ended with an error, which it has reported")
+        return Path(message[0])
+
+    def _tell(self, message: str | None) -> None:
+        if not self._told:
+            self._told = True
+            dist.broadcast_object_list([message], src=0)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def ranks_of_torchrun(device: str) -> Iterator[Ranks]:
+    """The processes that torchrun has started, as a group for as long as this context lasts.
+
+    Raises:
+        UserError: torchrun has not started this process.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise UserError("argument --ddp: start with torchrun, e.g. torchrun --nproc-per-node 2 -m sn_fast train --ddp")
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
