@@ -29,9 +29,9 @@ from .norms import (
 )
 
 if TYPE_CHECKING:
-    from . import attacks
+    from . import attacks, theory
 
-_ROOMS = ("attacks", "experiments")  # packages of their own public names, imported at their first use
+_ROOMS = ("attacks", "experiments", "theory")  # packages of their own public names, imported at their first use
 
 __all__ = [
     "BoundInfo",
@@ -58,6 +58,7 @@ __all__ = [
     "singular_values",
     "spectral_norm",
     "spectral_norm_summary",
+    "theory",
     "update_spectral_norm",
 ]
 

@@ -50,10 +50,11 @@ import sn_fast
 
 assert "sn_fast.attacks" not in sys.modules
 assert "sn_fast.experiments" not in sys.modules
-assert {"attacks", "experiments", "operator_norm"} <= set(dir(sn_fast))
+assert {"attacks", "experiments", "theory", "operator_norm"} <= set(dir(sn_fast))
 assert callable(sn_fast.attacks.pgd)
 assert sn_fast.attacks is sys.modules["sn_fast.attacks"]
 assert sn_fast.experiments.__name__ == "sn_fast.experiments"
+assert callable(sn_fast.theory.margins)
 try:
     sn_fast.atacks
 except AttributeError as error:
