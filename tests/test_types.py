@@ -79,6 +79,7 @@ attacks: list[FGM | PGD | WRM] = [FGM(model, eps=0.1), attack, WRM(model, gamma=
 all_attacked: list[Tensor] = [a(x, y) for a in attacks]
 told: tuple[Tensor, AttackInfo] = PGD(model, eps=0.1, return_info=True)(x, y)
 named: Tensor = sn_fast.attacks.pgd(model, x, y, eps=0.1)
+distances: Tensor = sn_fast.theory.margins(model(x), y)
 step: Tensor = pgd_step(x, x, x, norm="inf", eps=0.1, alpha=0.05, clip=(0.0, None))
 pulled: Tensor = project(wrm_step(x, x, x, eps=0.1, step=1.0), random_start(x, norm=2, eps=1), norm=2, eps=1.0)
 """

@@ -15,8 +15,10 @@ import sn_fast
 from sn_fast.layers import LayerOperator
 from sn_fast.norms.estimate import start_vectors
 from sn_fast.ops import normalize as _normalize_ops  # noqa: F401 - registers the operators
+from sn_fast.ops import pgd_step as pgd_ops
+from sn_fast.ops import random_start as start_ops
 from sn_fast.ops import refresh as _refresh_ops  # noqa: F401
-from sn_fast.ops import updates as updates_ops
+from sn_fast.ops import wrm_step as wrm_ops
 from sn_fast.ops.fingerprint import _fingerprint as _fingerprint_reference
 from sn_fast.ops.fingerprint import fingerprint
 from sn_fast.ops.power_step import PRECISIONS
@@ -201,16 +203,16 @@ def _updates(device: str, small: bool) -> Iterator[Case]:
             for norm in NORMS:
                 e = eps[norm]
                 args: tuple[Any, ...] = (x_adv, x, grad, norm, e, e / 4, None, None, *ends, False, None)
-                yield Case(f"pgd_step {norm}, {label}", updates_ops.pgd_step, args, tolerance, opcheck=checked)
+                yield Case(f"pgd_step {norm}, {label}", pgd_ops.pgd_step, args, tolerance, opcheck=checked)
                 if norm == "1-exact":  # another kernel
                     args = (x_adv, x, grad, norm, e, e / 4, *[None] * 4, False, None)
-                    yield Case(f"pgd_step {norm} without clip, {label}", updates_ops.pgd_step, args, tolerance)
+                    yield Case(f"pgd_step {norm} without clip, {label}", pgd_ops.pgd_step, args, tolerance)
                 args = (x_adv, x, norm, e, None, *ends)
-                yield Case(f"project {norm}, {label}", updates_ops.project, args, tolerance)
+                yield Case(f"project {norm}, {label}", pgd_ops.project, args, tolerance)
                 args = (x, norm, e, None, *ends, torch.tensor(12345678901, device=device))
-                yield Case(f"random_start {norm}, {label}", updates_ops.random_start, args, tolerance)
+                yield Case(f"random_start {norm}, {label}", start_ops.random_start, args, tolerance)
             args = (x_adv, x, grad, 0.1, None, 0.5, *ends)
-            yield Case(f"wrm_step, {label}", updates_ops.wrm_step, args, tolerance, opcheck=checked)
+            yield Case(f"wrm_step, {label}", wrm_ops.wrm_step, args, tolerance, opcheck=checked)
 
 
 # -- plumbing ---------------------------------------------------------------------------------------------------------

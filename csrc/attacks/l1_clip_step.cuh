@@ -2,7 +2,7 @@
 //
 // The ball then takes from the other elements alone; where the full ones exceed eps by themselves, they are filled from
 // x until eps is spent, and the others are back at x. So the iterates of a linear loss stop at its maximum over ball
-// and clip (reference/updates.py: _fill_steepest).
+// and clip (reference/l1_fill.py: fill_steepest).
 #pragma once
 
 #include "attacks/l1_fill.cuh"

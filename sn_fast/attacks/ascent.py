@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops import steps as ops
 from ..ops.library import has_kernels
-from ..reference.updates import box
+from ..reference.pgd_step import box
 from .arguments import Amount, OneBound
 from .gradient import Evaluation, Objective
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..layers.checks import check_products
 from ..layers.operators import LinearOperator, leaves_of, unscaled
 from ..layers.weighted import LayerOperator, as_int, layer_operator
-from ..ops.power_step import lanczos_start
+from ..ops.lanczos import lanczos_start
 from ..reference.linear_map import compute_dtype
 from .flat import FlatOperator, Triple, dense_matrices, flattened, unit
 

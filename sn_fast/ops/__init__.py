@@ -2,11 +2,14 @@
 
 from . import (  # noqa: F401 - importing them defines the operators
     fingerprint,
+    lanczos,
     normalize,
+    pgd_step,
     power_step,
+    random_start,
     refresh,
     singular_vectors,
-    updates,
+    wrm_step,
 )
 from .compiled import MODULE
 from .library import UseKernels

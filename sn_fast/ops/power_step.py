@@ -1,4 +1,4 @@
-"""The operators of grouped power iteration and of its start."""
+"""The operator of grouped power iteration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..reference.geometry import decode
-from ..reference.lanczos import lanczos_start as _lanczos_start_reference
 from ..reference.linear_map import compute_dtype
 from ..reference.power import power_step as _power_step_reference
 from .layout import Layout
@@ -20,8 +19,6 @@ from .plan import Plan
 from .precision import PRECISIONS, resolved
 
 MAX_OPERATORS = 200  # csrc/spectral/half_step.h: kMaxOperators
-_MAX_LANCZOS = 32  # csrc/spectral/lanczos.h: kMaxLanczos
-_LANCZOS_PASSES = 3  # likewise: kLanczosPasses
 
 
 Vectors = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -57,7 +54,7 @@ def starts_of(us: Sequence[Tensor], vs: Sequence[Tensor], by: Sequence[Tensor] |
 
 
 def images_of(us: Sequence[Tensor], vs: Sequence[Tensor], by: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The other one."""
+    """Of each operator the vector on the other side: u of a convolution, v of a matrix."""
     return [u if like.dim() > 1 else v for u, v, like in zip(us, vs, us if by is None else by, strict=True)]
 
 
@@ -235,77 +232,4 @@ _power_step = define(
     _power_step_flat,
     _power_step_fake,
     _power_step_kernel,
-)
-
-
-def _lanczos_start_kernel(
-    module: ModuleType, weights: Sequence[Tensor], starts: Sequence[Tensor], geometry: Sequence[int], n_iterations: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    plans = plans_of(module, "lanczos_start", weights, geometry)
-    if n_iterations < 1:
-        raise ValueError(f"lanczos_start: n_iterations={n_iterations} must be >= 1")
-    if plans is None or len(plans) > 1 or n_iterations > _MAX_LANCZOS:
-        return _lanczos_start_reference(weights, starts, geometry, n_iterations)
-    shapes_of_starts = [v if from_v else u for (u, v), from_v in zip(plans[0].shapes, plans[0].starts_from_v)]
-    if not take("lanczos_start", "start", starts, shapes_of_starts, weights[0]):
-        return _lanczos_start_reference(weights, starts, geometry, n_iterations)
-    (plan,), device = plans, weights[0].device
-    n, count = n_iterations, plan.n_spans
-    # The start side is the result of the second half step, the other side that of the first.
-    sizes = plan.result_sizes[::-1]
-    bases = [torch.empty(n, size, dtype=torch.float32, device=device) for size in sizes]
-    torch.cat([x.reshape(-1) for x in starts], out=bases[0][0])
-    results = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
-    parts, n_parts = plan.parts
-    norms = [
-        torch.empty(size, dtype=torch.float64, device=device)
-        for size in (max(plan.norm_sizes), n * count, n * count, _LANCZOS_PASSES * max(n_parts) * (n + 1))
-    ]
-    partials = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
-    counters = torch.empty(plan.n_counters, dtype=torch.int32, device=device)
-    maps, items, _, table = plan.tables.addresses()
-    module.lanczos(
-        (maps, items, table),
-        plan.n_items,
-        parts.addresses(),
-        n_parts,
-        n,
-        [w.data_ptr() for w in weights],
-        plan.offsets[::-1],
-        sizes,
-        [b.data_ptr() for b in bases],
-        [r.data_ptr() for r in results],
-        [t.data_ptr() for t in norms],
-        partials.data_ptr(),
-        counters.data_ptr(),
-        plan.n_counters,
-        stream_of(device),
-    )
-    us, vs = [], []
-    for i, (shapes, from_v) in enumerate(zip(plan.shapes, plan.starts_from_v)):
-        sides = (1, 0) if from_v else (0, 1)
-        u, v = (
-            results[side].narrow(0, plan.offsets[1 - side][i], math.prod(shape)).reshape(shape).clone()
-            for side, shape in zip(sides, shapes)
-        )
-        us.append(u)
-        vs.append(v)
-    return us, vs
-
-
-def _lanczos_start_fake(
-    weights: Sequence[Tensor], starts: Sequence[Tensor], geometry: Sequence[int], n_iterations: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    us, vs = [], []
-    for w, x, g in zip(weights, starts, decode(geometry)):
-        us.append(w.new_empty(g.out_shape(w.shape), dtype=compute_dtype(w, x)))
-        vs.append(w.new_empty(g.in_shape(w.shape), dtype=compute_dtype(w, x)))
-    return us, vs
-
-
-lanczos_start = define(
-    "lanczos_start(Tensor[] weights, Tensor[] starts, int[] geometry, int n_iterations) -> (Tensor[], Tensor[])",
-    _lanczos_start_reference,
-    _lanczos_start_fake,
-    _lanczos_start_kernel,
 )

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..reference.geometry import decode
 from .fingerprint import fingerprint, renew_record, same_content, update_record
+from .lanczos import lanczos_start
 from .library import define, is_capturing, kernels_of
-from .power_step import lanczos_start, power_step, starts_of
+from .power_step import power_step, starts_of
 from .precision import resolved
 from .prepared_step import PreparedStep, prepare
 from .records import is_on_host

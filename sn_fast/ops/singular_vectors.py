@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..reference.geometry import Geometry, decode
 from ..reference.linear_map import compute_dtype
+from .lanczos import lanczos_start
 from .library import LIBRARY, define
-from .power_step import lanczos_start, power_step, starts_of
+from .power_step import power_step, starts_of
 
 LANCZOS_STEPS = 15
 ROUNDS = 2  # of Lanczos, for a weight from outside: after one, a gap of 1 % leaves vectors far off, and the gradient

@@ -2,7 +2,7 @@
 
 An update of a small batch takes less time on the device than a call through the dispatcher takes on the host. So where
 nothing has to see the call (``is_watched``), it goes to the kernel or the reference straight; the results are the same.
-Arguments are as in ``ops.updates``, but a bound may be a number; autograd takes no part.
+Arguments are as in the operators, but a bound may be a number; autograd takes no part.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import updates as _reference
-from ..reference.updates import Bound
-from . import updates as _operators
+from ..reference import pgd_step as _pgd_reference
+from ..reference import wrm_step as _wrm_reference
+from ..reference.samples import Bound
+from . import pgd_step as _pgd
+from . import random_start as _start
+from . import wrm_step as _wrm
 from .library import is_watched, kernels_of
 
 
@@ -35,12 +38,12 @@ def pgd_step(
     watched = is_watched(x_adv, x, grad)
     module = None if watched else kernels_of(x.device)
     if module is not None:
-        return _operators.pgd_step_by_kernel(module, *arguments, lower, upper, targeted, active)
+        return _pgd.pgd_step_by_kernel(module, *arguments, lower, upper, targeted, active)
     with torch.no_grad():
         if not watched:
-            return _reference.pgd_step(*arguments, lower, upper, targeted, active)
+            return _pgd_reference.pgd_step(*arguments, lower, upper, targeted, active)
         (lower, low), (upper, high) = _split(lower), _split(upper)
-        return _operators.pgd_step(*arguments, lower, upper, targeted, active, low, high)
+        return _pgd.pgd_step(*arguments, lower, upper, targeted, active, low, high)
 
 
 def wrm_step(
@@ -58,12 +61,12 @@ def wrm_step(
     watched = is_watched(x_adv, x, grad)
     module = None if watched else kernels_of(x.device)
     if module is not None:
-        return _operators.wrm_step_by_kernel(module, *arguments, lower, upper)
+        return _wrm.wrm_step_by_kernel(module, *arguments, lower, upper)
     with torch.no_grad():
         if not watched:
-            return _reference.wrm_step(*arguments, lower, upper)
+            return _wrm_reference.wrm_step(*arguments, lower, upper)
         (lower, low), (upper, high) = _split(lower), _split(upper)
-        return _operators.wrm_step(*arguments, lower, upper, low, high)
+        return _wrm.wrm_step(*arguments, lower, upper, low, high)
 
 
 def project(
@@ -74,12 +77,12 @@ def project(
     watched = is_watched(x_adv, x)
     module = None if watched else kernels_of(x.device)
     if module is not None:
-        return _operators.project_by_kernel(module, *arguments, lower, upper)
+        return _pgd.project_by_kernel(module, *arguments, lower, upper)
     with torch.no_grad():
         if not watched:
-            return _reference.project(*arguments, lower, upper)
+            return _pgd_reference.project(*arguments, lower, upper)
         (lower, low), (upper, high) = _split(lower), _split(upper)
-        return _operators.project(*arguments, lower, upper, low, high)
+        return _pgd.project(*arguments, lower, upper, low, high)
 
 
 def random_start(
@@ -88,9 +91,9 @@ def random_start(
     """See ``reference.random_start``; ``seed`` on x's device."""
     module = None if is_watched(x, seed) else kernels_of(x.device)
     if module is not None:
-        return _operators.random_start_by_kernel(module, x, norm, eps, eps_per_sample, lower, upper, seed)
+        return _start.random_start_by_kernel(module, x, norm, eps, eps_per_sample, lower, upper, seed)
     (lower, low), (upper, high) = _split(lower), _split(upper)
-    return _operators.random_start(x, norm, eps, eps_per_sample, lower, upper, seed, low, high)
+    return _start.random_start(x, norm, eps, eps_per_sample, lower, upper, seed, low, high)
 
 
 def _split(bound: Bound) -> tuple[Tensor | None, float | None]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..reference.updates import Bound
+from ..reference.samples import Bound
 from .layout import memory_digits
 from .library import dtype_code
 

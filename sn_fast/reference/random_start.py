@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .linear_map import compute_dtype
-from .updates import Bound, project
+from .pgd_step import project
+from .samples import Bound
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10

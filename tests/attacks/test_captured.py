@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sn_fast import attacks
+from sn_fast.reference import pgd_step as pgd_reference
 from sn_fast.reference import random_start as drawn
-from sn_fast.reference import updates as reference
+from sn_fast.reference import wrm_step as wrm_reference
 
 from ..on_device import DEVICE
 
@@ -61,16 +62,16 @@ def test_references(dtype: torch.dtype, norm: str, bound: float | str | None, pe
     for targeted in (False, True):
         for eps in (0.3, math.inf):
             check(
-                lambda e=eps, t=targeted: reference.pgd_step(
+                lambda e=eps, t=targeted: pgd_reference.pgd_step(
                     x_adv, x, grad, norm, e, 0.1, amounts, amounts, *clip, t, active
                 )
             )
-    check(lambda: reference.project(x_adv, x, norm, 0.3, amounts, *clip))
-    check(lambda: reference.wrm_step(x_adv, x, grad, 0.3, amounts, 0.5, *clip))
+    check(lambda: pgd_reference.project(x_adv, x, norm, 0.3, amounts, *clip))
+    check(lambda: wrm_reference.wrm_step(x_adv, x, grad, 0.3, amounts, 0.5, *clip))
     check(lambda: drawn.random_start(x, norm, 0.3, amounts, *clip, seed))
     if norm == "inf":
         for side in range(2):
-            check(lambda s=side: reference.box(x, 0.3, amounts, *clip)[s])
+            check(lambda s=side: pgd_reference.box(x, 0.3, amounts, *clip)[s])
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1", "L1-exact"])

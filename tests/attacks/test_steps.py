@@ -13,8 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sn_fast.attacks import pgd, pgd_step, project, random_start, wrm, wrm_step
 from sn_fast.attacks.gradient import Objective
-from sn_fast.ops import updates as ops
-from sn_fast.reference import updates as reference
+from sn_fast.ops import pgd_step as pgd_ops
+from sn_fast.ops import wrm_step as wrm_ops
+from sn_fast.reference import pgd_step as pgd_reference
+from sn_fast.reference import samples as in_samples
+from sn_fast.reference import wrm_step as wrm_reference
 
 from ..kernels.whole_models import plain_pytorch
 from .models import per_sample_norm, same_bits
@@ -282,7 +285,7 @@ def test_ball_and_clip_as_one_box_are_the_two_in_turn() -> None:
     x = torch.tensor([[-2.0, -0.5, 0.5, 1.5, 3.0]])
     z = x + torch.tensor([[0.9, -0.9, 0.9, -0.9, 0.0]])
     lower, upper = torch.tensor(0.0), torch.tensor(1.0)
-    low, high = reference.box(x, 0.3, None, lower, upper)
+    low, high = pgd_reference.box(x, 0.3, None, lower, upper)
     assert torch.equal(z.clamp(low, high), project(z, x, norm="Linf", eps=0.3, clip=(0, 1)))
 
 
@@ -324,6 +327,13 @@ def test_arguments_are_left_alone(norm: str) -> None:
     assert all(r.untyped_storage().data_ptr() not in storages for r in results)
 
 
+REFERENCES = {
+    "sn_fast::pgd_step": pgd_reference.pgd_step,
+    "sn_fast::project": pgd_reference.project,
+    "sn_fast::wrm_step": wrm_reference.wrm_step,
+}
+
+
 class PassCount(TorchDispatchMode):
     """Counts reads and writes of tensors with ``numel`` elements, and looks into the library's own operators."""
 
@@ -337,7 +347,7 @@ class PassCount(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "sn_fast":
             with self:
-                return getattr(reference, func._schema.name.split("::")[1])(*args, **kwargs)
+                return REFERENCES[func._schema.name](*args, **kwargs)
         result = func(*args, **kwargs)
         if self.counting:
             self.passes += self._passes(func, args, kwargs, result)
@@ -427,10 +437,12 @@ def test_parts_of_a_batch_are_its_samples(
     for bound in bounds:
         results = []
         for part in (10**9, samples * x[0].numel() // torch.get_num_threads()):
-            monkeypatch.setattr(reference, "_PART", part)
+            monkeypatch.setattr(in_samples, "_PART", part)
             args = (x_adv, x, grad, CANONICAL[norm], 0.3, 0.1, eps, alpha, bound, 0.9, True, active)
-            results.append((reference.pgd_step(*args), reference.project(*args[:2], *args[3:5], eps, bound, 0.9)))
-            results[-1] += (reference.wrm_step(*args[:3], 0.3, eps, 0.5, bound, None),)
+            results.append(
+                (pgd_reference.pgd_step(*args), pgd_reference.project(*args[:2], *args[3:5], eps, bound, 0.9))
+            )
+            results[-1] += (wrm_reference.wrm_step(*args[:3], 0.3, eps, 0.5, bound, None),)
         for whole, parts in zip(*results, strict=True):
             assert whole.stride() == parts.stride()
             torch.testing.assert_close(parts, whole, rtol=0, atol=3e-7)
@@ -446,14 +458,14 @@ def operator_calls(dtype: torch.dtype) -> list[tuple]:
     last = x_adv.to(memory_format=torch.channels_last)
     return [
         *(
-            (ops.pgd_step, (x_adv, x, grad, n, 0.1, 0.2, None, None, None, None, False, None))
+            (pgd_ops.pgd_step, (x_adv, x, grad, n, 0.1, 0.2, None, None, None, None, False, None))
             for n in CANONICAL.values()
         ),
-        (ops.pgd_step, (last, x, grad, "2", 0.0, 0.0, eps, eps, bound, None, True, active)),
-        (ops.pgd_step, (last, x, grad, "inf", math.inf, 0.1, None, None, x - 1, x + 1, False, None)),
-        (ops.wrm_step, (last, x, grad, 0.1, None, 0.5, bound, bound + 1)),
-        (ops.wrm_step, (x_adv, x, grad, 0.0, eps, 1.0, None, None)),
-        *((ops.project, (last, x, n, 0.1, None, None, bound)) for n in CANONICAL.values()),
+        (pgd_ops.pgd_step, (last, x, grad, "2", 0.0, 0.0, eps, eps, bound, None, True, active)),
+        (pgd_ops.pgd_step, (last, x, grad, "inf", math.inf, 0.1, None, None, x - 1, x + 1, False, None)),
+        (wrm_ops.wrm_step, (last, x, grad, 0.1, None, 0.5, bound, bound + 1)),
+        (wrm_ops.wrm_step, (x_adv, x, grad, 0.0, eps, 1.0, None, None)),
+        *((pgd_ops.project, (last, x, n, 0.1, None, None, bound)) for n in CANONICAL.values()),
     ]
 
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sn_fast.ops import updates as ops
-from sn_fast.reference import updates as reference
+from sn_fast.ops import pgd_step as pgd_ops
+from sn_fast.reference import pgd_step as pgd_reference
 
 from ..attacks.models import same_bits
 from .conftest import THREAD_ORDERS
@@ -44,7 +44,7 @@ def test_layouts_and_dtypes(kernels: ModuleType, on_chip: bool, layout: tuple[st
             laid_out(t.to(d), name) for t, d, name in zip(batch(), (dtype, dtype, grad_dtype), layout, strict=True)
         )
         for eps, alpha in ((math.inf, 3.3), (9.0, 3.3), (2.1, 0.7), (0.4, 40.0)):
-            check(ops.pgd_step, reference.pgd_step, step(x_adv, x, grad, eps, alpha))
+            check(pgd_ops.pgd_step, pgd_reference.pgd_step, step(x_adv, x, grad, eps, alpha))
 
 
 @pytest.mark.parametrize("on_chip", ON_CHIP, indirect=True)
@@ -63,10 +63,10 @@ def test_bounds_amounts_and_flags(kernels: ModuleType, on_chip: bool) -> None:
     ):
         for targeted in (False, True):
             options = {"lower": lower, "upper": upper, "targeted": targeted}
-            check(ops.pgd_step, reference.pgd_step, step(x_adv, x, grad, 3.0, 1.5, **options))
+            check(pgd_ops.pgd_step, pgd_reference.pgd_step, step(x_adv, x, grad, 3.0, 1.5, **options))
             amounts = {"eps_per_sample": eps, "alpha_per_sample": alpha}
-            check(ops.pgd_step, reference.pgd_step, step(x_adv, x, grad, 0.0, 0.0, **amounts, **options))
-            found = ops.pgd_step(*step(x_adv, x, grad, 0.0, 0.0, **amounts, **options, active=active))
+            check(pgd_ops.pgd_step, pgd_reference.pgd_step, step(x_adv, x, grad, 0.0, 0.0, **amounts, **options))
+            found = pgd_ops.pgd_step(*step(x_adv, x, grad, 0.0, 0.0, **amounts, **options, active=active))
             assert same_bits(found[1], x_adv[1])
 
 
@@ -76,8 +76,8 @@ def test_sizes(kernels: ModuleType, on_chip: bool, size: int) -> None:
     for dtype in DTYPES:
         x_adv, x, grad = (t.to(dtype) for t in batch((2, size), seed=size))
         for part in (0.001, 0.1, 0.5):
-            check(ops.pgd_step, reference.pgd_step, step(x_adv, x, grad, part * size, 0.3 * part * size))
-            check(ops.pgd_step, reference.pgd_step, step(x, x, grad, math.inf, part * size))
+            check(pgd_ops.pgd_step, pgd_reference.pgd_step, step(x_adv, x, grad, part * size, 0.3 * part * size))
+            check(pgd_ops.pgd_step, pgd_reference.pgd_step, step(x, x, grad, math.inf, part * size))
 
 
 @pytest.mark.parametrize("on_chip", ON_CHIP, indirect=True)
@@ -85,7 +85,7 @@ def test_sizes(kernels: ModuleType, on_chip: bool, size: int) -> None:
 def test_scale_of_the_gradient(kernels: ModuleType, on_chip: bool, scale: float) -> None:
     x_adv, x, grad = batch()
     args = (x_adv.float(), x.float(), (grad.clamp(-1, 1) * scale).float())
-    check(ops.pgd_step, reference.pgd_step, step(*args, 3.0, 1.1))
+    check(pgd_ops.pgd_step, pgd_reference.pgd_step, step(*args, 3.0, 1.1))
 
 
 @pytest.mark.parametrize("on_chip", ON_CHIP, indirect=True)
@@ -96,13 +96,13 @@ def test_ties_zeros_and_what_is_not_finite(kernels: ModuleType, on_chip: bool) -
     grad[2, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     grad[3] = math.nan
     for eps, alpha in ((math.inf, 5.0), (1.0, 5.0), (5.0, 0.1), (3.0, 1e3)):
-        moved = ops.pgd_step(*step(x_adv, x, grad, eps, alpha))
+        moved = pgd_ops.pgd_step(*step(x_adv, x, grad, eps, alpha))
         clean = step(x_adv, x, grad.nan_to_num(0.0, 0.0, 0.0), eps, alpha)
-        assert same_bits(moved, check(ops.pgd_step, reference.pgd_step, clean))
+        assert same_bits(moved, check(pgd_ops.pgd_step, pgd_reference.pgd_step, clean))
         assert same_bits(moved[1::2], x_adv[1::2])
         assert not torch.equal(moved[::2], x_adv[::2])
     x_adv[0, 0, 0, 0] = x[0, 0, 0, 0] = math.nan
-    moved = ops.pgd_step(*step(x_adv, x, grad, 2.0, 1.0))
+    moved = pgd_ops.pgd_step(*step(x_adv, x, grad, 2.0, 1.0))
     assert moved.isnan().nonzero().tolist() == [[0, 0, 0, 0]]
 
 
@@ -112,7 +112,7 @@ def test_same_bits_in_every_thread_order_and_on_repeat(kernels: ModuleType, on_c
     results = []
     for order in (*THREAD_ORDERS, THREAD_ORDERS[-1]):
         kernels.set_thread_order(order)
-        results.append([ops.pgd_step(*step(x_adv, x, grad, eps, 70.0)) for eps in (20.0, 400.0, math.inf)])
+        results.append([pgd_ops.pgd_step(*step(x_adv, x, grad, eps, 70.0)) for eps in (20.0, 400.0, math.inf)])
     for again in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(again, results[0], strict=True))
 
@@ -122,8 +122,8 @@ def test_a_clip_out_of_reach_is_none(kernels: ModuleType, on_chip: bool) -> None
     x_adv, x, grad = (t.float() for t in batch())
     far = {"lower": torch.tensor(-1e3), "upper": torch.tensor(1e3)}
     for eps in (0.5, 3.0, math.inf):
-        with_clip = ops.pgd_step(*step(x_adv, x, grad, eps, 1.3, **far))
-        without = ops.pgd_step(*step(x_adv, x, grad, eps, 1.3, lower=None, upper=None))
+        with_clip = pgd_ops.pgd_step(*step(x_adv, x, grad, eps, 1.3, **far))
+        without = pgd_ops.pgd_step(*step(x_adv, x, grad, eps, 1.3, lower=None, upper=None))
         torch.testing.assert_close(with_clip, without, rtol=0, atol=1e-7)
 
 
@@ -150,9 +150,9 @@ def test_properties(
 ) -> None:
     x_adv, x, grad = (t.to(dtype) for t in batch(shape, seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "RESIDENT_BYTES", 96 * 1024 if resident else 0)
-        moved = ops.pgd_step(*step(x_adv, x, grad, eps, alpha))
-        first = ops.pgd_step(*step(x, x, grad, math.inf, alpha))
+        patch.setattr(pgd_ops, "RESIDENT_BYTES", 96 * 1024 if resident else 0)
+        moved = pgd_ops.pgd_step(*step(x_adv, x, grad, eps, alpha))
+        first = pgd_ops.pgd_step(*step(x, x, grad, math.inf, alpha))
     rounding = norm_of(torch.finfo(dtype).eps * torch.ones_like(x, dtype=torch.float64), "1")
     assert (norm_of(moved.double() - x.double(), "1") <= eps * (1 + 1e-6) + rounding).all()
     assert moved.min() >= 0

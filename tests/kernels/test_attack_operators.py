@@ -8,8 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from sn_fast.ops import updates as ops
-from sn_fast.reference import updates as reference
+from sn_fast.ops import pgd_step as pgd_ops
+from sn_fast.ops import random_start as start_ops
+from sn_fast.ops import wrm_step as wrm_ops
+from sn_fast.reference import pgd_step as pgd_reference
+from sn_fast.reference import wrm_step as wrm_reference
 
 from ..attacks.models import same_bits
 from .test_attack_updates import NORMS, SHAPE, batch, laid_out
@@ -22,14 +25,17 @@ def operator_calls(dtype: torch.dtype) -> list[tuple]:
     last, sparse = laid_out(x_adv, "channels_last"), laid_out(x_adv, "sparse")
     seed = torch.tensor(5)
     return [
-        *((ops.pgd_step, (x_adv, x, grad, n, 0.1, 0.2, *[None] * 4, False, None)) for n in NORMS),
-        (ops.pgd_step, (last, x, grad, "2", 0.0, 0.0, eps, eps, bound, None, True, active)),
-        (ops.pgd_step, (sparse, x, grad, "inf", math.inf, 0.1, None, None, x.float() - 1, x.float() + 1, False, None)),
-        (ops.wrm_step, (last, x, grad, 0.1, None, 0.5, bound, bound + 1)),
-        (ops.wrm_step, (laid_out(x_adv, "batch_fastest"), x, grad, 0.0, eps, 1.0, None, None)),
-        *((ops.project, (last, x, n, 0.1, None, None, bound)) for n in NORMS),
-        *((ops.random_start, (last, n, 0.1, None, None, bound, seed)) for n in NORMS),
-        (ops.random_start, (sparse, "2", 0.1, eps, None, None, seed)),
+        *((pgd_ops.pgd_step, (x_adv, x, grad, n, 0.1, 0.2, *[None] * 4, False, None)) for n in NORMS),
+        (pgd_ops.pgd_step, (last, x, grad, "2", 0.0, 0.0, eps, eps, bound, None, True, active)),
+        (
+            pgd_ops.pgd_step,
+            (sparse, x, grad, "inf", math.inf, 0.1, None, None, x.float() - 1, x.float() + 1, False, None),
+        ),
+        (wrm_ops.wrm_step, (last, x, grad, 0.1, None, 0.5, bound, bound + 1)),
+        (wrm_ops.wrm_step, (laid_out(x_adv, "batch_fastest"), x, grad, 0.0, eps, 1.0, None, None)),
+        *((pgd_ops.project, (last, x, n, 0.1, None, None, bound)) for n in NORMS),
+        *((start_ops.random_start, (last, n, 0.1, None, None, bound, seed)) for n in NORMS),
+        (start_ops.random_start, (sparse, "2", 0.1, eps, None, None, seed)),
     ]
 
 
@@ -43,10 +49,10 @@ def test_operators_pass_opcheck(kernels: ModuleType, dtype: torch.dtype) -> None
 def test_empty_and_single_batches(kernels: ModuleType, norm: str) -> None:
     for n in (0, 1):
         x_adv, x, grad = (t[:n].float() for t in batch())
-        assert ops.pgd_step(x_adv, x, grad, norm, 0.1, 0.1, *[None] * 4, False, None).shape == x.shape
-        assert ops.project(x_adv, x, norm, 0.1, None, None, None).shape == x.shape
-        assert ops.wrm_step(x_adv, x, grad, 0.1, None, 0.1, None, None).shape == x.shape
-        assert ops.random_start(x, norm, 0.1, None, None, None, torch.tensor(1)).shape == x.shape
+        assert pgd_ops.pgd_step(x_adv, x, grad, norm, 0.1, 0.1, *[None] * 4, False, None).shape == x.shape
+        assert pgd_ops.project(x_adv, x, norm, 0.1, None, None, None).shape == x.shape
+        assert wrm_ops.wrm_step(x_adv, x, grad, 0.1, None, 0.1, None, None).shape == x.shape
+        assert start_ops.random_start(x, norm, 0.1, None, None, None, torch.tensor(1)).shape == x.shape
 
 
 def test_float64_goes_to_the_reference(kernels: ModuleType) -> None:
@@ -54,9 +60,9 @@ def test_float64_goes_to_the_reference(kernels: ModuleType) -> None:
         tensors = tuple(t.to(d) for t, d in zip(batch(), dtypes, strict=True))
         for norm in NORMS:
             args = (*tensors, norm, 0.1, 0.2, *[None] * 4, False, None)
-            assert same_bits(ops.pgd_step(*args), reference.pgd_step(*args))
+            assert same_bits(pgd_ops.pgd_step(*args), pgd_reference.pgd_step(*args))
         args = (*tensors, 0.1, None, 0.5, None, None)
-        assert same_bits(ops.wrm_step(*args), reference.wrm_step(*args))
+        assert same_bits(wrm_ops.wrm_step(*args), wrm_reference.wrm_step(*args))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def test_what_kernels_refuse(kernels: ModuleType, change: dict, error: type[Exce
     names = ("eps_per_sample", "alpha_per_sample", "lower", "upper", "active")
     arguments = dict.fromkeys(names) | {"x_adv": x_adv, "x": x, "grad": grad, "norm": "2", "eps": 0.1, "alpha": 0.1}
     with pytest.raises(error, match=message):
-        ops._pgd_step_kernel(kernels, **(arguments | {"targeted": False} | change))
+        pgd_ops._pgd_step_kernel(kernels, **(arguments | {"targeted": False} | change))
 
 
 def test_samples_far_apart(kernels: ModuleType) -> None:
@@ -89,4 +95,4 @@ def test_samples_far_apart(kernels: ModuleType) -> None:
     far = storage.as_strided((2, 16), (2**31 + 8, 1)).copy_(x_adv)
     for norm in NORMS:
         rest = (x, grad, norm, 0.1, 0.2, *[None] * 4, False, None)
-        assert same_bits(ops.pgd_step(far, *rest), ops.pgd_step(x_adv, *rest))
+        assert same_bits(pgd_ops.pgd_step(far, *rest), pgd_ops.pgd_step(x_adv, *rest))

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sn_fast.ops import updates as ops
-from sn_fast.reference import updates as reference
+from sn_fast.ops import pgd_step as pgd_ops
+from sn_fast.ops import wrm_step as wrm_ops
+from sn_fast.reference import pgd_step as pgd_reference
+from sn_fast.reference import wrm_step as wrm_reference
 
 from ..attacks.models import same_bits
 from .conftest import THREAD_ORDERS
@@ -30,7 +32,7 @@ ON_CHIP = [pytest.param(True, id="on_chip"), pytest.param(False, id="in_tiles")]
 def on_chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether samples may stay in shared memory."""
     if not request.param:
-        monkeypatch.setattr(ops, "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(pgd_ops, "RESIDENT_BYTES", 0)
     return request.param
 
 
@@ -114,10 +116,14 @@ def test_layouts_and_dtypes(kernels: ModuleType, on_chip: bool, layout: tuple[st
         )
         bounds = torch.tensor([-1.0, -0.5, -0.8]).reshape(3, 1, 1), torch.tensor(1.5)
         for eps in (0.3, math.inf):
-            check(ops.pgd_step, reference.pgd_step, (x_adv, x, grad, norm, eps, 0.4, *[None] * 2, *bounds, False, None))
-        check(ops.project, reference.project, (x_adv, x, norm, 0.2, None, *bounds))
+            check(
+                pgd_ops.pgd_step,
+                pgd_reference.pgd_step,
+                (x_adv, x, grad, norm, eps, 0.4, *[None] * 2, *bounds, False, None),
+            )
+        check(pgd_ops.project, pgd_reference.project, (x_adv, x, norm, 0.2, None, *bounds))
         if norm == "inf":
-            check(ops.wrm_step, reference.wrm_step, (x_adv, x, grad, 0.1, None, 0.7, *bounds))
+            check(wrm_ops.wrm_step, wrm_reference.wrm_step, (x_adv, x, grad, 0.1, None, 0.7, *bounds))
 
 
 def clips(x: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -147,14 +153,16 @@ def test_options(kernels: ModuleType, on_chip: bool, layout: str, norm: str) -> 
         for eps_per_sample, mask, targeted in ((None, None, True), (eps, None, False), (eps, active, True)):
             alpha_per_sample = alpha if (i + targeted) % 2 else None
             args = (x_adv, x, grad, norm, 0.1, 0.2, eps_per_sample, alpha_per_sample, lower, upper, targeted, mask)
-            found = check(ops.pgd_step, reference.pgd_step, args)
+            found = check(pgd_ops.pgd_step, pgd_reference.pgd_step, args)
             if mask is not None:
                 assert same_bits(found[1], x_adv[1])
             if lower is None and upper is None and eps_per_sample is not None and mask is None:
                 assert same_bits(found[2], x[2])  # eps = 0
-        check(ops.project, reference.project, (x_adv + 0.1 * grad, x, norm, 0.1, eps, lower, upper))
-        check(ops.wrm_step, reference.wrm_step, (x_adv, x, grad, -0.3, None, 1 / math.sqrt(2 + i), lower, upper))
-        check(ops.wrm_step, reference.wrm_step, (x_adv, x, grad, 0.0, alpha, 1.0, lower, upper))
+        check(pgd_ops.project, pgd_reference.project, (x_adv + 0.1 * grad, x, norm, 0.1, eps, lower, upper))
+        check(
+            wrm_ops.wrm_step, wrm_reference.wrm_step, (x_adv, x, grad, -0.3, None, 1 / math.sqrt(2 + i), lower, upper)
+        )
+        check(wrm_ops.wrm_step, wrm_reference.wrm_step, (x_adv, x, grad, 0.0, alpha, 1.0, lower, upper))
 
 
 @pytest.mark.parametrize("on_chip", ON_CHIP, indirect=True)
@@ -165,9 +173,11 @@ def test_sizes(kernels: ModuleType, on_chip: bool, size: int) -> None:
         per_channel = torch.linspace(0, 1, size)
         for eps in (0.1, 1.0):
             check(
-                ops.pgd_step, reference.pgd_step, (x_adv, x, grad, norm, eps, 0.5, *[None] * 3, per_channel, True, None)
+                pgd_ops.pgd_step,
+                pgd_reference.pgd_step,
+                (x_adv, x, grad, norm, eps, 0.5, *[None] * 3, per_channel, True, None),
             )
-        check(ops.project, reference.project, (x_adv, x, norm, 0.05, None, None, per_channel))
+        check(pgd_ops.project, pgd_reference.project, (x_adv, x, norm, 0.05, None, None, per_channel))
 
 
 @pytest.mark.parametrize("norm", NORMS[1:])
@@ -177,18 +187,20 @@ def test_large_samples(kernels: ModuleType, norm: str, size: int) -> None:
     dtype = torch.float16 if size % 3 == 0 else torch.float32
     x_adv, x, grad = (t.to(dtype) for t in batch((2, size)))
     for eps in (3.0, 1e4):
-        check(ops.pgd_step, reference.pgd_step, (x_adv, x, grad, norm, eps, 7.0, *[None] * 4, False, None))
-        check(ops.project, reference.project, (x_adv, x, norm, eps / 2, *[None] * 3))
+        check(pgd_ops.pgd_step, pgd_reference.pgd_step, (x_adv, x, grad, norm, eps, 7.0, *[None] * 4, False, None))
+        check(pgd_ops.project, pgd_reference.project, (x_adv, x, norm, eps / 2, *[None] * 3))
 
 
 def test_gradient_that_undoes_the_perturbation(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where |d + s g|^2 from three sums cancels, the sample is inside, or the step is long against the ball."""
-    monkeypatch.setattr(ops, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(pgd_ops, "RESIDENT_BYTES", 0)
     x_adv, x, _ = (t.float() for t in batch())
     distance = norm_of(x_adv - x, "2").float()
     for alpha in (distance, 1.01 * distance, 2.5 * distance):
         check(
-            ops.pgd_step, reference.pgd_step, (x_adv, x, x - x_adv, "2", 0.1, 0.0, None, alpha, None, None, False, None)
+            pgd_ops.pgd_step,
+            pgd_reference.pgd_step,
+            (x_adv, x, x - x_adv, "2", 0.1, 0.0, None, alpha, None, None, False, None),
         )
 
 
@@ -209,7 +221,7 @@ def test_l1_threshold(kernels: ModuleType, on_chip: bool, sample: list[float]) -
     norm = float(delta[0].double().abs().sum())
     for part in (0.0, 1e-6, 0.01, 0.3, 0.9, 0.999999, 1.0, 1.1):
         eps = float(torch.tensor(part * norm))  # as the kernel rounds it
-        found = check(ops.project, reference.project, (delta, x, "1-exact", eps, None, None, None))
+        found = check(pgd_ops.project, pgd_reference.project, (delta, x, "1-exact", eps, None, None, None))
         assert (found.double().abs().sum(dim=1) <= eps * (1 + 1e-6)).all()
         if part >= 1.1:
             assert same_bits(found, delta)
@@ -225,8 +237,10 @@ def test_scale_of_the_gradient(kernels: ModuleType, on_chip: bool, norm: str, sc
     x_adv, x, grad = batch()
     grad = grad.clamp(-1, 1) * scale
     args = (x_adv.float(), x.float(), grad.float(), norm, 0.2, 0.3, *[None] * 4, False, None)
-    check(ops.pgd_step, reference.pgd_step, args)
-    moved = ops.pgd_step(x.float(), x.float(), grad.float(), norm, math.inf, 0.5, *[None] * 4, False, None) - x.float()
+    check(pgd_ops.pgd_step, pgd_reference.pgd_step, args)
+    moved = (
+        pgd_ops.pgd_step(x.float(), x.float(), grad.float(), norm, math.inf, 0.5, *[None] * 4, False, None) - x.float()
+    )
     assert norm_of(moved, norm).sub(0.5).abs().max() < 1e-5
 
 
@@ -241,22 +255,22 @@ def test_zero_and_non_finite_gradients(kernels: ModuleType, on_chip: bool, norm:
     grad[2] = math.nan
     clean = grad.nan_to_num(0.0, 0.0, 0.0)
     rest = (norm, 9.0, 0.1, *[None] * 4, False, None)
-    moved = ops.pgd_step(x_adv, x, grad, *rest)
-    assert same_bits(moved, ops.pgd_step(x_adv, x, clean, *rest))
-    check(ops.pgd_step, reference.pgd_step, (x_adv, x, clean, *rest))
+    moved = pgd_ops.pgd_step(x_adv, x, grad, *rest)
+    assert same_bits(moved, pgd_ops.pgd_step(x_adv, x, clean, *rest))
+    check(pgd_ops.pgd_step, pgd_reference.pgd_step, (x_adv, x, clean, *rest))
     assert torch.equal(moved[1:], x_adv[1:])
     assert not torch.equal(moved[0], x_adv[0])
     if norm == "inf":
         wrm = (0.3, None, 0.5, None, None)
-        assert same_bits(ops.wrm_step(x_adv, x, grad, *wrm), ops.wrm_step(x_adv, x, clean, *wrm))
+        assert same_bits(wrm_ops.wrm_step(x_adv, x, grad, *wrm), wrm_ops.wrm_step(x_adv, x, clean, *wrm))
     else:
         assert same_bits(moved[1:], x_adv[1:])
 
 
 def test_wrm_steps_of_0_and_1_are_exact(kernels: ModuleType) -> None:
     x_adv, x, grad = (t.float() for t in batch())
-    assert same_bits(ops.wrm_step(x_adv, x, grad, 0.25, None, 1.0, None, None), x + 0.25 * grad)
-    assert same_bits(ops.wrm_step(x_adv, x, grad, 0.25, None, 0.0, None, None), x_adv)
+    assert same_bits(wrm_ops.wrm_step(x_adv, x, grad, 0.25, None, 1.0, None, None), x + 0.25 * grad)
+    assert same_bits(wrm_ops.wrm_step(x_adv, x, grad, 0.25, None, 0.0, None, None), x_adv)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -264,7 +278,7 @@ def test_nan_in_x_stays_in_its_element(kernels: ModuleType, norm: str) -> None:
     x_adv, x, grad = (t.float() for t in batch())
     x_adv[0, 0, 0, 0] = x[0, 0, 0, 0] = math.nan
     bound = torch.tensor(5.0)
-    moved = ops.pgd_step(x_adv, x, grad, norm, 0.3, 0.1, None, None, -bound, bound, False, None)
+    moved = pgd_ops.pgd_step(x_adv, x, grad, norm, 0.3, 0.1, None, None, -bound, bound, False, None)
     assert moved.isnan().sum() == 1
     assert moved[0, 0, 0, 0].isnan()
 
@@ -280,9 +294,9 @@ def test_same_bits_in_every_thread_order_and_on_repeat(kernels: ModuleType, on_c
     results = []
     for order in (*THREAD_ORDERS, THREAD_ORDERS[-1]):
         kernels.set_thread_order(order)
-        moved = ops.pgd_step(x_adv, x, grad, norm, 2.0, 3.0, *[None] * 4, False, active)
-        results.append((moved, ops.project(x_adv, x, norm, 0.5, None, None, None)))
-        results[-1] += (ops.wrm_step(x_adv, x, grad, 0.1, None, 0.3, None, None),)
+        moved = pgd_ops.pgd_step(x_adv, x, grad, norm, 2.0, 3.0, *[None] * 4, False, active)
+        results.append((moved, pgd_ops.project(x_adv, x, norm, 0.5, None, None, None)))
+        results[-1] += (wrm_ops.wrm_step(x_adv, x, grad, 0.1, None, 0.3, None, None),)
     for again in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(again, results[0], strict=True))
 
@@ -292,9 +306,9 @@ def test_same_bits_in_every_thread_order_and_on_repeat(kernels: ModuleType, on_c
 def test_a_sample_does_not_depend_on_its_batch(kernels: ModuleType, on_chip: bool, norm: str) -> None:
     x_adv, x, grad = (t.float() for t in batch((4, 333)))
     rest = (norm, 0.3, 0.5, *[None] * 4, False, None)
-    together = ops.pgd_step(x_adv, x, grad, *rest)
+    together = pgd_ops.pgd_step(x_adv, x, grad, *rest)
     for i in range(4):
-        alone = ops.pgd_step(*(t[i : i + 1].clone() for t in (x_adv, x, grad)), *rest)
+        alone = pgd_ops.pgd_step(*(t[i : i + 1].clone() for t in (x_adv, x, grad)), *rest)
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=3e-7)
 
 
@@ -325,9 +339,9 @@ def test_properties(
     active = torch.arange(shape[0]) % 2 == 0
     rest = (None, None, None, None, False, active)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "RESIDENT_BYTES", 96 * 1024 if resident else 0)
-        moved = ops.pgd_step(x_adv, x, grad, norm, eps, alpha, *rest)
-        inside = ops.project(x_adv, x, norm, 1e-6 + 1.01 * norm_of(x_adv - x, norm).max().item(), *[None] * 3)
+        patch.setattr(pgd_ops, "RESIDENT_BYTES", 96 * 1024 if resident else 0)
+        moved = pgd_ops.pgd_step(x_adv, x, grad, norm, eps, alpha, *rest)
+        inside = pgd_ops.project(x_adv, x, norm, 1e-6 + 1.01 * norm_of(x_adv - x, norm).max().item(), *[None] * 3)
     assert same_bits(moved[~active], x_adv[~active])
     assert same_bits(inside, x_adv)
     delta = (moved.double() - x.double())[active]

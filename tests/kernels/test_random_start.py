@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sn_fast.attacks import random_start
-from sn_fast.ops import updates as ops
+from sn_fast.ops import random_start as start_ops
 from sn_fast.reference import random_start as reference
 
 from ..attacks.models import same_bits
@@ -39,7 +39,7 @@ def test_philox_known_answers(module: ModuleType, counter: list[int], key: list[
 
 def start(x: Tensor, norm: str, eps: float = 0.5, seed: int = 2**40 + 17, **options: Tensor | None) -> Tensor:
     options = {"eps_per_sample": None, "lower": None, "upper": None} | options
-    return ops.random_start(x, norm, eps, *options.values(), torch.tensor(seed))
+    return start_ops.random_start(x, norm, eps, *options.values(), torch.tensor(seed))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -112,7 +112,7 @@ def test_without_kernels_the_values_are_those_of_torch(kernels: ModuleType) -> N
 
 def test_a_seed_that_does_not_fit(kernels: ModuleType) -> None:
     with pytest.raises(ValueError, match="seed must be one int64"):
-        ops.random_start(torch.zeros(2, 3), "2", 0.1, None, None, None, torch.tensor([1, 2]))
+        start_ops.random_start(torch.zeros(2, 3), "2", 0.1, None, None, None, torch.tensor([1, 2]))
 
 
 def test_eps_zero_changes_no_bit(kernels: ModuleType) -> None:

@@ -257,7 +257,7 @@ def test_bits_do_not_depend_on_the_number_of_blocks(tmp_path: Path, module: Modu
 
 OVERFLOW = "ERROR: AddressSanitizer: heap-buffer-overflow"
 BEYOND: dict[str, tuple[Edit, str, str]] = {  # what is said of it, and where
-    "a item too many": (("number < p.n_items", "number <= p.n_items"), OVERFLOW, "power_step_half"),
+    "an item too many": (("number < p.n_items", "number <= p.n_items"), OVERFLOW, "power_step_half"),
     "a row beyond the last": (
         ("last_row = g.rows - item.row - 1;", "last_row = g.rows - item.row;"),
         OVERFLOW,

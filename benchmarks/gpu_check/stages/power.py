@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sn_fast
-from sn_fast.ops.power_step import PRECISIONS
 from sn_fast.ops.power_step import power_step as power_step_op
+from sn_fast.ops.precision import PRECISIONS
 
 from ... import models
 from ...published_loop import PublishedLoop

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sn_fast.attacks import pgd_step, project, random_start, wrm_step
-from sn_fast.ops.updates import RESIDENT_BYTES
-from sn_fast.reference import updates as reference
+from sn_fast.ops.update_arguments import RESIDENT_BYTES
+from sn_fast.reference import pgd_step as pgd_reference
+from sn_fast.reference import wrm_step as wrm_reference
 
 from ... import eager_updates
 from ..context import Context
@@ -66,21 +67,21 @@ def updates(x: Tensor) -> Iterator[Update]:
         yield Update(
             f"pgd_step {norm}",
             lambda o=options, a=alpha: pgd_step(x_adv, x, grad, alpha=a, **o),  # type: ignore[misc]
-            lambda n=plain, e=eps, a=alpha: reference.pgd_step(x_adv, x, grad, n, e, a, *rest),  # type: ignore[misc]
+            lambda n=plain, e=eps, a=alpha: pgd_reference.pgd_step(x_adv, x, grad, n, e, a, *rest),  # type: ignore[misc]
             (lambda f=eagerly[norm], e=eps, a=alpha: f(x_adv, x, grad, e, a)) if norm in eagerly else None,  # type: ignore[misc]
             step_passes[norm],
         )
         yield Update(
             f"project {norm}",
             lambda o=options: project(x_adv, x, **o),  # type: ignore[misc]
-            lambda n=plain, e=eps: reference.project(x_adv, x, n, e, None, lower, upper),  # type: ignore[misc]
+            lambda n=plain, e=eps: pgd_reference.project(x_adv, x, n, e, None, lower, upper),  # type: ignore[misc]
             None,
             project_passes[norm],
         )
     yield Update(
         "wrm_step",
         lambda: wrm_step(x_adv, x, grad, eps=0.1, step=0.5),
-        lambda: reference.wrm_step(x_adv, x, grad, 0.1, None, 0.5, None, None),
+        lambda: wrm_reference.wrm_step(x_adv, x, grad, 0.1, None, 0.5, None, None),
         lambda: eager_updates.wrm(x_adv, x, grad, 0.1, 0.5),
         4,
     )
