@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,8 +128,8 @@ class Outcome:
 class Store:
     """Runs in folders below one, by ``TrainConfig.key``: a run that is there is not computed again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
 
     def folder(self, config: TrainConfig) -> Path:
         return self.path / config.key()
