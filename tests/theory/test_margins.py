@@ -132,7 +132,7 @@ def test_bad_arguments(network):
 
 
 def test_published_norms_leave_out_what_is_between_the_layers():
-    """LRN, overlapping pooling and a shortcut, which the theorems refuse: the published product is of the layers alone."""
+    """The published product is of the layers alone, also beside an LRN, pooling and branches."""
 
     class Branched(nn.Module):
         def __init__(self) -> None:
@@ -160,7 +160,7 @@ def test_published_norms_leave_out_what_is_between_the_layers():
     sums = 1 + 1 + sigma[0] + sigma[0] * sigma[1]
     found = margin_scale(model, 2, example_input=x, reference=True)
     assert found == pytest.approx(math.log(math.prod(sigma) * sums), abs=1e-6)
-    kernels = [float(layer.weight.norm()) ** 2 for layer in (model.conv, model.fc, model.projection)]
+    kernels = [float(layer.weight.detach().norm()) ** 2 for layer in (model.conv, model.fc, model.projection)]
     ratios = kernels[0] * 72 / 4 / sigma[0] ** 2 + sum(k / s**2 for k, s in zip(kernels[1:], sigma[1:]))
     found = margin_scale(model, 1, example_input=x, extra_correction=True, reference=True)
     assert found == pytest.approx(math.log(math.prod(sigma)) + math.log(ratios) / 2, abs=1e-6)
