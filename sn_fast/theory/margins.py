@@ -11,6 +11,7 @@ from ..lipschitz.labels import check_logits, class_indices, two_sided
 from ..reference.linear_map import compute_dtype
 from .logarithms import exp, log, log_sum
 from .norms import LayerNorms, NetworkNorms, network_norms
+from .published import published_norms
 from .schemes import Scheme, log_factor, positive
 
 _MODES = (0, 1, 2)
@@ -66,7 +67,8 @@ def margin_scale(
         eps_over_kappa: of mode 2.
         reference: the published formulas (``compute_margins``): in mode 2 P (1 + sum_{i < d} prod_{j < i} sigma_j),
             which starts at 2, and lacks the last product, the factor P and eps/kappa; in the correction
-            ||K_i||_F^2 H W Cin / 4 for a kernel K_i at an input of (Cin, H, W), as if every stride were 2.
+            ||K_i||_F^2 H W Cin / 4 for a kernel K_i at an input of (Cin, H, W), as if every stride were 2. Whatever is
+            between the layers is left out, so that no network is refused that has layers with a norm.
 
     Raises:
         ValueError: an unknown mode, or eps_over_kappa that is negative or given with ``reference``; see also
@@ -77,7 +79,7 @@ def margin_scale(
     ratio = positive("eps_over_kappa", eps_over_kappa, zero=True)
     if reference and ratio != 1:
         raise ValueError(f"eps_over_kappa={eps_over_kappa!r}: reference=True has it fixed at 1")
-    norms = network_norms(model, example_input, certified=certified)
+    norms = (published_norms if reference else network_norms)(model, example_input, certified=certified)
     scale = 0.0 if mode == 0 else norms.log_product
     if mode == 2:
         fgm = Scheme("fgm", eps=ratio, kappa=1.0)

@@ -115,7 +115,7 @@ def network_norms(model: nn.Module, example_input: Tensor, *, certified: bool = 
         key = (layer.key, layer.copies) if layer.key is not None else (i,)
         if key not in cache:
             with torch.no_grad():
-                cache[key] = _measured(layer, certified)
+                cache[key] = measured_norms(layer, certified)
         spectral, frobenius, kernel = cache[key]
         steps = [*network.between[i], *(network.between[-1] if i == len(network.layers) - 1 else [])]
         scale = math.prod(step.slope for step in steps if not step.activation)
@@ -126,7 +126,7 @@ def network_norms(model: nn.Module, example_input: Tensor, *, certified: bool = 
     return NetworkNorms(tuple(measured), certified, _rough(network), tuple(notes))
 
 
-def _measured(layer: Layer, certified: bool) -> tuple[float, float, float | None]:
+def measured_norms(layer: Layer, certified: bool) -> tuple[float, float, float | None]:
     """||W||_2 and ||W||_F of the map, and ||W||_F of the weight itself."""
     copies = math.sqrt(layer.copies)
     try:

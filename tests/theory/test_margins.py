@@ -129,3 +129,41 @@ def test_bad_arguments(network):
     nn.init.zeros_(model[3].weight)
     with pytest.raises(ValueError, match="weight is zero"):
         normalized_margins(torch.ones(2), model, 1, example_input=x)
+
+
+def test_published_norms_leave_out_what_is_between_the_layers():
+    """The published product is of the layers alone, also beside an LRN, pooling and branches."""
+
+    class Branched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3, padding=1)
+            self.between = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2), nn.LocalResponseNorm(3))
+            self.unused = nn.Linear(5, 5)
+            self.projection = nn.Linear(12, 4)
+            self.fc = nn.Linear(12, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.between(self.conv(x)).flatten(1)
+            return self.fc(hidden) + self.projection(hidden)
+
+    torch.manual_seed(1)
+    model, x = Branched().double(), torch.rand(1, 2, 6, 6, dtype=torch.float64)
+    hidden = torch.zeros(1, 12, dtype=torch.float64)
+    matrices = [dense(model.conv, x), dense(model.fc, hidden), dense(model.projection, hidden)]  # in order of use
+    sigma, _ = norms(matrices)
+    with pytest.raises(ValueError):  # noqa: PT011 - whichever of the three it meets first
+        margin_scale(model, 1, example_input=x)
+    assert margin_scale(model, 1, example_input=x, reference=True) == pytest.approx(
+        math.log(math.prod(sigma)), abs=1e-6
+    )
+    sums = 1 + 1 + sigma[0] + sigma[0] * sigma[1]
+    found = margin_scale(model, 2, example_input=x, reference=True)
+    assert found == pytest.approx(math.log(math.prod(sigma) * sums), abs=1e-6)
+    kernels = [float(layer.weight.detach().norm()) ** 2 for layer in (model.conv, model.fc, model.projection)]
+    ratios = kernels[0] * 72 / 4 / sigma[0] ** 2 + sum(k / s**2 for k, s in zip(kernels[1:], sigma[1:]))
+    found = margin_scale(model, 1, example_input=x, extra_correction=True, reference=True)
+    assert found == pytest.approx(math.log(math.prod(sigma)) + math.log(ratios) / 2, abs=1e-6)
+    assert model.training
+    with pytest.raises(ValueError, match="no linear or convolutional layer"):
+        margin_scale(nn.Flatten(), 1, example_input=x, reference=True)

@@ -47,8 +47,8 @@ def margin_distributions(
         labels: what the attack moves away from, "predicted" or "true" labels.
 
     Returns:
-        A panel for each of ``networks`` and modes. Networks that the theorems do not cover (branches, normalisation of
-        batches) have a note there instead of normalised margins.
+        A panel for each of ``networks`` and modes. Networks that the theorems do not cover (AlexNet's normalisation of
+        responses, branches) have a note there instead of normalised margins; with ``reference`` they have both.
 
     Raises:
         OptionError: an argument is empty or out of range. UserError: a network's logits are not finite.
@@ -105,7 +105,7 @@ def _margin_panel(
             for name, (model, samples) in members.items()
         }
     except OutsideSetting as error:
-        return Panel(title, xlabel, "linear", (), note=str(error))
+        return Panel(title, xlabel, "linear", (), note=f"{error}; reference=True takes the published norms")
     return panel_of(title, xlabel, values)
 
 

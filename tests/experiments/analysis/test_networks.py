@@ -147,6 +147,10 @@ def test_panels_have_their_own_bins_and_networks_that_theory_refuses_a_note(samp
     assert [bool(panel.note) for panel in found.panels] == [False] * 5 + [True]
     assert found.panels[-1].distributions == ()
     assert "linear layers" in found.panels[-1].note
+    as_published = margin_distributions({"branches": groups["branches"]}, modes=(1,), reference=True)
+    (row,) = summaries(as_published)
+    margin = 6 * (samples.x.flatten(1).double() @ W.double()) * torch.where(samples.y == 0, 1.0, -1.0)
+    assert row["50% quantile"] == pytest.approx(float(margin.median()) / (2**0.5 * float(W.norm())), rel=1e-4)
     assert found.panels[-1].note in [row["note"] for row in summaries(found)]
     check_figure(found)
 
