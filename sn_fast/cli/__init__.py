@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .. import __version__, _interrupts
 from ..errors import OptionError, UserError, shortened
-from . import info, norms, output, reproduce, train
+from . import attack, info, norms, output, reproduce, train
 from .parser import Parser
 
 
@@ -77,6 +77,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"sn-fast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (train, reproduce, norms, info):
+    for command in (train, attack, reproduce, norms, info):
         command.add_command(commands)
     return parser

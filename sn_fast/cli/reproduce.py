@@ -35,6 +35,10 @@ example:
 """
 
 
+# Options of the grid and of its runs by other names.
+_OPTIONS = {"data": "set", "data_dir": "data", "archs": "arch", "schemes": "scheme", "beta": "betas", "seed": "seeds"}
+
+
 def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "reproduce",
@@ -116,6 +120,10 @@ def _run(options: argparse.Namespace) -> None:
             retry_failed=options.retry_failed,
             report=ended,
         )
+    except OptionError as error:
+        if error.name == "what":
+            raise UserError(f"argument WHAT: invalid value {error.value}: {error.remedy}") from None
+        raise OptionError(_OPTIONS.get(error.name, error.name), error.value, error.remedy) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command continues (runs are kept in {folder})") from None
     report.write(folder, html_page)

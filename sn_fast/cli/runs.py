@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import UserError
-from ..experiments.training import trained_networks
+from ..experiments.training import TrainConfig, trained_networks
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -19,6 +19,7 @@ class RunNetwork(NamedTuple):
     title: str
     module: nn.Module
     input_size: tuple[int, ...]
+    config: TrainConfig
 
 
 def run_folder(text: str | Path) -> Path | None:
@@ -45,4 +46,4 @@ def load_run(folder: Path, network: str | None) -> RunNetwork:
     if name not in networks:
         raise UserError(f"argument --network: {folder} has no {name}; choose {' or '.join(networks)}")
     found = networks[name]
-    return RunNetwork(f"{folder}, {name}", found.model, found.image_shape)
+    return RunNetwork(f"{folder}, {name}", found.model, found.image_shape, found.config)

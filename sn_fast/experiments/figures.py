@@ -50,7 +50,7 @@ _STYLE = {
 _DPI = 150
 _LETTER_INCHES = 0.078  # of a legend's text, on average
 _HANDLE_INCHES = 0.62
-_TITLE_INCHES = 0.105
+_TITLE_INCHES = 0.092
 
 
 @contextmanager
@@ -124,25 +124,50 @@ def depth_colours() -> Colormap:
     return found
 
 
+def depth_bar(figure: Figure, axes: Sequence[Axes], layers: int) -> None:
+    """A colour bar that says which of so many layers a colour of ``depth_colours`` is."""
+    colours = require("matplotlib.colors")
+    mappable = require("matplotlib.cm").ScalarMappable(colours.Normalize(1, max(2, layers)), depth_colours())
+    figure.colorbar(mappable, ax=list(axes), label=f"layer, in order of use (1 to {layers})", pad=0.02)
+
+
+def look_of(names: Iterable[str]) -> dict[str, int]:
+    """A number for each name's ``series``: the network without normalisation has the first in every figure."""
+    plain = beta_label(math.inf)
+    return {name: i for i, name in enumerate(sorted(dict.fromkeys(names), key=lambda name: name != plain))}
+
+
+def panel_title(axes: Axes, *lines: str, width: float = 3.9) -> None:
+    """The title of a panel of this width in inches, each of ``lines`` folded."""
+    axes.set_title("\n".join(folded(line, int(width / _LETTER_INCHES)) for line in lines))
+
+
 def titled(figure: Figure, title: str) -> None:
     """A title above all panels, in as many lines as its length needs."""
     room = max(20, int((figure.get_figwidth() - 0.3) / _TITLE_INCHES))
     figure.suptitle(folded(title, room))
 
 
-def legend_below(figure: Figure, axes: Iterable[Axes], **options: Any) -> None:
-    """One legend of all panels, below them, where it covers no data; each label once."""
+def legend_below(figure: Figure, axes: Iterable[Axes], *, last: str = "") -> None:
+    """One legend of all panels, below them, where it covers no data; each label once.
+
+    The network without normalisation comes first, the label ``last`` at the end.
+    """
     entries: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels()):
             entries.setdefault(label, handle)
     if not entries:
         return
+    if (plain := beta_label(math.inf)) in entries:
+        entries = {plain: entries[plain], **entries}
+    if last in entries:
+        entries[last] = entries.pop(last)
     widest = max(len(line) for label in entries for line in label.splitlines())
     room = (figure.get_figwidth() - 0.4) / (widest * _LETTER_INCHES + _HANDLE_INCHES)
     columns = max(1, min(len(entries), int(room)))
     columns = math.ceil(len(entries) / math.ceil(len(entries) / columns))  # rows of about equal length
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, **options)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def beta_label(beta: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -20,6 +22,30 @@ _COMPUTED = (
 )
 
 
+_BEFORE_SHARDING = (
+    "sharding keeps the parameters under the names that they have then, and a parametrization renames them; normalise "
+    "first, then call fully_shard, FullyShardedDataParallel or parallelize_module"
+)
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise for a model that FSDP or another of torch.distributed's wrappers has sharded."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded by what was not imported
+    wrapper = getattr(fsdp, "FullyShardedDataParallel", ())
+    for name, module in model.named_modules():
+        if isinstance(module, wrapper):
+            raise ValueError(f"the model is sharded already, by {type(module).__name__}: {_BEFORE_SHARDING}")
+        for key, parameter in module._parameters.items():
+            if _is_sharded(parameter):
+                label = f"{name}.{key}".lstrip(".")
+                raise ValueError(f"the model is sharded already, parameter {label!r} is: {_BEFORE_SHARDING}")
+
+
+def _is_sharded(weight: object) -> bool:
+    """Whether a weight is a DTensor, or a part of a flat parameter of FSDP's."""
+    return (hasattr(weight, "device_mesh") and hasattr(weight, "placements")) or hasattr(weight, "_fsdp_flattened")
+
+
 def check_has_norm(module: nn.Module, name: str) -> None:
     """Raise for a parameter without a spectral norm, saying what to do instead."""
     if not isinstance(module, nn.Module):
@@ -30,6 +56,8 @@ def check_has_norm(module: nn.Module, name: str) -> None:
         if name not in entries and all(name + ending in entries for ending in endings):
             raise ValueError(f"{label} is {what} before each forward; undo that first, with {undo.format(name)}")
     weight = raw_weight(module, name)
+    if _is_sharded(weight):
+        raise ValueError(f"{label} is sharded already: {_BEFORE_SHARDING}")
     if not isinstance(weight, nn.Parameter) or is_lazy(weight):
         return
     if weight.ndim not in range(2, 6):

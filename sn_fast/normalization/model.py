@@ -18,7 +18,7 @@ from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis
 from ..layers.observe import check_is_no_shape, observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
-from .checks import check_has_norm
+from .checks import check_has_norm, check_not_sharded
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Gradient, InputSize, Mode, OperatorName, Options
@@ -119,6 +119,7 @@ def apply_spectral_norm(
             f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
             "keyword arguments"
         )
+    check_not_sharded(model)
     classes = included_classes(include)
     excluded = compiled_pattern("exclude", exclude) if exclude else None
     layers = {

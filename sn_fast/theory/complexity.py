@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.weighted import as_int
 from .capacity import Capacity, capacity_of
 from .logarithms import exp, log, log_sum
 from .norms import network_norms
@@ -89,12 +90,12 @@ def complexity(
     gamma, radius, failure = positive("gamma", gamma), positive("B", B), positive("delta", delta)
     if failure >= 1:
         raise ValueError(f"delta={delta!r} must be in (0, 1)")
-    n = _count("n", n)
+    n = as_int("n", n, minimum=1)
     if M is not None and scheme != "wrm":
         raise ValueError(f"M={M!r}: scheme={scheme!r} takes none; it is of 'wrm'")
     norms = network_norms(model, example_input, certified=certified)
     phi = capacity_of(norms, chosen, assume_smooth)
-    depth, width = len(phi.layers), norms.width if h is None else _count("h", h)
+    depth, width = len(phi.layers), norms.width if h is None else as_int("h", h, minimum=1)
     log_slope = log(positive("M", M)) if M is not None else 0.5 * math.log(2) + norms.log_product
     log_reach = {"erm": -math.inf, "wrm": log_slope - log(chosen.lam) if scheme == "wrm" else 0.0}
     log_beff = log_sum((log(radius), log_reach.get(scheme, log(chosen.eps))))
@@ -110,9 +111,3 @@ def complexity(
     factors = {"gamma": gamma, "n": float(n), "delta": failure, "B": radius, "Beff": exp(log_beff)}
     factors |= {"d": float(depth), "h": float(width)} | ({"M": exp(log_slope)} if scheme == "wrm" else {})
     return Complexity(exp(log_total), log_total, {k: exp(v) for k, v in logs.items()}, factors, phi)
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer >= 1")
-    return value

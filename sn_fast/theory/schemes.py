@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from ..layers.weighted import as_int
 from .logarithms import exp, log, log_geometric, log_one_plus
 
 SCHEMES = ("erm", "fgm", "pgm", "wrm")
@@ -51,9 +52,7 @@ class Scheme:
                 meaning = {"eps": "the radius of the attack", "kappa": "the least norm of the loss gradient in x"}[key]
                 raise ValueError(f"scheme={name!r} needs {key}, {meaning}")
         eps, kappa = positive("eps", values["eps"], zero=True), positive("kappa", values["kappa"], finite=False)
-        steps = values.get("steps", _STEPS)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r} must be an integer >= 1")
+        steps = as_int("steps", values.get("steps", _STEPS), minimum=1)
         alpha = positive("alpha", values.get("alpha", 2 * eps / steps), zero=True)
         return Scheme(name, eps, kappa, alpha, steps)
 

@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import sn_fast
 from sn_fast import update_spectral_norm
 
-from ..process_groups import process_group, run_in_group
-from . import workers
+from ..process_groups import process_group
 from .cases import HOWS, KINDS, full_state, layer_of, made, members, norm_in_use, norm_of, raw_of, same_bits
 from .models import X, normalised, true_norms
 
@@ -297,14 +296,6 @@ def test_replicas_of_data_parallel(kind: str) -> None:
             torch.testing.assert_close(raw_of(model).grad, raw_of(twin).grad, rtol=1e-4, atol=1e-5)
             model(x)
             assert same_bits(full_state(model), full_state(twin))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["FSDP1", "FSDP2 per layer", "FSDP2 root"])
-def test_fsdp(how: str, tmp_path) -> None:
-    if how != "FSDP1" and not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
-        pytest.skip("this torch has no fully_shard")
-    run_in_group(workers.sharded, how, folder=tmp_path)
 
 
 # -- pruning, threads, layers that cannot be read ---------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,6 +32,99 @@ def _train(model: nn.Module, rank: int) -> None:
 
 def _full(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def block(n: int, m: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(n, m), nn.ReLU())
+
+
+def blocks(normalised: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(block(16, 32), block(32, 32), nn.Linear(32, 4))
+    return sn_fast.apply_spectral_norm(net, torch.randn(1, 16), mode="scale") if normalised else net
+
+
+def fsdp1(model: nn.Module, how: str) -> nn.Module:
+    """FullyShardedDataParallel, as the words in ``how`` say."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    options = {
+        "per block": {"auto_wrap_policy": ModuleWrapPolicy({nn.Sequential})},
+        "grad op": {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP},
+        "bfloat16": {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)},
+    }
+    chosen = {key: value for words, given in options.items() if words in how for key, value in given.items()}
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(model, use_orig_params="original" in how, device_id=cpu, **chosen)
+
+
+def fsdp2(model: nn.Module, how: str) -> nn.Module:
+    """fully_shard, as the words in ``how`` say."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options: dict = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
+    if "bfloat16" in how:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    if "kept" in how:
+        options["reshard_after_forward"] = False
+    parts = {"per block": list(model), "per layer": [m for m in model.modules() if isinstance(m, nn.Linear)]}
+    for words, modules in parts.items():
+        for module in modules if words in how else ():
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def shard(model: nn.Module, how: str) -> nn.Module:
+    return (fsdp1 if how.startswith("FSDP1") else fsdp2)(model, how)
+
+
+def sharded_as_one(rank: int, how: str) -> None:
+    """Under FSDP each step uses the norms of the gathered weights, which are those of one process without FSDP."""
+    warnings.simplefilter("ignore")
+    world = dist.get_world_size()
+    alone, model = blocks(), blocks()
+    wrapped = shard(model, how)
+    in_use: dict[str, Tensor] = {}
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        in_use[str(id(module))] = torch.linalg.matrix_norm(_full(module.weight.detach()).float(), 2)
+
+    for module in wrapped.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(look)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (alone, wrapped)]
+    near = 2e-2 if "bfloat16" in how else 1e-4
+    for i in range(12):
+        x = torch.randn(16, 16, generator=torch.Generator().manual_seed(i))
+        for m, part in ((alone, x), (wrapped, x.chunk(world)[rank])):
+            (m(part).float() - 3 * part[:, :4]).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(in_use) == 3
+        for norm in in_use.values():
+            torch.testing.assert_close(norm, torch.tensor(1.0), rtol=2e-2, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(x).float(), alone(x), rtol=near, atol=near)
+    ours, theirs = ([m for m in n.modules() if isinstance(m, SpectralNorm)] for n in (wrapped, alone))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.sigma, other.sigma, rtol=near, atol=0)
+
+
+def sharded_before(rank: int, how: str) -> None:
+    """What is sharded already is refused with the remedy, and left as it is."""
+    warnings.simplefilter("ignore")
+    wrapped = shard(blocks(normalised=False), how)
+    names = [n for n, _ in wrapped.named_parameters()]
+    with pytest.raises(ValueError, match=r"sharded already.*normalise first, then call fully_shard"):
+        sn_fast.apply_spectral_norm(wrapped, torch.randn(1, 16))
+    layer = next(m for m in wrapped.modules() if isinstance(m, nn.Linear))
+    with pytest.raises(ValueError, match=r"sharded already|has no parameter 'weight'"):
+        sn_fast.spectral_norm(layer)
+    assert [n for n, _ in wrapped.named_parameters()] == names
+    wrapped(torch.randn(2, 16)).sum().backward()
 
 
 def sharded(rank: int, how: str) -> None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KAPPA_QUANTILE = 0.05
-MARGIN_QUANTILE = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class NetworkCapacity:
 
     Attributes:
         gap: accuracy on training images less that on test images, under the attack trained with.
-        margin: the quantile ``MARGIN_QUANTILE`` of the margins on training images under that attack.
+        margin: median of the positive margins on training images under that attack; nan if there is none.
         kappa: the quantile ``KAPPA_QUANTILE`` of ||d loss / d x||_2 on training images; None for ERM and WRM.
         log10_capacity: log10 Phi; infinite where the theorem's condition fails.
-        log10_complexity: log10(Phi / margin^2), what the theorem compares networks by at one sample size; None where
-            the margin is not positive.
+        log10_complexity: log10(Phi / margin^2), what the theorem compares networks by at one sample size; None
+            without a margin.
         notes: of the capacity, and why it is infinite.
     """
 
@@ -141,7 +140,8 @@ def _measured(outcome: Outcome, network: TrainedNetwork, samples: Samples) -> Ne
     config, model = network.config, network.model
     adversary = config.training_adversary
     logits = attacked(model, samples, adversary, labels=config.attack_labels).logits
-    margin = float(margins(logits, samples.y).double().quantile(MARGIN_QUANTILE))
+    lead = margins(logits, samples.y).double()
+    margin = float(lead[lead > 0].median())
     strength: dict[str, Any] = {}
     kappa = None
     if config.scheme in ("fgm", "pgm"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 SCALES = ("linear", "log")
-_BINS = 50
+_MOST_BINS, _FEWEST_BINS = 50, 10  # between them the square root of the number of images
 _OUTSIDE = 0.005  # share of a panel's values left out at each end, so that a long tail does not squeeze the rest
 _TOLD = 0.02  # share of one network's values outside the axis from which the figure says so
 
@@ -92,7 +92,7 @@ class Distributions(Analysis):
 
     def _draw(self) -> Figure:
         figure, axes = figures.panels(len(self.panels), self.row_length)
-        styles = {n: i for i, n in enumerate(dict.fromkeys(d.name for p in self.panels for d in p.distributions))}
+        styles = figures.look_of(d.name for panel in self.panels for d in panel.distributions)
         for axis, panel in zip(axes, self.panels):
             _draw_panel(axis, panel, styles)
         figures.titled(figure, self.title)
@@ -107,7 +107,8 @@ def panel_of(title: str, xlabel: str, values: Mapping[str, Tensor], scale: str =
         scale: of the bins: "linear", or "log", where values that are not positive lie below the first.
     """
     arrays = {name: value.detach().double().cpu() for name, value in values.items()}
-    edges = _edges(torch.cat(list(arrays.values())), scale)
+    bins = min(_MOST_BINS, max(_FEWEST_BINS, round(min(map(len, arrays.values())) ** 0.5)))
+    edges = _edges(torch.cat(list(arrays.values())), scale, bins)
     return Panel(title, xlabel, scale, tuple(_distribution(name, array, edges) for name, array in arrays.items()))
 
 
@@ -117,7 +118,7 @@ def check_scale(scale: str) -> None:
         raise OptionError("scale", scale, f"choose {' or '.join(SCALES)}")
 
 
-def _edges(pooled: Tensor, scale: str) -> Tensor:
+def _edges(pooled: Tensor, scale: str, bins: int) -> Tensor:
     if scale == "log":
         pooled = pooled[pooled > 0].log10()
     pooled = pooled[pooled.isfinite()].sort().values
@@ -128,15 +129,16 @@ def _edges(pooled: Tensor, scale: str) -> Tensor:
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = 0.5 * abs(low) or 0.5
         low, high = low - room, high + room
-    edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     return 10**edges if scale == "log" else edges
 
 
 def _distribution(name: str, values: Tensor, edges: Tensor) -> Distribution:
     # Bins hold their left end, the last one both.
     place = torch.bucketize(values, edges, right=True) - 1
-    place[values == edges[-1]] = _BINS - 1
-    counts = torch.bincount(place.clamp(-1, _BINS) + 1, minlength=_BINS + 2).tolist()
+    bins = len(edges) - 1
+    place[values == edges[-1]] = bins - 1
+    counts = torch.bincount(place + 1, minlength=bins + 2).tolist()
     ordered = values.sort().values
     last = len(ordered) - 1
     quantiles = tuple(float(ordered[round(q * last)]) for q in QUANTILES)
@@ -152,14 +154,25 @@ def _distribution(name: str, values: Tensor, edges: Tensor) -> Distribution:
     )
 
 
+def _unit(panel: Panel) -> tuple[float, str]:
+    """A power of ten for a linear axis, and how the label says it; 1 where plain numbers are short enough."""
+    largest = max((abs(edge) for d in panel.distributions for edge in (d.edges[0], d.edges[-1])), default=1.0)
+    exponent = math.floor(math.log10(largest))
+    if panel.scale == "log" or -3 < exponent < 5:
+        return 1.0, ""
+    return 10.0**exponent, f", in $10^{{{exponent}}}$"
+
+
 def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[str, int]) -> None:
     outside = []
+    unit, in_units = _unit(panel)
     for d in panel.distributions:
         index = styles[d.name]
         share = [100 * count / d.images for count in d.counts]
-        axes.stairs(share, d.edges, color=figures.colour(index), fill=True, alpha=0.15)
+        edges = [edge / unit for edge in d.edges]
+        axes.stairs(share, edges, color=figures.colour(index), fill=True, alpha=0.15)
         line = {"color": figures.colour(index), "linestyle": figures.line(index)}
-        axes.stairs(share, d.edges, linewidth=1.6, label=d.name, **line)
+        axes.stairs(share, edges, linewidth=1.6, label=d.name, **line)
         for count, side in ((d.below, "left"), (d.above, "right")):
             if count > _TOLD * d.images:
                 zero = " or zero" if panel.scale == "log" and side == "left" else ""
@@ -170,6 +183,7 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[str, int]) -> None:
         axes.set(xticks=[], yticks=[])
     elif panel.scale == "linear" and min(d.edges[0] for d in panel.distributions) < 0:
         axes.axvline(0, linestyle=":", **figures.GUIDE)
-    axes.set(title="\n".join([panel.title, *outside]), xlabel=panel.xlabel, ylabel="share of images per bin (%)")
+    figures.panel_title(axes, panel.title, *outside)
+    axes.set(xlabel=f"{panel.xlabel}{in_units}", ylabel="share of images per bin (%)")
     if panel.scale == "log":
         axes.set_xscale("log")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CELL_INCHES = 1.12
+_CELL_INCHES = 1.15
 _GREY = "0.5"
 
 
@@ -80,7 +80,7 @@ class PerturbedImages(Analysis):
     def _draw(self) -> Figure:
         first = next(iter(self.networks.values()))
         lines = 1 + 2 * len(self.networks)
-        figure = figures.new_figure(max(6.4, 1.5 + _CELL_INCHES * len(first)), 0.9 + (_CELL_INCHES + 0.42) * lines)
+        figure = figures.new_figure(max(4.8, 1.4 + _CELL_INCHES * len(first)), 0.8 + (_CELL_INCHES + 0.22) * lines)
         grid = figure.subplots(lines, len(first), squeeze=False)
         for column, image in enumerate(first):
             _show(grid[0, column], _displayed(image.image, image.image), f"label {image.label}")
@@ -88,7 +88,7 @@ class PerturbedImages(Analysis):
         for n, (name, images) in enumerate(self.networks.items()):
             noise, result = grid[1 + 2 * n], grid[2 + 2 * n]
             for column, image in enumerate(images):
-                _show(noise[column], _magnified(image, self.magnify), f"ℓ2 {image.l2:.2g}")
+                _show(noise[column], _magnified(image, self.magnify), f"‖δ‖₂ = {image.l2:.2g}")
                 caption = f"{image.clean} → {image.attacked} ({image.attacked_confidence:.0%})"
                 wrong = image.attacked != image.label
                 _show(result[column], _displayed(image.image + image.perturbation, image.image), caption, wrong)
@@ -96,7 +96,7 @@ class PerturbedImages(Analysis):
             _name(result[0], f"{name}:\nattacked")
         figures.titled(
             figure,
-            f"{self.attack}: prediction before → after (its probability); in a frame and bold where it is wrong after",
+            f"{self.attack}: prediction before → after (its probability); framed where it is wrong after",
         )
         return figure
 

@@ -90,7 +90,7 @@ def write_analysis(analysis: Analysis, folder: str | os.PathLike[str], name: str
         UserError: a file cannot be written.
     """
     if not name or Path(name).name != name:
-        raise UserError(f"name={name!r} must be a file name without a folder")
+        raise OptionError("name", name, "give a file name without a folder")
     figure = analysis.figure()
     contents = {f"{name}.{form}": figures.encoded(figure, form) for form in ("png", "svg")}
     for suffix, table in analysis.tables().items():

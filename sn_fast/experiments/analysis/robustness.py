@@ -17,9 +17,12 @@ from ..training.config import ATTACK_LABELS
 from ..training.errors import Diverged
 from ..training.evaluate import CURVE_FACTORS, accuracy, attacked
 from .results import Analysis, Row, check_networks, check_samples
+from .runs import published_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_NOMINAL = "nominal ε"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class RobustnessCurves(Analysis):
     def _draw(self) -> Figure:
         defences = list(dict.fromkeys(curve.defence for curve in self.curves))
         attacks = list(dict.fromkeys(curve.attack for curve in self.curves))
-        styles = {name: i for i, name in enumerate(dict.fromkeys(curve.network for curve in self.curves))}
+        styles = figures.look_of(curve.network for curve in self.curves)
         columns = None if len(defences) == 1 or len(attacks) == 1 else len(attacks)
         figure, axes = figures.panels(len(defences) * len(attacks), columns)
         places = dict(zip(((d, a) for d in defences for a in attacks), axes))
@@ -73,15 +76,14 @@ class RobustnessCurves(Analysis):
             axis = places[curve.defence, curve.attack]
             style = figures.series(styles[curve.network])
             axis.plot(curve.eps, figures.percent(curve.accuracy), label=curve.network, **style)
-            axis.set(
-                title=f"{curve.defence}, attacked by {curve.attack}", xlabel=figures.eps_label(curve.scheme, curve.norm)
-            )
+            axis.set_xlabel(figures.eps_label(curve.scheme, curve.norm))
+            figures.panel_title(axis, f"{curve.defence}, attacked by {curve.attack}")
             figures.accuracy_axis(axis)
         for (defence, attack), axis in places.items():
             unit = next(c.unit for c in self.curves if (c.defence, c.attack) == (defence, attack))
-            axis.axvline(unit, linestyle=":", label="nominal ε", **figures.GUIDE)
+            axis.axvline(unit, linestyle=":", label=_NOMINAL, **figures.GUIDE)
         figures.titled(figure, f"Accuracy of {self.samples:,} images under attack, away from the {self.labels} labels")
-        figures.legend_below(figure, axes)
+        figures.legend_below(figure, axes, last=_NOMINAL)
         return figure
 
 
@@ -136,7 +138,7 @@ def by_defence(networks: Iterable[TrainedNetwork]) -> dict[str, dict[str, nn.Mod
         OptionError: two networks have the same scheme and beta.
     """
     found: dict[str, dict[str, nn.Module]] = {}
-    for network in networks:
+    for network in sorted(networks, key=lambda network: published_order(network.beta)):
         members = found.setdefault(network.config.scheme.upper(), {})
         name = figures.beta_label(network.beta)
         if name in members:

@@ -13,7 +13,7 @@ from ..networks import layer_norms
 from ..reproduction import Outcome
 from ..reproduction.grid import FINISHED
 from ..training import TrainedNetwork
-from .results import Analysis, Row, check_networks
+from .results import Analysis, Row, check_networks, spread
 from .runs import distinct_runs, grouped, names, published_order, subject
 
 if TYPE_CHECKING:
@@ -21,16 +21,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_BARS = 8  # layers up to which each has a group of bars
+_CAP = "cap β"
 _LOGARITHMIC = 30.0  # ratio of the largest to the smallest norm from which a linear axis hides the small ones
 
 
 @dataclass(frozen=True)
 class NetworkNorms:
-    """Spectral norm of each layer's true linear map, in order of use, with the weight in use."""
+    """Spectral norm of each layer's true linear map, in order of use, with the weight in use: one value per seed."""
 
     name: str
     beta: float
-    norms: dict[str, float]
+    norms: dict[str, tuple[float, ...]]
+
+    def means(self) -> dict[str, float]:
+        """Over the seeds."""
+        return {layer: math.fsum(values) / len(values) for layer, values in self.norms.items()}
+
+    def errors(self) -> list[float]:
+        """Sample standard deviations over the seeds; 0 of one seed."""
+        return [spread(values) or 0.0 for values in self.norms.values()]
 
 
 @dataclass(frozen=True)
@@ -43,15 +52,15 @@ class TrainedNorms(Analysis):
 
     panels: dict[str, tuple[NetworkNorms, ...]]
 
-    columns = ("panel", "network", "beta", "layer", "norm", "norm over cap")
+    columns = ("panel", "network", "beta", "layer", "norm", "spread", "norm over cap", "runs")
 
     def rows(self) -> list[Row]:
-        """One per network and layer; no "norm over cap" where there is no cap."""
+        """One per network and layer: means over the seeds; no "norm over cap" where there is no cap."""
         return [
-            (panel, n.name, n.beta, layer, norm, norm / n.beta if math.isfinite(n.beta) else None)
+            (panel, n.name, n.beta, layer, norm, spread(values), _over(norm, n.beta), len(values))
             for panel, networks in self.panels.items()
             for n in networks
-            for layer, norm in n.norms.items()
+            for (layer, values), norm in zip(n.norms.items(), n.means().values())
         ]
 
     def _draw(self) -> Figure:
@@ -60,21 +69,21 @@ class TrainedNorms(Analysis):
         width = max(3.9, min(8.0, 0.7 + 0.17 * longest * (most + 1) if longest <= _MOST_BARS else 0.17 * longest + 2))
         columns = None if width < 5 else min(2 if width < 6.5 else 1, len(self.panels))
         figure, axes = figures.panels(len(self.panels), columns, width=width)
-        styles = {n: i for i, n in enumerate(dict.fromkeys(n.name for ns in self.panels.values() for n in ns))}
+        styles = figures.look_of(n.name for networks in self.panels.values() for n in networks)
         for axis, (panel, networks) in zip(axes, self.panels.items()):
             layers = list(dict.fromkeys(layer for n in networks for layer in n.norms))
             if len(layers) <= _MOST_BARS:
                 _draw_bars(axis, networks, layers, styles)
             else:
                 _draw_points(axis, networks, layers, styles)
-            values = [v for n in networks for v in n.norms.values() if v > 0]
+            values = [v for n in networks for v in n.means().values() if v > 0]
             axis.set(title=panel, ylabel="spectral norm σ")
             if values and max(values) > _LOGARITHMIC * min(values):
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(bottom=0)
         figures.titled(figure, "Spectral norms of the layers after training")
-        figures.legend_below(figure, axes)
+        figures.legend_below(figure, axes, last=_CAP)
         return figure
 
 
@@ -88,19 +97,14 @@ def trained_norms(outcomes: Iterable[Outcome]) -> TrainedNorms:
     if not runs:
         raise OptionError("outcomes", "0 finished runs", "compute the runs first")
     runs.sort(key=lambda run: (published_order(run.config.beta), run.config.seed))
-    several = len({run.config.seed for run in runs}) > 1
     groups = grouped(runs, "beta", "seed")
     firsts = [group[0] for group in groups]
     titles = names(firsts) if len(groups) > 1 else [subject(firsts)]
     panels = {}
     for title, group in zip(titles, groups):
         panels[title] = tuple(
-            NetworkNorms(
-                figures.beta_label(run.config.beta) + (f", seed {run.config.seed}" if several else ""),
-                run.config.beta,
-                {layer: float(norm) for layer, norm in run.final["sigma"].items()},
-            )
-            for run in group
+            _of_seeds(figures.beta_label(runs_of_beta[0].config.beta), runs_of_beta)
+            for runs_of_beta in grouped(group, "seed")
         )
     return TrainedNorms(panels)
 
@@ -114,24 +118,38 @@ def network_norms(networks: Mapping[str, Mapping[str, TrainedNetwork]]) -> Train
     check_networks(networks)
     return TrainedNorms(
         {
-            panel: tuple(
-                NetworkNorms(name, network.beta, layer_norms(network.model, network.image_shape))
-                for name, network in members.items()
-            )
+            panel: tuple(NetworkNorms(name, network.beta, _measured(network)) for name, network in members.items())
             for panel, members in networks.items()
         }
     )
+
+
+def _measured(network: TrainedNetwork) -> dict[str, tuple[float, ...]]:
+    return {layer: (norm,) for layer, norm in layer_norms(network.model, network.image_shape).items()}
+
+
+def _of_seeds(name: str, runs: list[Outcome]) -> NetworkNorms:
+    layers = runs[0].final["sigma"]
+    return NetworkNorms(
+        name, runs[0].config.beta, {layer: tuple(float(run.final["sigma"][layer]) for run in runs) for layer in layers}
+    )
+
+
+def _over(norm: float, cap: float) -> float | None:
+    return norm / cap if math.isfinite(cap) else None
 
 
 def _draw_bars(axes: Axes, networks: tuple[NetworkNorms, ...], layers: list[str], styles: Mapping[str, int]) -> None:
     width = 0.8 / len(networks)
     for i, network in enumerate(networks):
         at = [x + (i + 0.5) * width - 0.4 for x, layer in enumerate(layers) if layer in network.norms]
-        index = styles[network.name]
+        index, errors = styles[network.name], network.errors()
         axes.bar(
             at,
-            [network.norms[layer] for layer in layers if layer in network.norms],
+            [network.means()[layer] for layer in layers if layer in network.norms],
             width,
+            yerr=errors if any(errors) else None,
+            capsize=2,
             color=figures.colour(index),
             hatch=figures.hatch(index),
             edgecolor="white",
@@ -140,8 +158,8 @@ def _draw_bars(axes: Axes, networks: tuple[NetworkNorms, ...], layers: list[str]
         )
         if math.isfinite(network.beta):
             ends = [x - width / 2 for x in at], [x + width / 2 for x in at]
-            axes.hlines([network.beta] * len(at), *ends, color="black", linewidth=1.4, label="cap β")
-    slanted: Any = {"rotation": 25, "ha": "right"} if max(map(len, layers)) * len(layers) > 34 else {}
+            axes.hlines([network.beta] * len(at), *ends, color="black", linewidth=1.4, label=_CAP)
+    slanted: dict[str, Any] = {"rotation": 25, "ha": "right"} if max(map(len, layers)) * len(layers) > 34 else {}
     axes.set_xticks(range(len(layers)), layers, **slanted)
     axes.grid(axis="x", visible=False)
 
@@ -150,7 +168,7 @@ def _draw_points(axes: Axes, networks: tuple[NetworkNorms, ...], layers: list[st
     for network in networks:
         index = styles[network.name]
         x = [i + 1 for i, layer in enumerate(layers) if layer in network.norms]
-        axes.plot(x, list(network.norms.values()), **(figures.series(index) | {"linewidth": 0.8}), label=network.name)
+        axes.plot(x, list(network.means().values()), **(figures.series(index) | {"linewidth": 0.8}), label=network.name)
         if math.isfinite(network.beta):
-            axes.axhline(network.beta, linestyle=":", label="cap β", **figures.GUIDE)
+            axes.axhline(network.beta, linestyle=":", label=_CAP, **figures.GUIDE)
     axes.set_xlabel("layer, in order of use")

@@ -34,7 +34,6 @@ from ..reproduction import Grid, Outcome, Store, compute
 from ..reproduction.grid import FINISHED
 from ..training import TrainConfig, TrainedNetwork, trained_networks
 from ..training.config import json_number
-from ..training.defaults import DEFAULTS
 
 PARTS = ("table", "curves", "margins", "random-labels", "norms", "bounds")
 _STORE = "runs"
@@ -151,6 +150,7 @@ def reproduce(
     random_runs = random_label_runs(grid) if "random-labels" in parts else []
     wanted = [*runs, *random_runs]
     if not only_report:
+        load_data(runs[0].data, **runs[0].data_options())  # fails here rather than in every run
         compute(store, wanted, jobs=jobs, progress=progress, retry_failed=retry_failed, report=report)
     outcomes = [store.outcome(config) for config in wanted]
     result = Report(_title(grid), tuple(parts), outcomes)
@@ -237,15 +237,7 @@ class _Analyst:
         """The data of the runs."""
         if self._split is None:
             config = self.outcomes[0].config
-            self._split = load_data(
-                config.data,
-                config.data_dir,
-                train_size=config.train_size,
-                seed=config.seed,
-                validation_size=config.validation_size,
-                allow_partial=config.allow_partial,
-                **DEFAULTS[config.data].preparation,
-            )
+            self._split = load_data(config.data, **config.data_options())
         return self._split
 
     @property

@@ -169,6 +169,18 @@ class TrainConfig:
         comparable = self.single or self.beta < math.inf
         _check("beta", self.beta, comparable, "the comparison is with inf; give a finite number, or choose single")
 
+    def data_options(self) -> dict[str, Any]:
+        """Arguments of ``load_data`` besides the name: everything that decides which samples a run has."""
+        return {
+            "root": self.data_dir,
+            "train_size": self.train_size,
+            "seed": self.seed,
+            "validation_size": self.validation_size,
+            "random_labels": self.random_labels,
+            "allow_partial": self.allow_partial,
+            **DEFAULTS[self.data].preparation,
+        }
+
     @property
     def betas(self) -> tuple[float, ...]:
         """One per network to train."""

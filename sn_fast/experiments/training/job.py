@@ -19,7 +19,6 @@ from ...running import notice, progress_bar, torch_threads
 from ..data import Split, load_data
 from ..networks import layer_norms
 from .config import TrainConfig, json_number
-from .defaults import DEFAULTS
 from .errors import Diverged, DivergedRun, Interrupted
 from .evaluate import accuracy, attacked, distinct, evaluate, evaluation_labels, evaluations
 from .loop import Trainee
@@ -135,16 +134,7 @@ def _follow(ranks: Ranks, data_dir: str | None) -> RunResult:
 
 def _prepared(config: TrainConfig) -> tuple[Split, TrainConfig]:
     """The data of a run, and its configuration with what depends on them."""
-    split = load_data(
-        config.data,
-        config.data_dir,
-        train_size=config.train_size,
-        seed=config.seed,
-        validation_size=config.validation_size,
-        random_labels=config.random_labels,
-        allow_partial=config.allow_partial,
-        **DEFAULTS[config.data].preparation,
-    )
+    split = load_data(config.data, **config.data_options())
     return split.to(config.device), config.with_strength(split.mean_norm)
 
 

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...errors import require
+from .. import figures
 from .config import TrainConfig
 from .evaluate import swept_adversary
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart. The capped network is last, also when it is alone.
-_NETWORK_COLOURS = ("#D55E00", "#0072B2")
-_LAYER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "axes.titlesize": "medium",
-    "figure.titlesize": "large",
-}
-_DPI = 150
+_BOUNDARY = "decision boundary"
+_MOST_NAMED = 8  # layers up to which a legend names each
 
 Networks = dict[str, dict[str, Any]]
 
@@ -41,126 +29,110 @@ def write_plots(folder: RunFolder, config: TrainConfig, metrics: dict[str, Any])
         "margins.png": margins,
         "sigma.png": sigma,
     }
-    with require("matplotlib").rc_context(_STYLE):
+    with figures.style():
         for name, plot in draw.items():
-            image = io.BytesIO()
-            plot(config, metrics["networks"]).savefig(image, dpi=_DPI)
-            folder.write(name, image.getvalue())
+            folder.write(name, figures.encoded(plot(config, metrics["networks"]), "png"))
 
 
 def robustness(config: TrainConfig, networks: Networks) -> Figure:
     """Accuracy against the strength of the attack."""
     adversary = swept_adversary(config)
-    figure = _figure(7.0, 4.4)
-    axes = figure.subplots()
-    for colour, network in _coloured(networks):
+    figure, (axes,) = figures.panels(1, width=7.0, height=3.7)
+    for index, network in _numbered(networks):
         curve = network["final"]["curve"]
-        label = _label(network)
-        axes.plot(curve["eps"], _percent(curve["test"]), "o-", color=colour, markersize=4, label=f"{label}, test")
-        axes.plot(curve["eps"], _percent(curve["train"]), "--", color=colour, alpha=0.4, label=f"{label}, training")
+        _plot(axes, index, network, curve["eps"], curve["train"], training=True)
+        _plot(axes, index, network, curve["eps"], curve["test"])
+    figures.name_parts(axes)
     if config.scheme != "erm":
-        axes.axvline(adversary.eps, color="0.4", linestyle=":", label=f"ε trained with, {adversary.eps:.3g}")
-    unit = "1/(2γ)" if adversary.scheme == "wrm" else f"ℓ{_norm(config)} radius, pixels in [0, 1]"
-    axes.set(
-        title=f"{_subject(config)}: accuracy under {adversary.scheme.upper()} of growing strength",
-        xlabel=f"ε of the attack ({unit})",
-        ylabel="accuracy (%)",
-        ylim=(0, 102),
-    )
-    axes.legend()
+        axes.axvline(adversary.eps, linestyle=":", label=f"ε trained with, {adversary.eps:.3g}", **figures.GUIDE)
+    axes.set_xlabel(figures.eps_label(adversary.scheme, config.norm))
+    figures.accuracy_axis(axes)
+    figures.titled(figure, f"{_subject(config)}: accuracy under {adversary.scheme.upper()} of growing strength")
+    figures.legend_below(figure, [axes])
     return figure
 
 
 def learning(config: TrainConfig, networks: Networks) -> Figure:
     """Accuracy under the training scheme, epoch by epoch."""
-    figure = _figure(7.0, 4.4)
-    axes = figure.subplots()
-    for colour, network in _coloured(networks):
+    figure, (axes,) = figures.panels(1, width=7.0, height=3.7)
+    for index, network in _numbered(networks):
         epochs = network["epochs"]
         tested = [record for record in epochs if "test_accuracy" in record]
-        x, y = _series(epochs, "train_accuracy")
-        axes.plot(x, _percent(y), "--", color=colour, alpha=0.5, label=f"{_label(network)}, training")
-        x, y = _series(tested, "test_accuracy")
-        axes.plot(x, _percent(y), "o-", color=colour, markersize=4, label=f"{_label(network)}, test")
-    axes.set(
-        title=f"{_subject(config)}: {_accuracy_name(config)} while training",
-        xlabel="epoch",
-        ylabel=f"{_accuracy_name(config)} (%)",
-        xlim=(0, None),
-        ylim=(0, 102),
-    )
-    axes.legend()
+        _plot(axes, index, network, *_series(epochs, "train_accuracy"), training=True)
+        _plot(axes, index, network, *_series(tested, "test_accuracy"))
+    figures.name_parts(axes)
+    axes.set(xlabel="epoch", xlim=(0, None))
+    figures.accuracy_axis(axes, f"{_accuracy_name(config)} (%)")
+    figures.titled(figure, f"{_subject(config)}: {_accuracy_name(config)} while training")
+    figures.legend_below(figure, [axes])
     return figure
 
 
 def margins(config: TrainConfig, networks: Networks) -> Figure:
     """How far, in logits, the true class is ahead of the next."""
-    figure = _figure(*_panels_size(networks))
-    panels = figure.subplots(1, len(networks), squeeze=False)[0]
+    figure, panels = figures.panels(len(networks), width=4.8)
     where = "on clean images" if config.scheme == "erm" else f"under {config.training_adversary}"
-    figure.suptitle(f"{_subject(config)}: margins {where}")
-    for axes, (colour, network) in zip(panels, _coloured(networks)):
+    for axes, (index, network) in zip(panels, _numbered(networks)):
         histogram = network["final"]["margins"]
         edges = histogram["edges"]
         width = edges[1] - edges[0]
-        for part, style in (("train", {"fill": True, "alpha": 0.3}), ("test", {"linewidth": 1.8})):
-            counts = histogram[part]
-            share = [100 * count / sum(counts) for count in counts]
-            name = {"train": "training", "test": "test"}[part]
-            axes.stairs(share, edges, color=colour, label=name, **style)
-        axes.axvline(0, color="0.4", linestyle=":", label="decision boundary")
+        train, test = (figures.percent(n / sum(histogram[p]) for n in histogram[p]) for p in ("train", "test"))
+        axes.stairs(train, edges, color=figures.colour(index), fill=True, alpha=0.3)
+        axes.stairs(test, edges, color=figures.colour(index), linewidth=1.8)
+        axes.axvline(0, linestyle=":", label=_BOUNDARY, **figures.GUIDE)
         axes.set(title=_label(network), xlabel="margin (logits)", ylabel=f"share of images (%, bins of {width:.2g})")
-        axes.legend()
+    panels[0].fill_between([], [], color="0.2", alpha=0.3, label="training")
+    panels[0].plot([], [], color="0.2", label="test")
+    figures.titled(figure, f"{_subject(config)}: margins {where}")
+    figures.legend_below(figure, panels, last=_BOUNDARY)
     return figure
 
 
 def sigma(config: TrainConfig, networks: Networks) -> Figure:
     """True spectral norm of each layer's weight in use, epoch by epoch."""
-    figure = _figure(*_panels_size(networks))
-    panels = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
-    figure.suptitle(f"{_subject(config)}: spectral norm of the layers")
-    for axes, (_, network) in zip(panels, _coloured(networks)):
+    figure, panels = figures.panels(len(networks), width=4.8, sharey=True)
+    layers = list(next(iter(networks.values()))["epochs"][0]["sigma"])
+    named = len(layers) <= _MOST_NAMED
+    for axes, (_, network) in zip(panels, _numbered(networks)):
         epochs = network["epochs"]
-        for colour, layer in zip(itertools.cycle(_LAYER_COLOURS), epochs[0]["sigma"]):
-            values = [record["sigma"][layer] for record in epochs]
-            axes.plot([record["epoch"] for record in epochs], values, color=colour, linewidth=1.2, label=layer)
+        for i, layer in enumerate(layers):
+            colour = figures.depth_colours()(i / max(1, len(layers) - 1))
+            style = {"color": figures.colour(i), "linestyle": figures.line(i), "label": layer}
+            x, y = [record["epoch"] for record in epochs], [record["sigma"][layer] for record in epochs]
+            axes.plot(x, y, linewidth=1.2, **(style if named else {"color": colour}))
         beta = float(network["beta"])
         if math.isfinite(beta):
-            axes.axhline(beta, color="black", linestyle="--", linewidth=1, label=f"β = {beta:g}")
+            axes.axhline(beta, color="black", linestyle=(0, (4, 3)), linewidth=1, label=figures.beta_label(beta))
         axes.set(title=_label(network), xlabel="epoch", xlim=(0, None), ylim=(0, None))
-        axes.legend(ncols=2)
     panels[0].set_ylabel("spectral norm σ of the layer in use")
+    if not named:
+        figures.depth_bar(figure, panels, len(layers))
+    figures.titled(figure, f"{_subject(config)}: spectral norm of the layers")
+    figures.legend_below(figure, panels)
     return figure
 
 
-def _panels_size(networks: Networks) -> tuple[float, float]:
-    return max(4.8 * len(networks), 6.0), 3.9
+def _plot(
+    axes: Axes, index: int, network: dict[str, Any], x: list[Any], y: list[float], *, training: bool = False
+) -> None:
+    if training:
+        axes.plot(x, figures.percent(y), "--", color=figures.colour(index), alpha=figures.FAINT)
+    else:
+        marker = figures.marker(index)
+        axes.plot(x, figures.percent(y), color=figures.colour(index), marker=marker, label=_label(network))
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure: Figure = require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    return figure
+def _numbered(networks: Networks) -> list[tuple[int, dict[str, Any]]]:
+    """Each network with its number in ``figures.series``: 0 without a cap, 1 with one."""
+    return [(int(math.isfinite(float(network["beta"]))), network) for network in networks.values()]
 
 
-def _coloured(networks: Networks) -> list[tuple[str, dict[str, Any]]]:
-    return list(zip(_NETWORK_COLOURS[-len(networks) :], networks.values()))
+def _label(network: dict[str, Any]) -> str:
+    return figures.beta_label(float(network["beta"]))
 
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     return [record["epoch"] for record in records], [record[key] for record in records]
-
-
-def _label(network: dict[str, Any]) -> str:
-    beta = float(network["beta"])
-    return f"β = {beta:g}" if math.isfinite(beta) else "no normalisation (β = ∞)"
-
-
-def _percent(values: list[float]) -> list[float]:
-    return [100 * value for value in values]
-
-
-def _norm(config: TrainConfig) -> str:
-    return config.norm.replace("inf", "∞")
 
 
 def _subject(config: TrainConfig) -> str:

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sn_fast.cli import main
+from sn_fast.experiments.reports import PARTS, html_page, reproduce
+
+from ..reproduction.conftest import few_digits, tiny
+
+__all__ = ["few_digits"]  # a fixture
+
+VOID = {"meta", "img", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order, and collects what a page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            given = dict(attrs)
+            assert given["alt"]
+            self.images.append(given["src"] or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_all_parts_of_a_grid(tmp_path: Path) -> None:
+    report = reproduce(PARTS, tiny(schemes=("fgm",)), tmp_path)
+    assert report.missing == {}
+    assert report.unfinished == []
+    assert len(report.outcomes) == 4  # two betas, each with true and with random labels
+    assert {"accuracy", "training", "robustness-mlp1_elu", "margins-mlp1_elu", "norms", "capacities"} <= set(
+        report.analyses
+    )
+    paths = report.write(tmp_path, html_page)
+    assert {p.suffix for p in paths} == {".png", ".svg", ".csv", ".txt", ".json", ".html"}
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document == json.loads(json.dumps(report.document(), allow_nan=False))
+    page = Page()
+    source = (tmp_path / "report.html").read_text()
+    page.feed(source)
+    assert page.open == []
+    assert len(page.images) == len(report.analyses)
+    assert all(image.startswith("data:image/png;base64,") for image in page.images)
+    assert not re.search(r"https?://|<script|src=\"(?!data:)", source)  # one file, and nothing runs
+    assert "digits: mlp1_elu; FGM" in page.text
+
+
+def test_what_cannot_be_analysed_is_named_with_its_reason(tmp_path: Path) -> None:
+    report = reproduce(PARTS, tiny(), tmp_path, only_report=True)
+    assert [o.status for o in report.unfinished] == ["absent"] * 8
+    assert {"training", "norms", "random-labels"} <= set(report.missing)
+    assert "absent" in report.text()
+    report.write(tmp_path, html_page)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tables"], "argument WHAT: invalid value tables: choose table, curves"),
+        (["table", "--set", "imagenet"], "argument --set: invalid value imagenet: choose digits"),
+        (["table", "--betas", "a"], "argument --betas: invalid value a: give numbers"),
+        (["table", "--betas", "0"], "argument --betas: invalid value 0.0: must be a number > 0"),
+        (["table", "--jobs", "0"], "argument --jobs: invalid value 0: must be an integer >= 1"),
+        (["table", "--arch", ""], "argument --arch: invalid value (): give at least one"),
+        (["table", "--set", "digits", "--betas", "published"], "argument --betas: invalid value published: there is"),
+        (["table", "--data", "/nowhere"], "root: there is no /nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys) -> None:
+    assert main(["reproduce", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sn-fast: error: {message}")
+    assert not (tmp_path / "out").exists()
