@@ -42,7 +42,7 @@ def run(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # streams are of the current device
         graphs = _graphs.setdefault(model, OrderedDict())
         # Two streams must not share a graph: its memory is written by both.
-        key = options, _state(model), tuple(map(_layout, tensors)), stream_of(device)
+        key = options, _model_key(model), tuple(map(_tensor_key, tensors)), stream_of(device)
         graph = graphs.get(key)
         if graph is not None:
             graphs.move_to_end(key)
@@ -106,11 +106,11 @@ def _copies(tensors: Tensors) -> Tensors:
     return [None if t is None else t.clone() for t in tensors]
 
 
-def _layout(t: Tensor | None) -> Hashable:
+def _tensor_key(t: Tensor | None) -> Hashable:
     return None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device)
 
 
-def _state(model: nn.Module) -> Hashable:
+def _model_key(model: nn.Module) -> Hashable:
     addresses = tuple(t.data_ptr() for t in chain(model.parameters(), model.buffers()))
     flags = tuple(m.training for m in model.modules())
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from .reductions import touches_batch
-from .rounding import loosened, root, root_of_squares, times
+from .rounding import loosened, mul_up, root, root_of_squares
 from .rules import Call, Constant, joint_rule, no_bound, rule
 
 # Largest slopes without a closed form: the maximum of the derivative in float64, rounded up in the ninth digit.
@@ -32,7 +32,7 @@ def _piecewise_linear(call: Call) -> float:
 @joint_rule("clamp", "clip", "clamp_min", "clamp_max")
 def _clamp(call: Call) -> float:
     # each element of the result is one of the three
-    return root_of_squares(times(call.repeated(call.get(n, None)), call.bound(n)) for n in ("input", "min", "max"))
+    return root_of_squares(mul_up(call.repeated(call.get(n, None)), call.bound(n)) for n in ("input", "min", "max"))
 
 
 @rule("leaky_relu", nn.LeakyReLU)

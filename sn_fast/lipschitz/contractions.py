@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layers.linear import MatrixOperator
 from .products import bounded
-from .rounding import loosened, plus, root, times
+from .rounding import loosened, mul_up, plus, root
 from .rules import BadWeights, Call, Constant, Depends, NotCovered, joint_rule, no_bound, rule
 
 _SECOND = {"mm": "mat2", "bmm": "mat2", "mv": "vec", "dot": "tensor", "inner": "other", "outer": "vec2", "ger": "vec2"}
@@ -57,14 +57,14 @@ def _addmm(call: Call) -> float | Constant:
     names = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}.get(call.kind.strip("_"), ("mat", "vec"))
     bounds = [call.bound(name) for name in names]
     alpha, beta = abs(float(call.get("alpha", 1))), abs(float(call.get("beta", 1)))
-    first = times(times(beta, call.repeated(call.get("input"))), call.bound("input"))
+    first = mul_up(mul_up(beta, call.repeated(call.get("input"))), call.bound("input"))
     if all(bounds):
         return no_bound(_PRODUCT_OF_TWO)
     if not any(bounds):
         return first
     x, matrix = (call.get(name) for name in (names if bounds[0] else names[::-1]))
     product = _product(call, x, matrix)
-    return Constant(plus((first, times(times(product.value, alpha), max(bounds)))), product.how, product.reason)
+    return Constant(plus((first, mul_up(mul_up(product.value, alpha), max(bounds)))), product.how, product.reason)
 
 
 @joint_rule("einsum")
@@ -80,7 +80,7 @@ def _einsum(call: Call) -> float | Constant:
     tracked = max(range(len(bounds)), key=bounds.__getitem__)
     terms, output = _labels(equation, operands)
     norm = _contraction_norm(call, terms, output, operands, tracked)
-    return Constant(times(norm.value, bounds[tracked]), norm.how, norm.reason)
+    return Constant(mul_up(norm.value, bounds[tracked]), norm.how, norm.reason)
 
 
 def _labels(equation: str, operands: Sequence[Tensor]) -> tuple[list[list[Any]], list[Any]]:
@@ -138,7 +138,7 @@ def _contraction_norm(
         *(math.prod(sizes[label] for label in group) for group in (shared, added, contracted))
     )
     norm = _largest_norm(call, stack)
-    return Constant(times(norm.value, summed), norm.how, norm.reason)
+    return Constant(mul_up(norm.value, summed), norm.how, norm.reason)
 
 
 def _product(call: Call, x: Tensor, matrix: Tensor) -> Constant:
@@ -148,7 +148,7 @@ def _product(call: Call, x: Tensor, matrix: Tensor) -> Constant:
     if matrix.ndim == 1:
         matrix = matrix[None]
     norm = _largest_norm(call, matrix.reshape(-1, *matrix.shape[-2:]))
-    return Constant(times(norm.value, copies), norm.how, norm.reason)
+    return Constant(mul_up(norm.value, copies), norm.how, norm.reason)
 
 
 def _matrix(call: Call, matrix: Tensor) -> Constant:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rounding import root, root_of_squares, times
+from .rounding import mul_up, root, root_of_squares
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def joint_bound(bounds: Sequence[float], origins: Sequence[Any]) -> float:
     for members in families.values():
         apart_bound = root_of_squares(bound for bound, _ in members)
         origin = members[0][1]
-        together = times(root(most_copies(o.numbers for _, o in members)), origin.bound)
+        together = mul_up(root(most_copies(o.numbers for _, o in members)), origin.bound)
         alone.append(min(apart_bound, together) if len(members) > 1 else apart_bound)
     for pieces in switched.values():
         apart_bound = root_of_squares(bound for bound, _ in pieces)

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from .binding import name_of, value_at
 from .coefficients import Coefficient, TooLong
 from .origins import Origin, Piece, joint_bound
-from .rounding import next_up, root, times
+from .rounding import mul_up, next_up, root
 from .rules import Call, NotCovered
 
 # A linear form: the coefficient of each source (a value, by its number), and under None the constant summand.
@@ -252,7 +252,7 @@ class PiecewiseLinear:
         # Where the switch is zero everywhere, for some constants, it is the middle form that counts.
         sources = sorted({s for f in (*below, *at, *above) for s in f if s is not None})
         norm = max(self._norm(rows, sources) for rows in (below, at, above))
-        return times(norm, joint_bound(*zip(*(self._sources[s] for s in sources)))) if sources else 0.0
+        return mul_up(norm, joint_bound(*zip(*(self._sources[s] for s in sources)))) if sources else 0.0
 
     def _norm(self, rows: Sequence[Form], sources: Sequence[int]) -> float:
         """The norm of the matrix M of the coefficients of one element: at most the trace and the row sums of M^T M."""

@@ -11,7 +11,7 @@ from ..layers.linear import operator_of, weight_in_use
 from ..layers.operators import LinearOperator
 from ..layers.weighted import ConvOperator, LayerOperator, MatrixOperator, layer_operator
 from ..norms import operator_norm_bound
-from .rounding import loosened, times
+from .rounding import loosened, mul_up
 from .rules import BadWeights, Call, Constant, Depends, no_bound, rule
 from .sums import inverse, magnitude
 
@@ -52,7 +52,7 @@ def _certificate(call: Call, scale: Tensor | None, norm: nn.Module | None) -> Co
     if not isinstance(operator, LayerOperator):
         constant = bounded(call, operator)
         factor = 1.0 if scale is None else loosened(float(scale.abs().max()))
-        return Constant(times(constant.value, factor), constant.how, constant.reason)
+        return Constant(mul_up(constant.value, factor), constant.how, constant.reason)
     holder = call.module if call.module is not None else call.get("weight")
     tensors = [*holder.parameters(), *holder.buffers()] if isinstance(holder, nn.Module) else [holder]
     key = (id(holder), tuple(t._version for t in tensors), operator.geometry, id(norm))
@@ -128,11 +128,11 @@ def normalisation_scale(call: Call) -> Tensor | None:
 def _mul(call: Call) -> float:
     # diagonal, times the copies that broadcasting makes
     x, factor = call.factors("input", "other")
-    return times(magnitude(call.get(factor)), call.repeated(call.get(x)))
+    return mul_up(magnitude(call.get(factor)), call.repeated(call.get(x)))
 
 
 @rule("div", "truediv", "itruediv", "divide", "true_divide")
 def _div(call: Call) -> float | Constant:
     if call.get("rounding_mode", None) is not None:
         return no_bound("division with rounding jumps")
-    return times(inverse(call.get("other")), call.repeated(call.x))
+    return mul_up(inverse(call.get("other")), call.repeated(call.x))

@@ -19,7 +19,7 @@ def loosened(x: float) -> float:
     return x * (1 + _SLACK)
 
 
-def times(a: float, b: float) -> float:
+def mul_up(a: float, b: float) -> float:
     """a * b from above. A zero map is constant whatever comes before it, so 0 * inf = 0."""
     if a == 0 or b == 0:
         return 0.0

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..layers.exact import is_parametrized_class, why_not_its_class
 from .binding import Slot, bind, name_of, replaced, value_at
-from .rounding import root, times
+from .rounding import mul_up, root
 
 _MISSING = object()
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -305,7 +305,7 @@ def outcome_of(call: Call, result: float | Constant, bound: float) -> Outcome:
     constant = result if isinstance(result, Constant) else Constant(result)
     if math.isnan(constant.value):
         raise BadWeights(f"layer {call.name!r} ({call.kind}): its weights or buffers have NaN elements")
-    after = times(constant.value, bound)
+    after = mul_up(constant.value, bound)
     reason = constant.reason or _unfit_dtype(call, after)
     if reason and not constant.reason:
         return Outcome(math.inf, math.inf, "none", reason)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .origins import joint_bound
-from .rounding import next_up, plus, root_of_squares, times
+from .rounding import mul_up, next_up, plus, root_of_squares
 from .rules import Call, Constant, NotCovered, joint_rule, no_bound
 
 
@@ -16,7 +16,7 @@ def _add(call: Call) -> float:
     # |J_a d + alpha J_b d| <= |J_a| + |alpha| |J_b|
     scaled = "input" if call.kind == "rsub" else "other"
     alpha = abs(float(call.get("alpha", 1)))
-    return plus(times(_spread(call, n), alpha if n == scaled else 1.0) for n in ("input", "other"))
+    return plus(mul_up(_spread(call, n), alpha if n == scaled else 1.0) for n in ("input", "other"))
 
 
 @joint_rule("lerp")
@@ -27,7 +27,7 @@ def _lerp(call: Call) -> float | Constant:
     weight = call.get("weight")
     weight = weight.detach().double() if isinstance(weight, Tensor) else weight
     first, second = magnitude(1 - weight), magnitude(weight)
-    return plus((times(first, _spread(call, "input")), times(second, _spread(call, "end"))))
+    return plus((mul_up(first, _spread(call, "input")), mul_up(second, _spread(call, "end"))))
 
 
 @joint_rule("addcmul", "addcdiv")
@@ -41,7 +41,7 @@ def _addcmul(call: Call) -> float | Constant:
             return no_bound("product of two activations: no finite bound")
         x, factor = names if call.bound("tensor1") else names[::-1]
         size = inverse(call.get(factor)) if divides else magnitude(call.get(factor))
-        product = times(times(abs(float(call.get("value", 1))), size), _spread(call, x))
+        product = mul_up(mul_up(abs(float(call.get("value", 1))), size), _spread(call, x))
     return plus((_spread(call, "input"), product))
 
 
@@ -79,7 +79,7 @@ def _new_tensor(call: Call) -> float | Constant:
 
 def _spread(call: Call, name: str) -> float:
     """The bound of an argument as it is broadcast to the result."""
-    return times(call.repeated(call.get(name)), call.bound(name)) if call.bound(name) else _given(call, name)
+    return mul_up(call.repeated(call.get(name)), call.bound(name)) if call.bound(name) else _given(call, name)
 
 
 def _given(call: Call, name: str) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from .binding import name_of
 from .origins import Origin, Twin, joint_bound, most_copies
-from .rounding import root, times
+from .rounding import mul_up, root
 from .rules import Call, Outcome, leaves
 
 _SIDES = {"max": "upper", "maximum": "upper", "fmax": "upper", "amax": "upper"}
@@ -57,7 +57,7 @@ class Tracking:
         if outcome.picks is not None and isinstance(source, Origin) and isinstance(source.numbers, (int, Tensor)):
             origin = source.picked(outcome.picks)
             self._origins[n] = origin
-            return min(outcome.bound, times(root(most_copies(leaves(origin.numbers))), origin.bound))
+            return min(outcome.bound, mul_up(root(most_copies(leaves(origin.numbers))), origin.bound))
         if outcome.picks is not None and isinstance(source, Twin) and isinstance(outcome.picks, Tensor):
             if most_copies([outcome.picks]) <= 1:
                 self._origins[n] = source

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .rounding import loosened, root, times
+from .rounding import loosened, mul_up, root
 from .rules import Call, Constant, no_bound, rule
 
 _SVD_LIMIT = 2048  # larger side of a matrix whose 2-norm is computed
@@ -155,7 +155,7 @@ def _largest_count(size: int, windows: list[list[int]]) -> int:
 
 
 def _product(norms: Any) -> float:
-    return functools.reduce(times, norms, 1.0)
+    return functools.reduce(mul_up, norms, 1.0)
 
 
 def _axes(call: Call) -> int:

@@ -22,7 +22,7 @@ from .general_bound import BoundInfo, Found, ProductSearch, scaled_up
 from .grid import Grid, every_size, own_size, padding_norm, padding_norm_at_every_size, riesz_sizes
 from .kernel_gram import gram_iteration_bound
 from .lanczos_bound import lanczos_bound
-from .problem import Problem
+from .problem import ScaledConvolution
 from .rounding import absolute_norm
 from .symbol import Symbol
 
@@ -124,7 +124,7 @@ def tightest_bound(op: LinearOperator, tightness: float = 1.01, lower: float | N
     if layer is None or 0.0 in factors:
         return ProductSearch(op, tightness, tightest_bound).auto()
     known = lower if not factors else None
-    return scaled_up(Search(layer, tightness, lower=known).auto(), factors)
+    return scaled_up(BoundMethods(layer, tightness, lower=known).auto(), factors)
 
 
 def _found(
@@ -140,7 +140,7 @@ def _found(
     factors, core = unscaled(op)
     layer = layer_operator(core)
     if layer is not None and 0.0 not in factors:
-        search = Search(layer, tightness)
+        search = BoundMethods(layer, tightness)
         if method == "lanczos":
             return scaled_up(search.lanczos(delta, generator), factors)
         return scaled_up(search.fft(grid) if method == "fft" else getattr(search, method)(), factors)
@@ -150,7 +150,7 @@ def _found(
     return by_products.dense() if method == "dense" else by_products.refuse(method)
 
 
-class Search:
+class BoundMethods:
     """The methods, each a function that returns a bound and how it was found.
 
     ``lower`` is a norm that some vector attains, where the caller knows one. With ``every_size`` the norm of a padding
@@ -162,7 +162,7 @@ class Search:
     ) -> None:
         self.op = op
         self.tightness = tightness
-        self.problem = Problem.of(op)
+        self.problem = ScaledConvolution.of(op)
         self._lower = lower
         of_axis = padding_norm_at_every_size if every_size else padding_norm
         self._padding = math.prod(of_axis(a, self.problem.geometry.mode) for a in self.problem.geometry.axes)
@@ -204,7 +204,7 @@ class Search:
         return self.problem.unscaled(best), BoundInfo("circulant", False, 1.0, detail)
 
     def dense(self) -> Found:
-        problem = Problem.of(self.op.reduced())
+        problem = ScaledConvolution.of(self.op.reduced())
         n = gram_size(problem.kernel, problem.geometry)
         if _gram_bytes((len(problem.kernel), n)) > _LARGEST_GRAM:
             raise ValueError(

@@ -15,9 +15,9 @@ from ..layers.linear import checked_weight, why_not_divisible
 from ..layers.weighted import LayerOperator, MatrixOperator, as_int, layer_operator, per_axis
 from ..reference.geometry import Axis
 from .bound import Method, operator_norm_bound
-from .definite import below
+from .definite import has_eigenvalues_below
 from .grid import is_periodic
-from .problem import Problem, times_power_of_two
+from .problem import ScaledConvolution, times_power_of_two
 from .symbol import Polyphase, split_cells
 
 _CHUNK_BYTES = 1 << 28
@@ -88,7 +88,7 @@ def clip_spectrum(
         before = _bound(op)
         if before <= beta:
             return ClippedSpectrum(before, before, residual=0.0, distance=0.0, iterations=0)
-        problem = Problem.of(op)
+        problem = ScaledConvolution.of(op)
         projections = _Projections(problem, beta, before)
         kernel, iterations = projections.nearest(problem.kernel, max_iterations, tol)
         residual = max(0.0, projections.largest(kernel) / projections.radius - 1)
@@ -152,7 +152,7 @@ def _bound(op: LayerOperator) -> float:
     return float(operator_norm_bound(op, method=method))
 
 
-def _scaled_below(beta: float, kernel: Tensor, op: LayerOperator, problem: Problem) -> tuple[Tensor, float]:
+def _scaled_below(beta: float, kernel: Tensor, op: LayerOperator, problem: ScaledConvolution) -> tuple[Tensor, float]:
     """The kernel as a weight of the operator's shape and dtype, scaled down as far as beta demands, and its bound."""
     factor, margin = 1.0, _ROUNDING
     while True:
@@ -164,7 +164,7 @@ def _scaled_below(beta: float, kernel: Tensor, op: LayerOperator, problem: Probl
         margin = min(1.0, 16 * margin)
 
 
-def _distance(weight: Tensor, problem: Problem) -> float:
+def _distance(weight: Tensor, problem: ScaledConvolution) -> float:
     moved = times_power_of_two(weight.double(), -problem.exponent).reshape(problem.kernel.shape) - problem.kernel
     return float(moved.norm() / problem.kernel.norm())
 
@@ -184,7 +184,7 @@ class _Projections:
         sizes: frequencies per axis.
     """
 
-    def __init__(self, problem: Problem, beta: float, norm: float) -> None:
+    def __init__(self, problem: ScaledConvolution, beta: float, norm: float) -> None:
         self._axes = problem.polyphases()
         geometry, shape = problem.geometry, problem.kernel.shape
         periods = [_period(axis) if geometry.mode == "circular" else None for axis in geometry.axes]
@@ -262,7 +262,10 @@ class _Projections:
     def _is_within(self, kernel: Tensor, limit: float) -> bool:
         if self._single:
             return self.largest(kernel) <= limit
-        return not any(bool((~below(_gram(z), limit**2)).any()) for z in _chunks(self._symbols(kernel).flatten(0, -3)))
+        return not any(
+            bool((~has_eigenvalues_below(_gram(z), limit**2)).any())
+            for z in _chunks(self._symbols(kernel).flatten(0, -3))
+        )
 
 
 def _period(axis: Axis) -> int | None:
@@ -318,7 +321,7 @@ def _excess_by_svd(z: Tensor, limit: float) -> Tensor:
 def _excess_by_eigenvectors(z: Tensor, limit: float) -> Tensor:
     """As by the SVD, at half its time; singular values that matter are near ``limit`` or above, where squares do."""
     gram = _gram(z)
-    over = ~below(gram, limit**2)
+    over = ~has_eigenvalues_below(gram, limit**2)
     squares, vectors = torch.linalg.eigh(gram[over])
     s = squares.clamp_min_(0).sqrt_()
     kept = (1 - limit / s).clamp_min_(0)

@@ -47,8 +47,8 @@ def eigenvalue_bound(
         n = chunk.shape[-1]
         left = chunk.reshape(-1, n, n)
         means = left.diagonal(dim1=-2, dim2=-1).real.mean(dim=-1)
-        left = _where(means > 0, left)  # the others are zero
-        while len(left := _where(~below(left, limit), left)):
+        left = _select(means > 0, left)  # the others are zero
+        while len(left := _select(~has_eigenvalues_below(left, limit), left)):
             # A matrix drawn from those that remain exceeds half of them on average, so a few rounds suffice.
             largest = float(means.max())
             if find_eigenvalues:
@@ -62,12 +62,12 @@ def eigenvalue_bound(
     return limit * (1 + 4 * (n + 2) * n * UNIT_ROUNDOFF)
 
 
-def _where(mask: Tensor, matrices: Tensor) -> Tensor:
-    """Those matrices; all without a copy."""
+def _select(mask: Tensor, matrices: Tensor) -> Tensor:
+    """The matrices selected by ``mask``; no copy if all are."""
     return matrices if bool(mask.all()) else matrices[mask]
 
 
-def below(matrices: Tensor, limit: float) -> Tensor:
+def has_eigenvalues_below(matrices: Tensor, limit: float) -> Tensor:
     """Whether limit I - G has a Cholesky factor, for each matrix G."""
     if limit <= 0:
         return matrices.new_zeros(len(matrices), dtype=torch.bool)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layers.weighted import LayerOperator
 from ..reference.geometry import Geometry
-from .bound import Search
+from .bound import BoundMethods
 
 _ROUNDINGS = 6  # of one element: sigma, sigma / beta, the quotient, and its storage in the weight's dtype
 _TIGHTNESS = 1.01
@@ -32,12 +32,12 @@ def certified_sigma(weight: Tensor, geometries: Iterable[Geometry], *, every_siz
 
 def layer_bound(op: LayerOperator, *, every_size: bool) -> float:
     """A bound of the operator's norm at its own input size, or at every one."""
-    search = Search(op, _TIGHTNESS, every_size=every_size)
+    search = BoundMethods(op, _TIGHTNESS, every_size=every_size)
     norm, _ = search.fft(None) if every_size else search.auto()
     return norm
 
 
 def _sigma(op: LayerOperator, every_size: bool) -> float:
     # Rounding changes an element by a few units, and so the norm by a few units of the norm of |W|.
-    absolute, _ = Search(op, _TIGHTNESS, every_size=every_size).rowsum()
+    absolute, _ = BoundMethods(op, _TIGHTNESS, every_size=every_size).rowsum()
     return layer_bound(op, every_size=every_size) + _ROUNDINGS * torch.finfo(op.weight.dtype).eps * absolute

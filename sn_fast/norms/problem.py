@@ -18,7 +18,7 @@ _ONE_PIXEL = Axis(size=1, out=1, kernel=1, stride=1, dilation=1, before=0)
 
 
 @dataclass(frozen=True)
-class Problem:
+class ScaledConvolution:
     """A convolution proper: of a transposed layer the one whose adjoint it is; of a matrix a 1x1 on one pixel.
 
     Attributes:
@@ -32,7 +32,7 @@ class Problem:
     geometry: Geometry
 
     @classmethod
-    def of(cls, op: LayerOperator) -> Problem:
+    def of(cls, op: LayerOperator) -> ScaledConvolution:
         geometry = op.geometry
         weight = op.weight.detach().double()
         if not geometry.axes:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..layers.operators import LinearOperator, Product, Scaled, Sum, parts_of
 from ..layers.weighted import LayerOperator, layer_operator
 from .grid import padding_norm
-from .problem import Problem
+from .problem import ScaledConvolution
 from .symbol import UNIT_ROUNDOFF, split_cells
 
 _SUMS = 1e-9  # rounding of row and column sums, generously
@@ -21,7 +21,7 @@ class ProductError(NamedTuple):
     error: float
 
 
-def absolute_norm(problem: Problem, padding: float) -> float:
+def absolute_norm(problem: ScaledConvolution, padding: float) -> float:
     """A bound of the norm of the operator with the kernel's absolute values: sqrt(largest row sum x column sum)."""
     cells = split_cells(problem.kernel.abs(), problem.polyphases())
     cells = cells.flatten(0, len(problem.geometry.axes) - 1).sum(dim=0)  # (groups, rows, phases * columns)
@@ -51,7 +51,7 @@ def product_error(op: LinearOperator) -> ProductError | None:
 
 
 def _of_layer(op: LayerOperator) -> ProductError:
-    problem = Problem.of(op)
+    problem = ScaledConvolution.of(op)
     padding = math.prod(padding_norm(axis, problem.geometry.mode) for axis in problem.geometry.axes)
     norm = problem.unscaled(absolute_norm(problem, padding))
     # An element of A x is a sum of at most this many products, and |fl(A x) - A x| <= gamma |A| |x| elementwise.
