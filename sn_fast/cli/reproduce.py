@@ -36,7 +36,15 @@ example:
 
 
 # Options of the grid and of its runs by other names.
-_OPTIONS = {"data": "set", "data_dir": "data", "archs": "arch", "schemes": "scheme", "beta": "betas", "seed": "seeds"}
+_OPTIONS = {
+    "root": "data",
+    "data": "set",
+    "data_dir": "data",
+    "archs": "arch",
+    "schemes": "scheme",
+    "beta": "betas",
+    "seed": "seeds",
+}
 
 
 def add_command(commands: Any) -> None:

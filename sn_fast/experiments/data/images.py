@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import OptionError
 
 _CHUNK = 1024
 _WHITE = 255
@@ -21,7 +21,7 @@ def to_input(pixels: np.ndarray, *, whiten: bool, crop: int | None) -> Tensor:
     count, channels, height, width = pixels.shape
     side = (height, width) if crop is None else (crop, crop)
     if not (0 < side[0] <= height and 0 < side[1] <= width):
-        raise UserError(f"crop: {crop} will not do: the images are {height}x{width} pixels")
+        raise OptionError("crop", crop, f"the images are {height}x{width} pixels; give a smaller one")
     top, left = (height - side[0]) // 2, (width - side[1]) // 2
     result = torch.empty(count, channels, *side)
     for start in range(0, count, _CHUNK):

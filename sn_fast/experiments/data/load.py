@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...errors import UserError
+from ...errors import OptionError, UserError
 from .draws import corrupted, draw
 from .images import to_input
 from .registry import DataSet, Images, Request, find_data_set
@@ -67,7 +67,7 @@ def load_data(
         device: of the samples.
 
     Raises:
-        UserError: an argument will not do, or a file is missing, damaged or not the official one.
+        UserError: an argument is out of range, or a file is missing, damaged or not the official one.
     """
     data_set = find_data_set(name)
     _check_choice("split", split, SPLITS)
@@ -83,7 +83,7 @@ def load_data(
             _check_count(option, value, least)
     _check_share(random_labels)
     if coarse and data_set.coarse_classes is None:
-        raise UserError(f"coarse: {name} has no coarse classes; cifar100 has")
+        raise OptionError("coarse", coarse, f"{name} has no coarse classes; cifar100 has")
     relabel = _relabelling(classes, (data_set.coarse_classes if coarse else None) or data_set.num_classes)
     num_classes = int(relabel.max()) + 1
 
@@ -119,10 +119,10 @@ def _root(data_set: DataSet, root: str | os.PathLike[str] | None) -> Path:
     if data_set.embedded:
         return Path()
     if root is None:
-        raise UserError(f"root: data set {data_set.name} needs the folder of its official files; see docs/data.md")
+        raise OptionError("root", root, f"give the folder of the official files of {data_set.name}; see docs/data.md")
     path = Path(root).expanduser()
     if not path.exists():
-        raise UserError(f"root: there is no {path}; give the folder of the official files of {data_set.name}")
+        raise OptionError("root", str(root), f"is not there; give the folder of the official files of {data_set.name}")
     return path
 
 
@@ -130,7 +130,7 @@ def _read(data_set: DataSet, request: Request) -> tuple[Images, Images]:
     try:
         train, test = data_set.read(request)
     except OSError as error:
-        raise UserError(f"root: cannot read {request.root}: {error.strerror or error}") from None
+        raise OptionError("root", str(request.root), f"it cannot be read ({error.strerror or error})") from None
     if not (len(train) and len(test)):
         raise UserError(
             f"data set {request.name}: {request.root} holds {len(train)} training and {len(test)} test images"
@@ -150,14 +150,16 @@ def _positions(
     size = first if validation_size is None else validation_size
     reserved = {"published": data_set.reserved, "all": 0, "held_out": size}[split]
     if reserved >= train:
-        raise UserError(
-            f"split: {split!r} will not do: it does not train on the first {reserved} of the training images, and "
-            f"{data_set.name} has {train}; give split='all'" + (" or a validation_size" if split == "held_out" else "")
+        remedy = "all, or a smaller validation_size" if split == "held_out" else "all"
+        raise OptionError(
+            "split",
+            split,
+            f"it leaves the first {reserved} training images out, and {data_set.name} has {train}; choose {remedy}",
         )
     if split == "held_out":
         return np.arange(reserved, train), np.arange(reserved), np.arange(test)
     if size >= test:
-        raise UserError(f"validation_size: {size} will not do: {data_set.name} has {test} test images; give less")
+        raise OptionError("validation_size", size, f"must be less than the {test} test images of {data_set.name}")
     return np.arange(reserved, train), np.arange(size), np.arange(size, test)
 
 
@@ -177,9 +179,7 @@ def _relabelling(classes: Sequence[int] | None, num_classes: int) -> np.ndarray:
     except TypeError:
         kept = []
     if len(set(kept)) != len(kept) or len(kept) < 2 or not all(0 <= label < num_classes for label in kept):
-        raise UserError(
-            f"classes: {classes!r} will not do: give two or more different classes of 0 to {num_classes - 1}"
-        )
+        raise OptionError("classes", classes, f"give two or more different classes from 0 to {num_classes - 1}")
     relabel = np.full(num_classes, -1)
     relabel[kept] = np.arange(len(kept))
     return relabel
@@ -187,20 +187,20 @@ def _relabelling(classes: Sequence[int] | None, num_classes: int) -> np.ndarray:
 
 def _draw(name: str, seed: int, option: str, among: np.ndarray, size: int | None) -> np.ndarray:
     if size is not None and size > len(among):
-        raise UserError(f"{option}: {size} will not do: {name} has {len(among)} such images with these options")
+        raise OptionError(option, size, f"{name} has {len(among)} such images with these options; give at most that")
     return among if size is None else draw(seed, option, among, size)
 
 
 def _check_choice(option: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise UserError(f"{option}: {value!r} will not do: give one of {', '.join(choices)}")
+        raise OptionError(option, value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def _check_count(option: str, value: object, least: int) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise UserError(f"{option}: {value!r} will not do: give a whole number of at least {least}")
+        raise OptionError(option, value, f"must be an integer >= {least}")
 
 
 def _check_share(value: object) -> None:
     if not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise UserError(f"random_labels: {value!r} will not do: give a share of 0 to 1")
+        raise OptionError("random_labels", value, "must be a number from 0 to 1")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UserError, require
+from ...errors import OptionError, require
 
 _CHUNK = 4096
 """Samples that a sum over a whole set takes at once."""
@@ -111,9 +111,11 @@ def load_split(name: str, train_size: int, seed: int, device: str = "cpu") -> Sp
     images, labels = load(name)
     classes = len(np.unique(labels))
     if not classes <= train_size <= len(labels) - classes:
-        raise UserError(
-            f"argument --train-size: {train_size} does not leave every class samples for training and for the test; "
-            f"give {classes} to {len(labels) - classes} for {name}"
+        raise OptionError(
+            "train_size",
+            train_size,
+            "must leave every class samples for training and for the test: "
+            f"give {classes} to {len(labels) - classes} for {name}",
         )
     parts = require("sklearn.model_selection").train_test_split(
         images, labels, train_size=train_size, stratify=labels, random_state=seed

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import OptionError, UserError
 
 REBUILT = "a rebuilt or reduced file is accepted with allow_partial=True"
 
@@ -79,4 +79,4 @@ def require_folder(origin: Origin, root: Path) -> None:
         UserError: it is a file.
     """
     if not root.is_dir():
-        raise UserError(f"root: {root} is no folder; give the one with the official files of {origin.name}")
+        raise OptionError("root", str(root), f"is not a folder; give the one with the official files of {origin.name}")

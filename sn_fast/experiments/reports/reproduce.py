@@ -186,7 +186,12 @@ class _Analyst:
         self._add("accuracy", accuracy_table, self.outcomes)
 
     def _curves(self) -> None:
-        self._add("training", training_curves, self.outcomes)
+        panels: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes:
+            arch = outcome.config.arch.removesuffix("_sn")
+            panels.setdefault(f"training-{arch}-{outcome.config.scheme}", []).append(outcome)
+        for name, outcomes in panels.items():
+            self._add(name, training_curves, outcomes)
         for arch, members in self._chosen().items():
             config = members[0][1].config
             attacks = {scheme.upper(): config.adversary(scheme) for scheme in ("fgm", "pgm", "wrm")}

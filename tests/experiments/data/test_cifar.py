@@ -60,7 +60,7 @@ def test_an_archive_is_read_in_place(tmp_path, compressed):
     renamed = alone.rename(alone.with_name("cifar-10-mine.tar.gz"))
     assert_read(files, files.reader.read(request(renamed.parent)))
     renamed.with_name("cifar-10-other.tar.gz").touch()
-    refused(files, renamed.parent, "holds cifar-10-mine.tar.gz, cifar-10-other.tar.gz; give the one to read as root")
+    refused(files, renamed.parent, "holds cifar-10-mine.tar.gz, cifar-10-other.tar.gz; give the one to read")
 
 
 @pytest.mark.parametrize(("coarse", "key"), [(False, b"fine_labels"), (True, b"coarse_labels")])

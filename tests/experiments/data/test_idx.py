@@ -205,5 +205,5 @@ def test_sums_of_compressed_files_where_no_others_are_published(files):
 
 
 def test_a_file_in_place_of_the_folder(files):
-    with pytest.raises(UserError, match=r"root: .* is no folder; give the one with the official files of drawn"):
+    with pytest.raises(UserError, match=r"root=.* is not a folder; give the one with the official files of drawn"):
         files.reader.read(request(files.path("train-images")))

@@ -62,5 +62,5 @@ def test_pixels_are_bytes_over_255_correctly_rounded():
 
 
 def test_a_crop_beyond_the_image_is_refused():
-    with pytest.raises(UserError, match="crop: 29 will not do: the images are 28x30 pixels"):
+    with pytest.raises(UserError, match="crop=29: the images are 28x30 pixels"):
         to_input(np.zeros((2, 1, 28, 30), np.uint8), whiten=False, crop=29)

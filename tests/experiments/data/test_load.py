@@ -237,31 +237,31 @@ def test_published_preparations():
 
 BAD = {
     "a name": (("mnits",), {}, "data set 'mnits' is not known; there are digits, drawn, mnist5k, cifar10, "),
-    "no root": (("mnist",), {}, "root: data set mnist needs the folder of its official files"),
-    "another root": (("mnist", "/no/such"), {}, "root: there is no /no/such; give the folder"),
-    "train_size 0": (("drawn",), {"train_size": 0}, "train_size: 0 will not do: give a whole number of at least 1"),
-    "train_size text": (("drawn",), {"train_size": "5"}, "train_size: '5' will not do"),
-    "train_size true": (("drawn",), {"train_size": True}, "train_size: True will not do"),
-    "train_size": (("folder", "."), {"train_size": 1001}, "train_size: 1001 will not do: folder has 1000 such images"),
-    "test_size": (("drawn",), {"test_size": 401}, "test_size: 401 will not do: drawn has 400 such images"),
-    "validation": (("drawn",), {"validation_size": 900}, "validation_size: 900 will not do: drawn has 900 test images"),
-    "validation -1": (("drawn",), {"validation_size": -1}, "validation_size: -1 will not do"),
+    "no root": (("mnist",), {}, "root=None: give the folder of the official files of mnist"),
+    "another root": (("mnist", "/no/such"), {}, "root='/no/such': is not there; give the folder"),
+    "train_size 0": (("drawn",), {"train_size": 0}, "train_size=0: must be an integer >= 1"),
+    "train_size text": (("drawn",), {"train_size": "5"}, "train_size='5'"),
+    "train_size true": (("drawn",), {"train_size": True}, "train_size=True"),
+    "train_size": (("folder", "."), {"train_size": 1001}, "train_size=1001: folder has 1000 such images"),
+    "test_size": (("drawn",), {"test_size": 401}, "test_size=401: drawn has 400 such images"),
+    "validation": (("drawn",), {"validation_size": 900}, "validation_size=900: must be less than the 900 test images"),
+    "validation -1": (("drawn",), {"validation_size": -1}, "validation_size=-1"),
     "held out": (
         ("drawn",),
         {"split": "held_out", "validation_size": 6000},
-        "split: 'held_out' will not do: it does not train on the first 6000 of the training images, and drawn has 6000",
+        "split='held_out': it leaves the first 6000 training images out, and drawn has 6000",
     ),
-    "split": (("drawn",), {"split": "half"}, "split: 'half' will not do: give one of published, all, held_out"),
-    "share": (("drawn",), {"random_labels": 1.01}, "random_labels: 1.01 will not do: give a share of 0 to 1"),
-    "share nan": (("drawn",), {"random_labels": float("nan")}, "random_labels: nan will not do"),
-    "share true": (("drawn",), {"random_labels": True}, "random_labels: True will not do"),
-    "part": (("drawn",), {"random_part": "tr"}, "random_part: 'tr' will not do: give one of train, test, both"),
-    "seed": (("drawn",), {"seed": -1}, "seed: -1 will not do"),
-    "crop": (("drawn",), {"crop": 5}, "crop: 5 will not do: the images are 4x4 pixels"),
-    "crop 0": (("drawn",), {"crop": 0}, "crop: 0 will not do"),
-    "coarse": (("drawn",), {"coarse": True}, "coarse: drawn has no coarse classes; cifar100 has"),
+    "split": (("drawn",), {"split": "half"}, "split='half': choose published, all or held_out"),
+    "share": (("drawn",), {"random_labels": 1.01}, "random_labels=1.01: must be a number from 0 to 1"),
+    "share nan": (("drawn",), {"random_labels": float("nan")}, "random_labels=nan"),
+    "share true": (("drawn",), {"random_labels": True}, "random_labels=True"),
+    "part": (("drawn",), {"random_part": "tr"}, "random_part='tr': choose train, test or both"),
+    "seed": (("drawn",), {"seed": -1}, "seed=-1"),
+    "crop": (("drawn",), {"crop": 5}, "crop=5: the images are 4x4 pixels"),
+    "crop 0": (("drawn",), {"crop": 0}, "crop=0"),
+    "coarse": (("drawn",), {"coarse": True}, "coarse=True: drawn has no coarse classes; cifar100 has"),
     **{
-        f"classes {classes}": (("drawn",), {"classes": classes}, "classes: .* give two or more different classes of 0")
+        f"classes {classes}": (("drawn",), {"classes": classes}, "classes=.* give two or more different classes from 0")
         for classes in ((), (1,), (1, 1), (1, 10), (-1, 2), ("a", "b"), (0.5, 1), "12", 3)
     },
 }
@@ -280,7 +280,7 @@ def test_too_few_images(drawn):
     none = Images(numbered(0, 0), np.arange(0))
     register(DataSet("few", lambda request: few, embedded=True, reserved=5000, validation=5))
     register(DataSet("none", lambda request: (none, few[1]), embedded=True))
-    with pytest.raises(UserError, match=r"does not train on the first 5000 of .* few has 40; give split='all'"):
+    with pytest.raises(UserError, match=r"leaves the first 5000 training images out, and few has 40; choose all"):
         load_data("few")
     assert len(load_data("few", split="all").train) == 40
     with pytest.raises(UserError, match="classes: no training or no test image of few is of these classes"):
@@ -294,7 +294,7 @@ def test_an_unreadable_root_gives_one_line(drawn):
         raise PermissionError(13, "Permission denied")
 
     register(DataSet("locked", read))
-    with pytest.raises(UserError, match=r"root: cannot read \.: Permission denied"):
+    with pytest.raises(UserError, match=r"root='\.': it cannot be read \(Permission denied\)"):
         load_data("locked", ".")
 
 

@@ -36,7 +36,7 @@ def test_the_seed_decides_the_split():
 
 @pytest.mark.parametrize("size", [9, 1788, 5000])
 def test_a_part_without_some_class_is_refused(size):
-    with pytest.raises(UserError, match=rf"argument --train-size: {size} .* give 10 to 1787 for digits"):
+    with pytest.raises(UserError, match=rf"train_size={size}: .* give 10 to 1787 for digits"):
         load_split("digits", size, seed=0)
 
 

@@ -46,9 +46,14 @@ def test_all_parts_of_a_grid(tmp_path: Path) -> None:
     assert report.missing == {}
     assert report.unfinished == []
     assert len(report.outcomes) == 4  # two betas, each with true and with random labels
-    assert {"accuracy", "training", "robustness-mlp1_elu", "margins-mlp1_elu", "norms", "capacities"} <= set(
-        report.analyses
-    )
+    assert {
+        "accuracy",
+        "training-mlp1_elu-fgm",
+        "robustness-mlp1_elu",
+        "margins-mlp1_elu",
+        "norms",
+        "capacities",
+    } <= set(report.analyses)
     paths = report.write(tmp_path, html_page)
     assert {p.suffix for p in paths} == {".png", ".svg", ".csv", ".txt", ".json", ".html"}
     document = json.loads((tmp_path / "report.json").read_text())
@@ -66,7 +71,7 @@ def test_all_parts_of_a_grid(tmp_path: Path) -> None:
 def test_what_cannot_be_analysed_is_named_with_its_reason(tmp_path: Path) -> None:
     report = reproduce(PARTS, tiny(), tmp_path, only_report=True)
     assert [o.status for o in report.unfinished] == ["absent"] * 8
-    assert {"training", "norms", "random-labels"} <= set(report.missing)
+    assert {"training-mlp1_elu-erm", "norms", "random-labels"} <= set(report.missing)
     assert "absent" in report.text()
     report.write(tmp_path, html_page)
 
@@ -81,7 +86,7 @@ def test_what_cannot_be_analysed_is_named_with_its_reason(tmp_path: Path) -> Non
         (["table", "--jobs", "0"], "argument --jobs: invalid value 0: must be an integer >= 1"),
         (["table", "--arch", ""], "argument --arch: invalid value (): give at least one"),
         (["table", "--set", "digits", "--betas", "published"], "argument --betas: invalid value published: there is"),
-        (["table", "--data", "/nowhere"], "root: there is no /nowhere"),
+        (["table", "--data", "/nowhere"], "argument --data: invalid value /nowhere: is not there; give the folder"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys) -> None:

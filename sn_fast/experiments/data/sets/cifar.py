@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import UserError
+from ....errors import OptionError, UserError
 from ..pickles import load_arrays
 from ..registry import DataSet, Images, Request, register
 from ..source_files import Origin, check_sum, read_file
@@ -75,7 +75,7 @@ class Cifar:
         archives = sorted(root.glob(self.archive.replace("python", "*")))
         if len(archives) > 1:
             names = ", ".join(archive.name for archive in archives)
-            raise UserError(f"root: {root} holds {names}; give the one to read as root")
+            raise OptionError("root", str(root), f"holds {names}; give the one to read")
         if archives:
             return archives[0]
         raise self.origin.missing(f"{self.folder}/{next(iter(self.train))} or {self.archive}", root, (".",))
