@@ -105,6 +105,12 @@ def add_command(commands: Any) -> None:
     )
     training.add_argument("--weight-decay", type=float, metavar="W", help="factor of the squared weights (default: 0)")
     training.add_argument(
+        "--reference",
+        action="store_true",
+        default=None,
+        help="the published arithmetic where it is less exact: FGM's norm underflows, weight decay counts twice",
+    )
+    training.add_argument(
         "--seed", type=int, metavar="N", help="random seed for split, weights and batches (default: 0)"
     )
     machine = parser.add_argument_group("machine")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks import fgm, pgd, wrm
+from .reference import published_fgm
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class Adversary:
     eps: float
     steps: int
     autocast_dtype: torch.dtype | None = None
+    reference: bool = False
+    """FGM in the published arithmetic."""
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
         """x, (B, C, H, W), moved against labels y, (B,); None: against the model's own predictions."""
         if self.scheme == "erm":
             return x
         common: Any = {"eps": self.eps, "autocast_dtype": self.autocast_dtype}
+        if self.scheme == "fgm" and self.reference:
+            return published_fgm(model, x, y, norm=self.norm, eps=self.eps)
         if self.scheme == "fgm":
             return fgm(model, x, y, norm=self.norm, **common)
         if self.scheme == "pgm":

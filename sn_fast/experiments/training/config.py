@@ -85,6 +85,9 @@ class TrainConfig:
     """Coefficient of the squared weights; None: what the network is defined with, mostly 0."""
     stop_accuracy: float = 0.0
     """Stop when the training accuracy, mean over five epochs, reaches it; 0: never."""
+    reference: bool = False
+    """As the published code where that is less exact: FGM's gradient norm in float32, which underflows, and weight
+    decay counted in every copy of the network."""
     evaluation: str = "curves"
     """At the end: "curves": accuracies under every attack with the true labels, a robustness curve, margins.
     "published": accuracies clean and under the training's attack with the network's own predictions for labels."""
@@ -194,7 +197,9 @@ class TrainConfig:
         """The attack ``scheme``, at this run's eps where it is an eps of that kind, else at ``other_eps``."""
         eps = self.eps if (scheme == "wrm") == (self.scheme == "wrm") else self.other_eps
         assert eps is not None, "with_strength was not called"
-        return Adversary(scheme, self.norm, eps, self.steps, autocast_dtype=self.autocast_dtype)
+        return Adversary(
+            scheme, self.norm, eps, self.steps, autocast_dtype=self.autocast_dtype, reference=self.reference
+        )
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from ..networks import build_network, demo_network, parameter_groups
 from .config import TrainConfig
 from .errors import Diverged
 from .ranks import ALONE, Ranks
+from .reference import published_weight_decay
 
 _MOMENTUM = 0.9
 
@@ -164,6 +165,9 @@ class Trainee:
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(model) if config.weight_decay is None else _decayed(model, config.weight_decay)
+    for group in groups:
+        if config.reference:
+            group["weight_decay"] = published_weight_decay(group["weight_decay"], config.scheme)
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.lr)
     return torch.optim.SGD(groups, lr=config.lr, momentum=_MOMENTUM)
