@@ -189,8 +189,7 @@ class BoundMethods:
 
     def fft(self, sizes: int | Sequence[int] | None) -> Found:
         grid = self._riesz_grid(sizes)
-        value = self._on_grid(Symbol(self.problem.kernel, self.problem.polyphases()), grid, padding=self._padding)
-        value *= self._padding
+        value = self._on_grid(Symbol(self.problem.kernel, self.problem.polyphases()), grid) * self._padding
         detail = f"{times(grid.sizes)} frequencies, Riesz factor {grid.factor:.4f}{_padding_detail(self._padding)}"
         return self.problem.unscaled(value), BoundInfo("fft", self._zeros, 1.0, detail)
 
@@ -244,13 +243,10 @@ class BoundMethods:
                 self._lower = math.ldexp(float(norm), self.problem.exponent)
         return self._lower
 
-    def _on_grid(self, symbol: Symbol, grid: Grid, give_up: float = math.inf, padding: float = 1.0) -> float:
+    def _on_grid(self, symbol: Symbol, grid: Grid, give_up: float = math.inf) -> float:
         limit = ((give_up / grid.factor) ** 2) if give_up < math.inf else math.inf
-        # No bound is below a norm that is attained, and most frequencies are: they cost one factorisation then.
-        known = 0.0 if self._lower is None else math.ldexp(self._lower, -self.problem.exponent)
         turns = grid.turns().to(self.problem.kernel)
-        found = eigenvalue_bound(symbol.grams(turns), start=(known / (grid.factor * padding)) ** 2, give_up=limit)
-        return _root(found + symbol.error) * grid.factor
+        return _root(eigenvalue_bound(symbol.grams(turns), give_up=limit) + symbol.error) * grid.factor
 
     def _riesz_grid(self, sizes: int | Sequence[int] | None) -> Grid:
         axes = self.problem.polyphases()
