@@ -76,6 +76,11 @@ def add_command(commands: Any) -> None:
     runs.add_argument("--train-size", type=int, metavar="N", help="number of training images")
     runs.add_argument("--steps", type=int, metavar="N", help="steps of PGM and WRM")
     runs.add_argument("--batch-size", type=int, metavar="N", help="images per step")
+    runs.add_argument(
+        "--reference",
+        action="store_true",
+        help="published arithmetic of FGM and weight decay",
+    )
     runs.add_argument("--device", metavar="{auto,cpu,cuda}", help="device (default: auto)")
     runs.add_argument("--threads", type=int, metavar="N", help="number of CPU threads of each process (default: 1)")
     output = parser.add_argument_group("output")
@@ -99,8 +104,9 @@ def _run(options: argparse.Namespace) -> None:
     }
     if options.data is not None:
         extra["data_dir"] = options.data
-    if options.allow_partial:
-        extra["allow_partial"] = True
+    for name in ("allow_partial", "reference"):
+        if getattr(options, name):
+            extra[name] = True
     grid = Grid(
         data=options.set,
         norm=options.norm.lower().removeprefix("l"),

@@ -125,7 +125,8 @@ class TableRow:
         """Network and scheme, for a figure."""
         config = self.config
         ball = f" {figures.norm_label(config.norm)}" if config.norm != "2" and config.scheme in ("fgm", "pgm") else ""
-        return f"{config.data} {config.arch.removesuffix('_sn')} {config.scheme.upper()}{ball}"
+        arithmetic = " (published arithmetic)" if config.reference else ""
+        return f"{config.data} {config.arch.removesuffix('_sn')} {config.scheme.upper()}{ball}{arithmetic}"
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,9 @@ def _unlike_published(config: TrainConfig) -> list[str]:
     # ERM has no strength, and the published row was found by the radius where that is not of l2. Once the images are
     # known (other_eps is filled in then too), strengths can no longer be told from given ones.
     by_radius = config.scheme == "erm" or (config.scheme != "wrm" and config.norm != "2")
-    but = ("beta", "seed", "eps") if by_radius or config.other_eps is not None else ("beta", "seed")
-    return unlike(config, default, but=but)
+    strength = ("eps",) if by_radius or config.other_eps is not None else ()
+    # Both arithmetics are compared: the published one, and the one that does not underflow.
+    return unlike(config, default, but=("beta", "seed", "reference", *strength))
 
 
 _RUN_COLUMNS = ("data", "arch", "scheme", "norm", "eps", "beta", "seed", "status", *PARTS, "gap", "best")
