@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError, UserError
-from ..experiments.reports import PARTS, html_page, reproduce
-from ..experiments.reproduction import PUBLISHED, Grid, Outcome, describe
+from ..experiments.reports import PARTS, STORE, html_page, reproduce
+from ..experiments.reproduction import PUBLISHED, Grid, Outcome, Store, describe
 from ..running import notice
 from .output import write
 
@@ -74,6 +74,7 @@ def add_command(commands: Any) -> None:
     runs = parser.add_argument_group("runs (the published values unless given; a table of other runs is labelled)")
     runs.add_argument("--epochs", type=int, metavar="N", help="largest number of epochs")
     runs.add_argument("--train-size", type=int, metavar="N", help="number of training images")
+    runs.add_argument("--validation-size", type=int, metavar="N", help="number of images for the choice of beta")
     runs.add_argument("--steps", type=int, metavar="N", help="steps of PGM and WRM")
     runs.add_argument("--batch-size", type=int, metavar="N", help="images per step")
     runs.add_argument(
@@ -88,6 +89,12 @@ def add_command(commands: Any) -> None:
     output.add_argument("--jobs", type=int, default=1, metavar="N", help="number of processes (default: 1)")
     output.add_argument("--only-report", action="store_true", help="compute nothing; report what the folder holds")
     output.add_argument("--retry-failed", action="store_true", help="compute runs again that failed")
+    output.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="folder for a copy of the runs' numbers, without networks",
+    )
     output.add_argument("--json", action="store_true", help="print one JSON document in place of the table")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_run)
@@ -99,7 +106,7 @@ def _run(options: argparse.Namespace) -> None:
         raise OptionError("jobs", options.jobs, "must be an integer >= 1")
     extra = {
         name: value
-        for name in ("epochs", "train_size", "steps", "batch_size", "device", "threads")
+        for name in ("epochs", "train_size", "validation_size", "steps", "batch_size", "device", "threads")
         if (value := getattr(options, name)) is not None
     }
     if options.data is not None:
@@ -141,6 +148,9 @@ def _run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command continues (runs are kept in {folder})") from None
     report.write(folder, html_page)
+    if options.export is not None:
+        for outcome in report.outcomes:
+            Store(folder / STORE).export(outcome.config, Store(options.export / STORE))
     if options.json:
         write(json.dumps(report.document(), allow_nan=False))
     else:

@@ -36,7 +36,8 @@ from ..training import TrainConfig, TrainedNetwork, trained_networks
 from ..training.config import json_number
 
 PARTS = ("table", "curves", "margins", "random-labels", "norms", "bounds")
-_STORE = "runs"
+STORE = "runs"
+"""Folder of the runs, below that of the report."""
 _FIGURES = "figures"
 _STATISTICS_IMAGES = 2000
 """Training images for margins, gradients and capacities: enough for quantiles."""
@@ -145,7 +146,7 @@ def reproduce(
     for part in parts:
         if part not in PARTS:
             raise OptionError("what", part, f"choose {', '.join(PARTS)} or all")
-    store = Store(Path(folder, _STORE))
+    store = Store(Path(folder, STORE))
     runs = grid.runs()
     random_runs = random_label_runs(grid) if "random-labels" in parts else []
     wanted = [*runs, *random_runs]

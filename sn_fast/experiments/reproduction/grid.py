@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import OptionError, UserError, first_line
+from ...files import replace_file
 from ..networks import network_names
 from ..training import TrainConfig
 from .published import published_row
@@ -152,6 +153,25 @@ class Store:
 
     def outcomes(self, grid: Grid) -> Iterator[Outcome]:
         return (self.outcome(config) for config in grid.runs())
+
+    def export(self, config: TrainConfig, other: Store) -> None:
+        """Copy the configuration and the numbers of a run, not its network, and nothing that names this machine.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        for name in ("config.json", "metrics.json"):
+            document = self._read(self.folder(config) / name)
+            if document is None:
+                continue
+            if name == "config.json":
+                document["data_dir"] = None
+            path = other.folder(config) / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(path, (json.dumps(document, allow_nan=False) + "\n").encode())
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror or error}; give another folder") from None
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:

@@ -68,6 +68,19 @@ def test_all_parts_of_a_grid(tmp_path: Path) -> None:
     assert "digits: mlp1_elu; FGM" in page.text
 
 
+def test_exported_numbers_give_the_same_table_and_name_no_machine(tmp_path: Path, capsys) -> None:
+    options = ["--set", "digits", "--arch", "mlp1_elu", "--scheme", "erm", "--betas", "inf,1", "--quiet"]
+    options += ["--epochs", "1", "--train-size", "60", "--validation-size", "100"]
+    folders = ["--out", str(tmp_path / "run"), "--data", str(tmp_path), "--export", str(tmp_path / "exported")]
+    assert main(["reproduce", "table", *options, *folders]) == 0
+    table = capsys.readouterr().out.partition("report, figures")[0]
+    assert main(["reproduce", "table", *options, "--only-report", "--out", str(tmp_path / "exported")]) == 0
+    assert capsys.readouterr().out.partition("report, figures")[0] == table
+    exported = list((tmp_path / "exported" / "runs").rglob("*.*"))
+    assert {path.name for path in exported if path.is_file()} == {"config.json", "metrics.json"}
+    assert all(str(tmp_path) not in path.read_text() for path in exported if path.is_file())
+
+
 def test_what_cannot_be_analysed_is_named_with_its_reason(tmp_path: Path) -> None:
     report = reproduce(PARTS, tiny(), tmp_path, only_report=True)
     assert [o.status for o in report.unfinished] == ["absent"] * 8
