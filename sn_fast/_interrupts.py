@@ -26,6 +26,7 @@ class _State:
     command = False
     working = False  # there is something to tidy up, so a signal raises KeyboardInterrupt
     number = 0  # of the first signal
+    note = ""  # how to continue, where the exception that would say it is lost
     outcome: tuple[int, str] | None = None  # exit code and line that are still to be given
 
 
@@ -40,10 +41,15 @@ def received() -> int:
 
 def line(error: BaseException | None = None) -> str:
     """What the command says when it ends early; a job's KeyboardInterrupt may know how to continue."""
-    text = (str(error) if isinstance(error, KeyboardInterrupt) else "") or _WORDS[signal.SIGINT]
+    text = (str(error) if isinstance(error, KeyboardInterrupt) else "") or _State.note or _WORDS[signal.SIGINT]
     if _State.number == signal.SIGTERM:
         text = text.replace(_WORDS[signal.SIGINT], _WORDS[signal.SIGTERM], 1)
     return f"sn-fast: {text}"
+
+
+def note(text: str) -> None:
+    """What the command says when it ends from here on and no exception says more; empty: nothing in particular."""
+    _State.note = text
 
 
 def exit_code() -> int:

@@ -55,7 +55,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["train", "--beta", "-2"], "argument --beta: invalid value -2.0: must be a number > 0"),
         (["train", "--beta", "inf"], "argument --beta: invalid value inf:"),
         (["train", "--epochs", "0"], "argument --epochs: invalid value 0: must be an integer >= 1"),
-        (["train", "--train-size", "99999"], "argument --train-size: 99999 does not leave"),
+        (["train", "--train-size", "99999"], "argument --train-size: invalid value 99999: must leave"),
         (["train", "--attack-labels", "none"], "argument --attack-labels: invalid value none"),
         (["train", "--resume", "absent"], "argument --resume: there is no folder absent"),
         (["train", "--resume", "."], "argument --resume: . has no checkpoint.pt"),

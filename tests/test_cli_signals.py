@@ -203,3 +203,15 @@ def test_an_exception_that_ctrl_c_has_become(monkeypatch, capsys):
     monkeypatch.setattr("sn_fast.cli.info.info", failing)
     assert main(["info"]) == 130
     assert capsys.readouterr() == ("", "sn-fast: interrupted\n")
+
+
+def test_the_line_says_how_to_continue_also_where_the_exception_is_lost(monkeypatch):
+    assert _interrupts.line() == "sn-fast: interrupted"
+    _interrupts.note("interrupted; continue with: sn-fast train --resume run")
+    try:
+        assert _interrupts.line() == "sn-fast: interrupted; continue with: sn-fast train --resume run"
+        monkeypatch.setattr(_interrupts._State, "number", signal.SIGTERM)
+        assert _interrupts.line() == "sn-fast: terminated; continue with: sn-fast train --resume run"
+        assert _interrupts.line(KeyboardInterrupt("interrupted; other")) == "sn-fast: terminated; other"
+    finally:
+        _interrupts.note("")

@@ -141,7 +141,22 @@ class Store:
         Raises:
             UserError: its files are damaged.
         """
-        folder = self.folder(config)
+        return self._outcome(config, self.folder(config))
+
+    def everything(self) -> list[Outcome]:
+        """What there is of every run, whichever grid it is of.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        found = []
+        for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
+            document = self._read(folder / "config.json")
+            if document is not None:
+                found.append(self._outcome(TrainConfig.from_json(document), folder))
+        return found
+
+    def _outcome(self, config: TrainConfig, folder: Path) -> Outcome:
         failure = self._read(folder / "failed.json")
         metrics = self._read(folder / "metrics.json")
         if metrics is None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ... import _interrupts
 from ...errors import UserError, first_line, require
 from ...running import notice, progress_bar, torch_threads
 from ..data import Split, load_data
@@ -206,8 +207,11 @@ class _Run:
 
     def complete(self, progress: bool) -> RunResult:
         """Train what is left to train, then evaluate."""
-        self._train(progress)
-        return self._finish(progress)
+        try:
+            self._train(progress)
+            return self._finish(progress)
+        finally:
+            _interrupts.note("")
 
     def _train(self, progress: bool) -> None:
         config = self.config
@@ -269,6 +273,7 @@ class _Run:
             }
         )
         self.folder.write_json("metrics.json", self._metrics("training"))
+        _interrupts.note(str(Interrupted(self.folder.path)))
 
     def _keep(self, trained: list[Trainee]) -> None:
         every = self.config.keep_every
