@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import OptionError, UserError
 from ...files import replace_file
-from ...running import torch_threads
+from ...running import progress_bar, torch_threads
 from ..analysis import (
     AccuracyTable,
     Analysis,
@@ -155,7 +155,8 @@ def reproduce(
         compute(store, wanted, jobs=jobs, progress=progress, retry_failed=retry_failed, report=report)
     outcomes = [store.outcome(config) for config in wanted]
     result = Report(_title(grid), tuple(parts), outcomes)
-    _Analyst(result, store, runs, random_runs).analyse()
+    with progress_bar(progress, "analysing", len(parts)) as bar:
+        _Analyst(result, store, runs, random_runs).analyse(bar)
     return result
 
 
@@ -176,12 +177,14 @@ class _Analyst:
         self.random = [store.outcome(config) for config in random_runs]
         self._split: Split | None = None
 
-    def analyse(self) -> None:
+    def analyse(self, bar: Any) -> None:
         for part in self.report.parts:
+            bar.set_description_str(f"analysing: {part}")
             try:
                 getattr(self, f"_{part.replace('-', '_')}")()
             except UserError as error:  # the data, say
                 self.report.missing[part] = str(error)
+            bar.update(1)
 
     def _table(self) -> None:
         self._add("accuracy", accuracy_table, self.outcomes)
