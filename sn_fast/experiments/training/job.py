@@ -142,18 +142,22 @@ def _prepared(config: TrainConfig) -> tuple[Split, TrainConfig]:
 def config_of(folder: RunFolder, state: Mapping[str, Any] | None) -> TrainConfig:
     """The options of a run to resume; without a checkpoint those that it began with."""
     values = folder.read_config()
-    if state is not None and values != state.get("config"):
-        raise UserError(
-            f"argument --resume: {folder.path / 'config.json'} is not the configuration that checkpoint.pt was "
-            "trained with; restore it, or start a new run"
-        )
+    trained = None if state is None else state.get("config")
     try:
-        return TrainConfig.from_json(values)
+        config = TrainConfig.from_json(values)
+        # Not as they are written: an earlier version may have begun the run, without the options that came later.
+        same = state is None or values == trained or config == TrainConfig.from_json(trained or {})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"argument --resume: {folder.path / 'config.json'} is no configuration of this version "
             f"({first_line(error)}); start a new run"
         ) from None
+    if not same:
+        raise UserError(
+            f"argument --resume: {folder.path / 'config.json'} is not the configuration that checkpoint.pt was "
+            "trained with; restore it, or start a new run"
+        )
+    return config
 
 
 @contextmanager

@@ -231,3 +231,23 @@ def test_the_table_shows_what_the_metrics_hold(tiny_run):
     assert lines["PGM ℓ2 ε = 0.3 *"].split()[-6:] == expected
     sigma = [network["final"]["sigma"]["conv2"] for network in result.metrics["networks"].values()]
     assert lines["conv2"].split() == ["conv2", f"{sigma[0]:.3f}", "inf", f"{sigma[1]:.3f}", "1.25"]
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_and_can_be_read(tiny_run, monkeypatch, tmp_path):
+    """Its config.json lacks the options that came later; its checkpoint, once it has been resumed, has them."""
+    whole = tiny_run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("sn_fast.experiments.training.job.evaluate", lambda *args: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted):
+            tiny_run("stopped")
+    file = tmp_path / "stopped" / "config.json"
+    values = json.loads(file.read_text())
+    for name in ("reference", "validation_size", "keep_every"):
+        del values[name]
+    file.write_text(json.dumps(values))
+    resume(tmp_path / "stopped")
+    assert_same_run(whole.path, resume(tmp_path / "stopped").path)
+    values["lr"] *= 2
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="is not the configuration that"):
+        resume(tmp_path / "stopped")
