@@ -20,7 +20,7 @@ mnist, cifar10, cifar100 and svhn are those of the paper's published runs.
 """
 _EXAMPLE = """\
 example:
-  sn-fast train                                    the default: PGM on the digits, about a minute and a half
+  sn-fast train                                    the default: PGM on the digits, about four minutes
   sn-fast train --data mnist5k --scheme fgm --norm inf --eps 0.1 --beta 2 --out runs/mine
   sn-fast train --data mnist --data-dir DIR --arch mlp2_elu_sn --scheme fgm
   sn-fast train --resume runs/mine                 after Ctrl-C or a crash
