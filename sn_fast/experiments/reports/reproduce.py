@@ -161,7 +161,7 @@ def reproduce(
 
 
 def random_label_runs(grid: Grid) -> list[TrainConfig]:
-    """The grid with random labels of all training images: never stopped early by accuracy alone, as published."""
+    """The grid with random labels of all training images; other options as they are."""
     return replace(grid, options={**grid.options, "random_labels": 1.0}).runs()
 
 

@@ -42,7 +42,7 @@ def compute(
         jobs: number of processes of this call.
         progress: a bar for the whole grid on stderr. Its time left supposes that no run stops early.
         retry_failed: try runs again that failed before (a full disk, missing data), not those that diverged.
-        report: called once with each outcome as its run ends.
+        report: called once with the outcome of each run that has ended, when it ends or is found.
 
     Raises:
         KeyboardInterrupt: all processes have ended, and every run can be continued.
@@ -52,8 +52,8 @@ def compute(
             with suppress(FileNotFoundError):
                 (store.folder(config) / "failed.json").unlink()
     if jobs == 1 and not progress:
-        _work(store.path, runs)
-        return _reported(store, runs, report)
+        _work(store.path, runs, report)
+        return [store.outcome(config) for config in runs]
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_worker, args=(store.path, runs), daemon=True) for _ in range(jobs)]
     for worker in workers:
@@ -68,12 +68,14 @@ def compute(
     return [store.outcome(config) for config in runs]
 
 
-def _work(path: Path, runs: Sequence[TrainConfig]) -> None:
+def _work(path: Path, runs: Sequence[TrainConfig], report: Callable[[Outcome], None] = lambda outcome: None) -> None:
     """Compute all runs that nobody else does; at the end wait for none."""
     store = Store(path)
     for config in runs:
         if store.outcome(config).status not in _ENDED:
             _compute_one(store, config)
+        if (outcome := store.outcome(config)).status in _ENDED:
+            report(outcome)
 
 
 def _worker(path: Path, runs: Sequence[TrainConfig]) -> None:
@@ -114,34 +116,27 @@ def _watch(
 ) -> None:
     """Show how far the grid is, whoever computes it, until this call's processes have ended."""
     costs = [_COST[config.scheme] * config.epochs for config in runs]
-    reported: set[str] = set()
+    ended: dict[str, Outcome] = {}  # by key; their files are not read again
     with progress_bar(progress, "runs", sum(costs)) as bar:
         shown = 0
         while True:
             alive = any(worker.is_alive() for worker in workers)
-            outcomes = [store.outcome(config) for config in runs]
-            done = sum(
-                cost if o.status in _ENDED else cost * o.epochs_done // o.config.epochs
-                for cost, o in zip(costs, outcomes)
-            )
-            ended = [o for o in outcomes if o.status in _ENDED]
-            for outcome in ended:
-                if (key := outcome.config.key()) not in reported:
-                    reported.add(key)
+            done = 0
+            for config, cost in zip(runs, costs):
+                if (key := config.key()) not in ended:
+                    outcome = store.outcome(config)
+                    if outcome.status not in _ENDED:
+                        done += cost * outcome.epochs_done // config.epochs
+                        continue
+                    ended[key] = outcome
                     report(outcome)
+                done += cost
             bar.set_description_str(f"run {len(ended)}/{len(runs)}", refresh=False)
             bar.update(done - shown)
             shown = done
             if not alive:
                 return
             time.sleep(_POLL_SECONDS)
-
-
-def _reported(store: Store, runs: Sequence[TrainConfig], report: Callable[[Outcome], None]) -> list[Outcome]:
-    outcomes = [store.outcome(config) for config in runs]
-    for outcome in outcomes:
-        report(outcome)
-    return outcomes
 
 
 def describe(outcome: Outcome) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from ...errors import OptionError
 from ...running import MOST_THREADS
+from ..data import published_options
 from ..networks import network_names
 from .adversary import Adversary
 from .defaults import DEFAULTS
@@ -181,7 +182,7 @@ class TrainConfig:
             "validation_size": self.validation_size,
             "random_labels": self.random_labels,
             "allow_partial": self.allow_partial,
-            **DEFAULTS[self.data].preparation,
+            **published_options(self.data),
         }
 
     @property

@@ -37,8 +37,6 @@ class DataDefaults:
     """None: all."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Other options of ``TrainConfig``, by name."""
-    preparation: Mapping[str, Any] = field(default_factory=dict)
-    """How ``load_data`` prepares the images."""
     by_arch: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of the networks whose names begin so; they go before ``options``."""
 
@@ -69,7 +67,6 @@ _COLOUR = DataDefaults(
     beta=1.6,
     epochs=200,
     options=_PUBLISHED | _MOMENTUM,
-    preparation={"whiten": True, "crop": 28},
     by_arch={"mlp": _ADAM, "softmax": _ADAM},
 )
 
