@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..layers.linear import raw_weight
-from .sharding import is_sharded, modules_in_flat_parameters
+from .sharding import Shard, is_sharded, modules_in_flat_parameters
 
 # Older ways to compute a weight before each forward: the entries that tell, what it is, and how it is undone.
 _COMPUTED = (
@@ -43,6 +43,15 @@ def check_not_flat(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for name, module in layers.items():
         if module in flat:
             raise ValueError(f"layer {name!r} is sharded already: {_FLAT}")
+
+
+def check_can_run(shards: Iterable[Shard]) -> None:
+    """Raise where the forward of a sharded model cannot run, which tells at what sizes convolutions are used."""
+    if any(shard.parameter is not None and shard.parameter.is_meta for shard in shards):
+        raise ValueError(
+            "the model is sharded and on meta, so that no forward can tell the input sizes of its convolutions; "
+            "normalise first, and shard then, or load the weights before"
+        )
 
 
 def check_has_norm(module: nn.Module, name: str) -> None:

@@ -18,7 +18,7 @@ from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis
 from ..layers.observe import check_is_no_shape, observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
-from .checks import check_has_norm, check_not_flat
+from .checks import check_can_run, check_has_norm, check_not_flat
 from .gathered import gathered, is_away, refresh_sharded, start_sharded
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
@@ -146,6 +146,8 @@ def apply_spectral_norm(
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     with replaced(layers.values() if replace else [], "weight") as theirs:
         shards = shards_of(model, layers.values())
+        if convolutions and operator == "conv":
+            check_can_run(shards)
         sizes: dict[str, list[tuple[int, ...]]] = {}
         if operator == "conv" and (convolutions or not shards):  # a sharded model's forward would gather it for nothing
             sizes = observed_input_sizes(model, convolutions, example_input)
