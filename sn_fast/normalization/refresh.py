@@ -17,6 +17,7 @@ from ..ops.refresh import LOCK
 from ..ops.singular_vectors import POWER_STEPS
 from . import on_device
 from .certify import certified, certify
+from .checkpoint import Loaded, judge_loaded
 from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
 from .state import Snapshot, State, is_wrapped, moment
 
@@ -62,6 +63,7 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
     replaced: list[Pair] = []
     marked: list[Pair] = []  # with the record that of the new weight already
     unknown: list[Pair] = []
+    behind: list[Pair] = []
     unsure: list[Pair] = []
     suspects: set[State] = set()
     pairs = list(pairs)
@@ -77,6 +79,14 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
                     if settle or member.is_suspect(weight):
                         suspects.add(member)
                 elif has_moved:
+                    if member.loaded is not None:
+                        loaded = judge_loaded(member, weight)
+                        if loaded is Loaded.CURRENT:
+                            member.mark(weight)
+                            continue
+                        if loaded is Loaded.BEHIND:
+                            behind.append((member, weight))
+                            continue
                     far = member.renew(weight)
                     (unknown if far is None else replaced if far else moved).append((member, weight))
                     if far is not None:
@@ -84,6 +94,7 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
             restart(unknown)
             restart(replaced, marked=True)
             advance(moved, marked=True)
+            advance(behind)
         if unsure:
             made = _refresh_on_device(unsure, suspects, vectors)
     return made
