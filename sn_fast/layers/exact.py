@@ -52,8 +52,10 @@ def why_not_its_class(
 
 def leaves_values_alone(hook: Any) -> bool:
     """Whether a forward hook is known to change neither input nor output, and of the weights only those in use."""
-    own = (getattr(hook, "__module__", None) or "").partition(".")[0] == "sn_fast"
-    return own or isinstance(hook, _WEIGHT_HOOKS)
+    home = getattr(hook, "__module__", None) or ""
+    # Those of torch.distributed gather and shard, weights and activations.
+    known = home.partition(".")[0] == "sn_fast" or home.startswith("torch.distributed.")
+    return known or isinstance(hook, _WEIGHT_HOOKS)
 
 
 def computes_weight(hook: Any) -> bool:
