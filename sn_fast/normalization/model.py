@@ -19,6 +19,7 @@ from ..layers.observe import check_is_no_shape, observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
 from .checks import check_has_norm, check_not_sharded
+from .data_parallel import leave_out, watch_wrappers
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Gradient, InputSize, Mode, OperatorName, Options
@@ -167,6 +168,7 @@ def apply_spectral_norm(
                 raise type(error)(f"layer {name!r}: {calls}") from error
             raise
     check_once_per_forward(model)
+    leave_out(model)
     return model
 
 
@@ -276,6 +278,7 @@ def _register(
     if first:
         share_class(module, name)
     parametrization.attach(module, name)
+    watch_wrappers()
     try:
         if as_matrix or size is not None:
             parametrization.start(size)
