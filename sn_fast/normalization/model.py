@@ -19,6 +19,7 @@ from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
 from .checks import check_has_norm, check_not_flat
+from .data_parallel import leave_out, watch_wrappers
 from .gathered import gathered, is_away, refresh_sharded, start_sharded
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
@@ -164,6 +165,7 @@ def apply_spectral_norm(
     if shards:
         start_sharded(model)
     check_once_per_forward(model)
+    leave_out(model)
     return model
 
 
@@ -281,6 +283,7 @@ def _register(
     if first:
         share_class(module, name)
     parametrization.attach(module, name)
+    watch_wrappers()
     try:
         if as_matrix or size is not None:
             parametrization.start(size)
