@@ -26,6 +26,7 @@ from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
 from .replacing import own_class, replaced
 from .selection import betas_of, compiled_pattern, included_classes, is_chosen
+from .shared_class import share_class
 
 _LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
 _TRIAL_SIZES = (8, 16, 32, 64, 128, 256)  # at which the operator of a layer is looked at before its size is known
@@ -270,7 +271,10 @@ def _register(
     parametrization = cls(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
     parametrization.train(module.training)
     parametrization.sizes.update(used_at)
+    first = not parametrize.is_parametrized(module)
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    if first:
+        share_class(module, name)
     parametrization.attach(module, name)
     try:
         if as_matrix or size is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .l1_fill import fill_steepest, l1_threshold
 from .linear_map import compute_dtype
-from .samples import Bound, amount_of, axpy_, clip_, finite, in_parts, inner, norm_of, one_if_zero, spread
+from .samples import Bound, Buffers, amount_of, axpy, clip_, finite, in_parts, inner, norm_of, one_if_zero, spread
 
 _SAFE = 1e-12, 1e15  # float32 norms whose squares neither over- nor underflow to an effect
 
@@ -37,19 +37,19 @@ def pgd_step(
     clip the elements of largest |g| that have room in it (``fill_steepest``).
     """
     dtype = compute_dtype(x_adv, grad)
-    result = torch.empty_like(x_adv)
+    result, buffers = torch.empty_like(x_adv), Buffers()
     batch = (x_adv, x, grad, eps_per_sample, alpha_per_sample, active)
     for (out, *parts), clip in in_parts(result, batch, lower, upper, low, high):
         start, centre, g, radii, lengths, moving = parts
         start, centre = start.to(dtype), centre.to(dtype)
         length, radius = amount_of(alpha, lengths, start), amount_of(eps, radii, start)
-        moved = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+        moved = out if out.dtype == dtype else buffers.get("moved", out, dtype)
         if norm == "1-exact" and any(bound is not None for bound in clip):
-            finite(g, out=moved)
-            fill_steepest(start, centre, moved.neg_() if targeted else moved, length, radius, *clip, out=moved)
+            ascent = finite(g, out=moved)
+            fill_steepest(start, centre, -ascent if targeted else ascent, length, radius, *clip, out=moved)
         else:
             _move(start, g, norm, length if not targeted else -length, out=moved)
-            _into_ball(moved, centre, norm, radius, out=moved)
+            _into_ball(moved, centre, norm, radius, buffers, out=moved)
         clip_(moved, *clip)
         if moving is not None:
             torch.where(spread(moving, start), moved, start, out=moved)
@@ -74,11 +74,11 @@ def project(
     The nearest point for "inf", "2" and "1-exact"; "1" scales x_adv - x down, which is not the nearest point.
     """
     dtype = compute_dtype(x_adv)
-    result = torch.empty_like(x_adv)
+    result, buffers = torch.empty_like(x_adv), Buffers()
     for (out, start, centre, radii), clip in in_parts(result, (x_adv, x, eps_per_sample), lower, upper, low, high):
         start, centre = start.to(dtype), centre.to(dtype)
-        moved = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-        _into_ball(start, centre, norm, amount_of(eps, radii, start), out=moved)
+        moved = out if out.dtype == dtype else buffers.get("moved", out, dtype)
+        _into_ball(start, centre, norm, amount_of(eps, radii, start), buffers, out=moved)
         clip_(moved, *clip)
         if moved is not out:
             out.copy_(moved)
@@ -104,36 +104,37 @@ def _move(start: Tensor, grad: Tensor, norm: str, length: float | Tensor, out: T
         if smallest > _SAFE[0] and largest < _SAFE[1]:
             torch.addcmul(start, grad, length / norms, out=out)
             return
-    finite(grad, out)
+    direction = finite(grad, out)
     if norm == "inf":
-        out.sign_()
+        torch.sign(direction, out=out)
     else:
-        length = length / _rescale_(out, norm)
-    axpy_(length, out, start)
+        length = length / _rescale(direction, norm, out=out)
+    axpy(length, out, start, out=out)
 
 
-def _rescale_(g: Tensor, norm: str) -> Tensor:
-    """Scale each sample of ``g`` so that no norm under- or overflows, and return its norm.
+def _rescale(g: Tensor, norm: str, out: Tensor) -> Tensor:
+    """out := each sample of ``g`` scaled so that no norm under- or overflows; returns its norm.
 
     By a power of two, which changes no bit of the step; no additive epsilon is needed: a zero gradient stays zero, with
     norm 1. For "1-exact" only the largest elements are kept, as ±1.
     """
     largest = one_if_zero(g.abs().amax(dim=inner(g), keepdim=True))
     if norm == "1-exact":
-        g.div_(largest).trunc_()  # a correctly rounded division gives 1 for the largest elements alone
+        torch.div(g, largest, out=out).trunc_()  # a correctly rounded division gives 1 for the largest elements alone
     else:
         limit = -math.log2(torch.finfo(g.dtype).tiny)  # 2 to this power, up or down, is a number
-        g.mul_(largest.log2().floor().clamp(-limit, limit).neg().exp2())
-    return one_if_zero(norm_of(g, norm))
+        torch.mul(g, largest.log2().floor().clamp(-limit, limit).neg().exp2(), out=out)
+    return one_if_zero(norm_of(out, norm))
 
 
-def _into_ball(z: Tensor, x: Tensor, norm: str, eps: float | Tensor, out: Tensor) -> None:
+def _into_ball(z: Tensor, x: Tensor, norm: str, eps: float | Tensor, buffers: Buffers, out: Tensor) -> None:
     """out := z projected; ``out`` may be z. Written so that a sample inside keeps its bits: never x + (z - x)."""
     if isinstance(eps, float) and eps == math.inf:
         if out is not z:
             out.copy_(z)
     elif norm == "inf":
-        torch.clamp(z, x - eps, x + eps, out=out)
+        low, high = buffers.get("low", out), buffers.get("high", out)
+        torch.clamp(z, torch.sub(x, eps, out=low), torch.add(x, eps, out=high), out=out)
     elif norm == "1-exact":
         delta = z - x
         threshold = l1_threshold(delta, eps)
@@ -141,7 +142,10 @@ def _into_ball(z: Tensor, x: Tensor, norm: str, eps: float | Tensor, out: Tensor
         torch.where(threshold > 0, shrunk.add_(x), z, out=out)
     else:
         # Not rescaled as a gradient is: in float32, squares of distances within [1e-18, 1e18] are safe.
-        delta = z - x
+        delta = torch.sub(z, x, out=buffers.get("delta", out))
         distance = norm_of(delta, norm, delta)
+        look = out is z and isinstance(eps, float) and z.device.type == "cpu" and z.numel() > 0
+        if look and float(distance.max()) <= eps:
+            return  # all are inside
         # lerp returns its second end exactly for weight 1 and its first for weight 0.
         torch.lerp(x, z, torch.where(distance > eps, eps / distance, 1.0), out=out)

@@ -2,12 +2,13 @@
 
 Their cost is memory traffic, so every update works in place on its result and on few buffers of its own, and reads and
 writes full-size tensors as rarely as plain PyTorch allows. On the CPU it goes through the batch in parts that stay in
-the cache, so that only the first reading and the last writing of a tensor meet the memory, and it takes a look at norms
-where that saves a pass (elsewhere a look would wait for the device). Passes (full-size reads + writes, clip not
-included):
+the cache, with the same buffers for all parts: only the first reading and the last writing of a tensor meet the memory.
+There it also takes a look at sums and norms where that saves a pass (elsewhere a look would wait for the device).
+Passes (full-size reads + writes, clip not included):
 
-    pgd_step   inf with eps = inf and a full-size box: 11, with a finite eps: 15    2: 18, on the CPU 11    1: 22, 15
-    wrm_step   8
+    pgd_step   inf with eps = inf and a full-size box: 11, on the CPU 10; with a finite eps: 15, 14
+               2: 18, on the CPU 11, or 8 where all samples end inside the ball    1: 22, 15, or 12
+    wrm_step   8, on the CPU 7
     project    inf: 8                                                               2: 7                    1: 9
 
 Shapes, common to all: x_adv, x, grad (B, *size), equal; ``eps_per_sample``, ``alpha_per_sample``, ``active`` (B,), the
@@ -18,6 +19,7 @@ which ``low`` and ``high`` are where these are None: an operator's schema has no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +29,22 @@ from torch import Tensor
 Bound = Tensor | float | None
 """One side of the clip: a tensor that broadcasts to x, a number, or none."""
 
-_PART = 32768  # elements of a part for each thread: PyTorch gives a thread no fewer, and a few buffers of it fit in L2
+_PART = 262144  # elements of a part: what calls cost is little beside them, and a few tensors of 1 MB stay in the cache
+_GRAIN = 32768  # elements below which PyTorch gives a thread nothing to do
+
+
+class Buffers:
+    """Memory for intermediate results, by name: made for the first part of a batch, and used again by the others."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Tensor] = {}
+
+    def get(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor laid out as ``like``, with anything in it. The first part is the largest."""
+        made = self._made.get(name)
+        if made is None:
+            made = self._made[name] = torch.empty_like(like, dtype=dtype)
+        return made if len(made) == len(like) else made[: len(like)]
 
 
 def in_parts(
@@ -36,7 +53,8 @@ def in_parts(
     """``out``, ``batch`` and the clip of the whole batch, or on the CPU of few samples at a time."""
     lower, upper = low if lower is None else lower, high if upper is None else upper
     samples = len(out)
-    size = max(1, _PART * torch.get_num_threads() * samples // max(out.numel(), 1))  # samples of a part
+    part = max(_PART, _GRAIN * torch.get_num_threads())
+    size = max(1, part * samples // max(out.numel(), 1))  # samples of a part
     # Samples that lie interleaved are no parts of the memory.
     if out.device.type != "cpu" or size >= samples or out.stride(0) < max(out.stride()):
         yield [out, *batch], (lower, upper)
@@ -53,17 +71,21 @@ def _part(bound: Bound, out: Tensor, first: int, size: int) -> Bound:
     return bound
 
 
-def finite(grad: Tensor, out: Tensor) -> None:
-    """out := grad with 0 in place of NaN and inf."""
-    torch.nan_to_num(grad.to(out.dtype), nan=0.0, posinf=0.0, neginf=0.0, out=out)
+def finite(grad: Tensor, out: Tensor) -> Tensor:
+    """grad with 0 in place of NaN and inf: in ``out``, or grad itself where there is nothing to replace."""
+    grad = grad.to(out.dtype)
+    # A look at the sum, which is finite only if all elements are: reading is cheaper than copying.
+    if grad.device.type == "cpu" and math.isfinite(float(grad.sum())):
+        return grad
+    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=out)
 
 
-def axpy_(a: float | Tensor, direction: Tensor, start: Tensor) -> None:
-    """direction := start + a * direction."""
+def axpy(a: float | Tensor, direction: Tensor, start: Tensor, out: Tensor) -> None:
+    """out := start + a * direction."""
     if isinstance(a, Tensor):
-        torch.addcmul(start, direction, a, out=direction)
+        torch.addcmul(start, direction, a, out=out)
     else:
-        torch.add(start, direction, alpha=a, out=direction)
+        torch.add(start, direction, alpha=a, out=out)
 
 
 def clip_(z: Tensor, lower: Bound, upper: Bound) -> None:

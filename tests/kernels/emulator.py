@@ -5,6 +5,7 @@ Objects are kept by the hash of what they are made from, so a second run compile
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -115,15 +116,16 @@ def library(csrc: Path = CSRC, name: str = "_emulator", extra: Sequence[str] = (
             partial.replace(target)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with (cache / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes wait for the first one's objects
         objects = list(pool.map(compile_one, sources))
-    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-    result = cache / f"{name}_{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not result.exists():
-        partial = result.with_suffix(f".{os.getpid()}.so")
-        shared = [f for f in flags if f.startswith("-fsanitize")]
-        _run([compiler(), "-shared", "-pthread", *shared, *map(str, objects), "-o", str(partial)])
-        partial.replace(result)
+        digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+        result = cache / f"{name}_{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not result.exists():
+            partial = result.with_suffix(f".{os.getpid()}.so")
+            shared = [f for f in flags if f.startswith("-fsanitize")]
+            _run([compiler(), "-shared", "-pthread", *shared, *map(str, objects), "-o", str(partial)])
+            partial.replace(result)
     return result
 
 

@@ -129,6 +129,7 @@ def owner(**changes: Any) -> str:
         owner(boot="before the restart"),
         owner(host="another container"),
     ],
+    ids=["empty", "cut", "list", "this process", "first process", "no process", "restart", "container"],
 )
 def test_a_file_that_nobody_has_locked_is_taken_over(tmp_path, content):
     (tmp_path / ".lock").write_text(content)
