@@ -15,7 +15,7 @@
 #include "spectral/lanczos.h"
 #include "spectral/normalize.h"
 #include "spectral/refresh.h"
-#ifdef SN_FAST_ON_CPU
+#ifdef SN_FAST_EMULATOR
 #include "core/philox.cuh"
 #endif
 
@@ -105,7 +105,7 @@ void register_attacks(py::module_& m) {
                       bound_of(lower), bound_of(upper), pointer<const std::uint64_t>(seed), logical},
                      static_cast<Norm>(norm), resident_bytes, stream_of(stream));
     });
-#ifdef SN_FAST_ON_CPU
+#ifdef SN_FAST_EMULATOR
     m.def("philox", [](std::array<std::uint32_t, 4> c, std::array<std::uint32_t, 2> k) {
         const PhiloxCounter drawn = philox({{c[0], c[1], c[2], c[3]}}, {{k[0], k[1]}});
         return std::array<std::uint32_t, 4>{drawn.words[0], drawn.words[1], drawn.words[2], drawn.words[3]};
@@ -274,14 +274,14 @@ PYBIND11_MODULE(SN_FAST_MODULE, m) {
     m.attr("cuda_version") = SN_FAST_CUDA_VERSION;
     register_attacks(m);
     register_spectral(m);
-#ifdef SN_FAST_ON_CPU
-    m.def("set_thread_order", [](std::uint64_t seed) { on_cpu::thread_order() = seed; });
-    m.def("set_parallel", [](int blocks) { on_cpu::parallel() = blocks; });
+#ifdef SN_FAST_EMULATOR
+    m.def("set_thread_order", [](std::uint64_t seed) { emulator::thread_order() = seed; });
+    m.def("set_parallel", [](int blocks) { emulator::parallel() = blocks; });
     m.def("set_tensor_core", [](int tf32_block, int bfloat16_block, int extra_bits) {
-        on_cpu::tensor_core() = {tf32_block, bfloat16_block, extra_bits};
+        emulator::tensor_core() = {tf32_block, bfloat16_block, extra_bits};
     });
     m.def("tensor_core", [] {
-        const on_cpu::TensorCore& core = on_cpu::tensor_core();
+        const emulator::TensorCore& core = emulator::tensor_core();
         return std::tuple(core.tf32_block, core.bfloat16_block, core.extra_bits);
     });
 #endif

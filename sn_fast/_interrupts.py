@@ -47,6 +47,13 @@ def line(error: BaseException | None = None) -> str:
     return f"sn-fast: {text}"
 
 
+def how_to_continue(run: object) -> str:
+    """What the command says of a run, in this folder, that it leaves unfinished."""
+    import shlex
+
+    return f"{_WORDS[signal.SIGINT]}; continue with: sn-fast train --resume {shlex.quote(str(run))}"
+
+
 def note(text: str) -> None:
     """What the command says when it ends from here on and no exception says more; empty: nothing in particular."""
     _State.note = text

@@ -16,14 +16,18 @@ _LIBRARY = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: which argument, which value, what to do instead."""
+    """Something the user can put right. The message is one line: which argument, which value, what to do instead.
+
+    Names of arguments stand in backticks, "argument `out`: ...", except in an OptionError; the command line puts its
+    options in their place.
+    """
 
 
 class OptionError(UserError):
-    """An option of a library function that is out of range; the command line words it as an argument of its own.
+    """The value of an argument is out of range.
 
     Attributes:
-        name, value, remedy: of the option, and what to give instead.
+        name, value, remedy: of the argument, and what to give instead.
     """
 
     def __init__(self, name: str, value: object, remedy: str) -> None:

@@ -29,6 +29,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert out == ""
     assert err.startswith("sn-fast: error: ")
     assert err.count("\n") == 1
+    assert "`" not in err  # every argument of a library function is worded as an option
     return err
 
 
@@ -57,6 +58,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["train", "--epochs", "0"], "argument --epochs: invalid value 0: must be an integer >= 1"),
         (["train", "--train-size", "99999"], "argument --train-size: invalid value 99999: must leave"),
         (["train", "--attack-labels", "none"], "argument --attack-labels: invalid value none"),
+        (["train", "--ddp"], "argument --ddp: start with torchrun, e.g. torchrun --nproc-per-node 2 -m sn_fast train"),
         (["train", "--resume", "absent"], "argument --resume: there is no folder absent"),
         (["train", "--resume", "."], "argument --resume: . has no checkpoint.pt"),
         (["train", "--resume", "a", "--out", "b"], "not allowed with argument"),

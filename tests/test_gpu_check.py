@@ -345,39 +345,35 @@ def test_report(tmp_path: Path) -> None:
     about = {"date": "2026-11-25T16:00:00+00:00", "sources": "abc", "machine": {"torch": "2.11"}}
     stages = {n: {"results": r, "status": "ok", "failures": [], **about} for n, r in found.items()}
     content = {"schema": results.SCHEMA, "device": "NVIDIA H100", "rehearsal": False, "stages": stages}
-    folder, documents = tmp_path / "results", (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md")
-    for path in documents:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    folder, document = tmp_path / "results", tmp_path / "docs" / "benchmarks.md"
+    document.parent.mkdir()
+    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     results.write(folder / "peers_cpu.json", {"something": "else"})
     results.write(folder / "rehearsal.json", content | {"rehearsal": True})
     report.write(tmp_path, folder)
-    for path in documents:
-        assert path.read_text() == f"before\n{report.BEGIN}\n\n{report.NOTHING}\n\n{report.END}\nafter\n"
+    assert document.read_text() == f"before\n{report.BEGIN}\n\n{report.NOTHING}\n\n{report.END}\nafter\n"
     results.write(folder / "NVIDIA-H100.json", content)
     report.write(tmp_path, folder)
-    short, long = (path.read_text() for path in documents)
-    assert "NVIDIA H100, torch 2.11, 2026-11-25, sources abc:" in short
-    assert "| ResNet-18 | 123 | 123 | 21.5x |" in short
-    assert "| ResNet-18 | eager | 0.1 | 0.1 | – | – | 0.81 % |" in short
-    assert "| ResNet-18 | compiled | 0.1 | – | – | – | – |" in short
-    assert "| ResNet-18: fp32 kernels / larger floor | 2.00x | <= 2.50x | PASS |" in long
-    assert "| pgd_step inf | large, float32 | 90 % | 4.5x |" in long
-    assert "| `power_step_half` | 98.7 | – | – | – | – | – |" in long
-    assert "old" not in short + long
+    text = document.read_text()
+    assert "**NVIDIA H100, torch 2.11, 2026-11-25, sources abc**" in text
+    assert "| ResNet-18 | 123 | 123 | 21.5x |" in text
+    assert "| ResNet-18 | eager | 0.1 | 0.1 | – | – | 0.81 % |" in text
+    assert "| ResNet-18 | compiled | 0.1 | – | – | – | – |" in text
+    assert "| ResNet-18: fp32 kernels / larger floor | 2.00x | <= 2.50x | PASS |" in text
+    assert "| pgd_step inf | large, float32 | 90 % | 4.5x |" in text
+    assert "| `power_step_half` | 98.7 | – | – | – | – | – |" in text
+    assert "old" not in text
     with pytest.raises(ValueError, match="must have one"):
         report.between("no marks", "x")
 
 
-def test_documents_are_as_the_results(tmp_path: Path) -> None:
+def test_document_is_as_the_results(tmp_path: Path) -> None:
     """``python -m benchmarks.gpu_check --report`` was not forgotten."""
-    names = ("README.md", "docs/benchmarks.md")
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "docs").mkdir()
+    document, copy = (root / "docs" / "benchmarks.md" for root in (ROOT, tmp_path))
+    copy.write_text(document.read_text())
     report.write(tmp_path, results.FOLDER)
-    for name in names:
-        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
+    assert copy.read_text() == document.read_text()
 
 
 def test_what_is_profiled_is_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain, pairwise
@@ -189,4 +190,52 @@ def test_the_public_names_are_above_what_they_come_from(tmp_path: Path, source: 
 def test_the_folders_of_tests_on_a_device_exist() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
     # The others run commands, which choose their device themselves.
-    assert set(MOVED) == folders - {"inspection", "experiments"}
+    assert set(MOVED) == folders - {"inspection", "experiments", "docs"}
+
+
+# -- only the command line words options ------------------------------------------------------------------------------
+
+_OF_THE_COMMAND = ("cli", "_interrupts", "__main__")
+_OPTION = re.compile(r"(?<![\w-])--[a-z]")
+
+
+def options_in_strings(source: str) -> list[str]:
+    """The string constants of a program, docstrings apart, that name an option of a command line."""
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    texts = (n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return [n.value for n in texts if id(n) not in docstrings and _OPTION.search(n.value)]
+
+
+def test_library_code_names_no_options() -> None:
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        module = _module_name(path.relative_to(ROOT))
+        if room_of(module) not in _OF_THE_COMMAND:
+            assert options_in_strings(path.read_text(encoding="utf-8")) == [], module
+
+
+def test_options_in_strings_are_found() -> None:
+    message = 'def f(p):\n    """As --out."""\n    raise ValueError(f"argument --{kind}, {p}: use --resume {p}")'
+    assert options_in_strings(message) == [": use --resume "]
+    assert options_in_strings('style = "--"\nrange = "a--b"') == []
+
+
+def test_arguments_in_messages_are_arguments() -> None:
+    """The name in "argument `name`: ..." is that of a parameter of some function of the same room."""
+    for room in ("inspection", "experiments"):
+        named: set[str] = set()
+        known: set[str] = set()
+        for path in sorted((ROOT / PACKAGE / room).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            named |= set(re.findall(r"argument `(\w+)`", text)) | set(re.findall(r'OptionError\(\s*"(\w+)"', text))
+            tree = ast.parse(text)
+            known |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+            fields = (n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
+            known |= {node.target.id for node in fields}  # type: ignore[union-attr]
+        assert named
+        assert named <= known

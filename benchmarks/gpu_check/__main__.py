@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="for everything (default: 540)")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, one network")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes; the times mean nothing")
-    parser.add_argument("--report", action="store_true", help="renew the tables in README.md and docs/benchmarks.md")
+    parser.add_argument("--report", action="store_true", help="renew the tables in docs/benchmarks.md")
     parser.add_argument("--commit", default="", help="recorded where the folder is no git checkout")
     options = parser.parse_args(arguments)
     if options.report:

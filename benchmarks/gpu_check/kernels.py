@@ -29,6 +29,6 @@ def serve(context: Context) -> None:
         return
     torch.set_num_threads(1)
     if shutil.which("g++") and importlib.util.find_spec("pybind11"):
-        from tests.kernels import on_cpu
+        from tests.kernels import emulator
 
-        _KEPT.append(UseKernels(on_cpu.build(), "cpu"))
+        _KEPT.append(UseKernels(emulator.build(), "cpu"))

@@ -1,4 +1,4 @@
-"""Tables of what was measured, for README.md and docs/benchmarks.md: written by ``gpu_check --report``, never typed."""
+"""Tables of what was measured, for docs/benchmarks.md: written by ``gpu_check --report``, never typed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ _NORMALISATIONS = ("plain", "sn_fast", "torch", "published")
 
 
 def write(root: Path = results.ROOT, folder: Path = results.FOLDER) -> None:
-    """Renew the generated parts of the two documents from the results in ``folder``."""
+    """Renew the generated part of docs/benchmarks.md from the results in ``folder``."""
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     measured = [c for c in contents if c.get("schema") == results.SCHEMA and c.get("stages") and not c["rehearsal"]]
-    short, long = ([line for c in measured for line in make(c)] or [NOTHING] for make in (_short, _long))
-    for name, lines in (("README.md", short), ("docs/benchmarks.md", long)):
-        path = root / name
-        results.replace_text(path, between(path.read_text(), "\n".join(lines).strip("\n")))
+    lines = [line for c in measured for line in _tables(c)] or [NOTHING]
+    path = root / "docs" / "benchmarks.md"
+    results.replace_text(path, between(path.read_text(), "\n".join(lines).strip("\n")))
 
 
 def between(text: str, generated: str) -> str:
@@ -34,37 +33,34 @@ def between(text: str, generated: str) -> str:
     return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.partition(END)[2]}"
 
 
-# -- README -----------------------------------------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _short(content: Mapping[str, Any]) -> Iterator[str]:
-    """What a refresh costs, and what adversarial training loses to it."""
+def _tables(content: Mapping[str, Any]) -> Iterator[str]:
+    """What a refresh costs, and what adversarial training loses to it; the bars; then every table."""
     stages = content["stages"]
-    yield f"{_machine(content)}:"
+    yield f"**{_machine(content)}**"
     yield ""
     rows: list[Sequence[str]] = [
         (name, _us(p, "fp32", "update_host"), _us(p, "fp32", "power_step", "time"), _ratio(p, "peers", "published"))
         for name, p in _networks(stages, "power")
     ]
-    heads = ("all layers, one power iteration, fp32", "as called (us)", "kernels alone (us)", "eager published loop")
+    heads: Sequence[str] = (
+        "all layers, one power iteration, fp32",
+        "as called (us)",
+        "kernels alone (us)",
+        "eager published loop",
+    )
     yield from table(heads, rows)
     rows = [
         (name, mode, *_steps(t, mode), _share(t, mode)) for name, t in _networks(stages, "training") for mode in _MODES
     ]
     steps = ("PGD-10 step, batch 256, bf16 (ms)", "", "no SN", "sn_fast", "torch's", "published", "sn_fast's share")
     yield from table(steps, [row for row in rows if any(cell != _NONE for cell in row[2:6])])
-
-
-# -- docs/benchmarks.md -----------------------------------------------------------------------------------------------
-
-
-def _long(content: Mapping[str, Any]) -> Iterator[str]:
-    """The bars, then every table."""
-    stages = content["stages"]
-    yield f"**{_machine(content)}.** Bars, as the check judges them:"
+    yield "Bars, as the check judges them:"
     yield ""
     yield from table(("", "measured", "wanted", ""), [(b.what, b.measured, b.wanted, b.verdict) for b in bars(stages)])
-    rows: list[Sequence[str]] = [
+    rows = [
         (name, precision, _us(p, precision, "power_step", "time"), _us(p, precision, "power_step", "floors", "larger"))
         for name, p in _networks(stages, "power")
         for precision in ("fp32", "3xtf32", "tf32", "bf16")

@@ -1,7 +1,7 @@
 // The seam between kernels and the machine that runs them: the one place with <<<>>>.
 //
 // A kernel takes one plain struct by value and all its shared memory as one struct, got by shared_memory<T>(). Compiled
-// by nvcc it runs on a GPU; compiled by a C++ compiler with SN_FAST_ON_CPU it runs on csrc/on_cpu/cuda_on_cpu.h, which
+// by nvcc it runs on a GPU; compiled by a C++ compiler with SN_FAST_EMULATOR it runs on csrc/emulator/cuda.h, which
 // is how the tests run every kernel without a GPU.
 #pragma once
 
@@ -10,8 +10,8 @@
 
 #include "core/check.h"
 
-#ifdef SN_FAST_ON_CPU
-#include "on_cpu/cuda_on_cpu.h"
+#ifdef SN_FAST_EMULATOR
+#include "emulator/cuda.h"
 #else
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -27,7 +27,7 @@ struct Stream {
     int device;
 };
 
-#ifndef SN_FAST_ON_CPU
+#ifndef SN_FAST_EMULATOR
 
 inline void check_cuda(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;

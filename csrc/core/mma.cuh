@@ -14,7 +14,7 @@ namespace sn_fast {
 // float32 rounded to the 10 mantissa bits of tf32, to nearest, ties away from zero, as an operand: what is below those
 // bits is undefined, and not looked at by mma_tf32.
 __device__ inline std::uint32_t tf32_operand(float value) {
-#ifdef SN_FAST_ON_CPU
+#ifdef SN_FAST_EMULATOR
     const std::uint32_t bits = float_as_bits(value);
     return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 #else
@@ -28,7 +28,7 @@ __device__ inline std::uint32_t tf32_operand(float value) {
 __device__ inline std::uint32_t to_tf32(float value) { return tf32_operand(value) & 0xffffe000u; }
 
 __device__ inline std::uint32_t pack_bfloat16(float low, float high) {
-#ifdef SN_FAST_ON_CPU
+#ifdef SN_FAST_EMULATOR
     return to_bfloat16(low).bits | static_cast<std::uint32_t>(to_bfloat16(high).bits) << 16;
 #else
     std::uint32_t bits;
@@ -37,15 +37,15 @@ __device__ inline std::uint32_t pack_bfloat16(float low, float high) {
 #endif
 }
 
-#ifdef SN_FAST_ON_CPU
+#ifdef SN_FAST_EMULATOR
 
 struct Fragments {
     std::uint32_t a[4], b[2];
 };
 
 inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-    const auto* lanes = on_cpu::machine().exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
-    const int lane = on_cpu::machine().lane(), g = lane / 4, t = lane % 4;
+    const auto* lanes = emulator::machine().exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+    const int lane = emulator::machine().lane(), g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
         float left[8], right[8];
@@ -55,16 +55,16 @@ inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint
             left[k] = bits_as_float(rows.a[row / 8 + 2 * (k / 4)] & 0xffffe000u);
             right[k] = bits_as_float(columns.b[k / 4] & 0xffffe000u);
         }
-        const int block = on_cpu::tensor_core().tf32_block;
-        for (int k = 0; k < 8; k += block) d[i] = on_cpu::tensor_core_sum(d[i], left + k, right + k, block);
+        const int block = emulator::tensor_core().tf32_block;
+        for (int k = 0; k < 8; k += block) d[i] = emulator::tensor_core_sum(d[i], left + k, right + k, block);
     }
 }
 
 inline float half_of(std::uint32_t pair, int high) { return bits_as_float(high ? pair & 0xffff0000u : pair << 16); }
 
 inline void mma_bfloat16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-    const auto* lanes = on_cpu::machine().exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
-    const int lane = on_cpu::machine().lane(), g = lane / 4, t = lane % 4;
+    const auto* lanes = emulator::machine().exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+    const int lane = emulator::machine().lane(), g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
         float left[16], right[16];
@@ -74,8 +74,8 @@ inline void mma_bfloat16(float (&d)[4], const std::uint32_t (&a)[4], const std::
             left[k] = half_of(rows.a[row / 8 + 2 * (k / 8)], k % 2);
             right[k] = half_of(columns.b[k / 8], k % 2);
         }
-        const int block = on_cpu::tensor_core().bfloat16_block;
-        for (int k = 0; k < 16; k += block) d[i] = on_cpu::tensor_core_sum(d[i], left + k, right + k, block);
+        const int block = emulator::tensor_core().bfloat16_block;
+        for (int k = 0; k < 16; k += block) d[i] = emulator::tensor_core_sum(d[i], left + k, right + k, block);
     }
 }
 

@@ -5,7 +5,7 @@
 
 #include "core/launch.h"
 
-#ifndef SN_FAST_ON_CPU
+#ifndef SN_FAST_EMULATOR
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
@@ -17,7 +17,7 @@ enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 inline int element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-#ifdef SN_FAST_ON_CPU
+#ifdef SN_FAST_EMULATOR
 using half_t = _Float16;
 
 struct bfloat16_t {
@@ -30,7 +30,7 @@ using bfloat16_t = __nv_bfloat16;
 
 __device__ inline float to_float(float value) { return value; }
 
-#ifdef SN_FAST_ON_CPU
+#ifdef SN_FAST_EMULATOR
 inline float to_float(half_t value) { return static_cast<float>(value); }
 
 inline float to_float(bfloat16_t value) { return bits_as_float(static_cast<std::uint32_t>(value.bits) << 16); }
@@ -62,7 +62,7 @@ __device__ inline float from_float<float>(float value) {
 
 template <>
 __device__ inline half_t from_float<half_t>(float value) {
-#ifdef SN_FAST_ON_CPU
+#ifdef SN_FAST_EMULATOR
     return static_cast<half_t>(value);
 #else
     return __float2half_rn(value);
@@ -92,7 +92,7 @@ __device__ inline bool is_aligned(const T* address) {
 // A pointer as a value of its own: the compiler would add its parts again for every access through it.
 template <class T>
 __device__ inline T* opaque(T* pointer) {
-#ifndef SN_FAST_ON_CPU
+#ifndef SN_FAST_EMULATOR
     asm("" : "+l"(pointer));
 #endif
     return pointer;
@@ -102,7 +102,7 @@ __device__ inline T* opaque(T* pointer) {
 // through code that does not use it.
 __device__ inline int opaque_thread_index() {
     int number = static_cast<int>(threadIdx.x);
-#ifndef SN_FAST_ON_CPU
+#ifndef SN_FAST_EMULATOR
     asm volatile("" : "+r"(number));
 #endif
     return number;

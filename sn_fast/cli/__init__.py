@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__, _interrupts
-from ..errors import OptionError, UserError, shortened
+from ..errors import UserError, shortened
 from . import attack, info, norms, output, reproduce, train
 from .parser import Parser
-
-_OPTION_OF = {"root": "data-dir"}  # arguments of library functions with other names here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +46,6 @@ def _outcome(argv: Sequence[str] | None) -> tuple[int, str]:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or _interrupts.received():  # it can come out as any other exception
             return _interrupts.exit_code(), _interrupts.line(error)
-        if isinstance(error, OptionError):
-            option = f"--{_OPTION_OF.get(error.name, error.name).replace('_', '-')}"
-            error = UserError(f"argument {option}: invalid value {error.value}: {error.remedy}")
         if isinstance(error, UserError):
             return 2, f"sn-fast: error: {shortened(error)}"
         if isinstance(error, BrokenPipeError):

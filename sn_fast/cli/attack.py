@@ -20,7 +20,7 @@ from ..experiments.training.config import json_number
 from ..files import replace_file
 from ..inspection.plot import check_plot
 from ..running import memory_limited, torch_threads
-from .model import OPTION_OF, Model, add_model_arguments, check_model_arguments, device_of, loaded_model, threads_of
+from .model import Model, add_model_arguments, check_model_arguments, device_of, loaded_model, threads_of
 from .output import others_on_stderr, write
 from .parser import options_for
 
@@ -83,15 +83,10 @@ def add_command(commands: Any) -> None:
     output.add_argument("--plot", type=Path, metavar="FILE", help="accuracy over eps: .png, .pdf or .svg")
     output.add_argument("--save", type=Path, metavar="FILE", help="adversarial examples: .npz")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=options_for(parser, path="--plot", root="--data-dir", scheme="--attack")(_run))
 
 
 def _run(options: argparse.Namespace) -> None:
-    with options_for(OPTION_OF | {"path": "--plot"}):
-        _attack(options)
-
-
-def _attack(options: argparse.Namespace) -> None:
     device, threads = device_of(options.device), threads_of(options.threads)
     for name in ("images", "crop", "steps"):
         value = getattr(options, name)
@@ -151,10 +146,7 @@ def _attacks(options: argparse.Namespace, model: Model) -> list[Adversary]:
             strengths = [factor * run.adversary("pgm" if scheme == "pgd" else scheme).eps for factor in (0.5, 1.0, 2.0)]
         else:
             raise UserError("argument --eps: is required for this MODEL: give strengths, e.g. 0.5,1")
-        try:
-            found += [TrainConfig.create(scheme=scheme, norm=norm, steps=steps, eps=eps) for eps in strengths]
-        except OptionError as error:
-            raise OptionError("attack" if error.name == "scheme" else error.name, error.value, error.remedy) from None
+        found += [TrainConfig.create(scheme=scheme, norm=norm, steps=steps, eps=eps) for eps in strengths]
     for config in found:
         if config.scheme == "erm":
             raise OptionError("attack", "erm", "choose fgm, pgm or wrm")

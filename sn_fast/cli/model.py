@@ -17,13 +17,6 @@ from ..inspection.weights import check_values
 from ..running import MOST_THREADS
 from .runs import CHECKPOINT, RunNetwork, load_run, run_folder
 
-OPTION_OF = {  # argument of a library function: how it is given here
-    "model": "MODEL",
-    "checkpoint": "--checkpoint",
-    "pretrained": "--pretrained",
-    "allow_classes": "--allow-class",
-}
-
 
 class Model(NamedTuple):
     """A model with its weights.

@@ -14,20 +14,13 @@ from ..inspection.plot import check_plot
 from ..inspection.table import document
 from ..layers.describe import times
 from ..running import memory_limited, torch_threads
-from .model import OPTION_OF, add_model_arguments, check_model_arguments, device_of, loaded_model, threads_of
+from .model import add_model_arguments, check_model_arguments, device_of, loaded_model, threads_of
 from .output import others_on_stderr, write
 from .parser import options_for
 
 _DEFAULT_SIZE = "3x224x224"
 _DEFAULT_TOL = 3e-3
 _MOST_AXES, _MOST_DIGITS = 63, 18  # of an axis, to be below 2**63; one axis is the batch's
-
-_OPTION_OF = OPTION_OF | {
-    "input_size": "--input-size",
-    "include": "--include",
-    "exclude": "--exclude",
-    "path": "--plot",
-}
 
 _DESCRIPTION = """\
 Print a certified interval [at least, at most] of the spectral norm of every Linear,
@@ -79,15 +72,10 @@ def add_command(commands: Any) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON document in place of the table")
     output.add_argument("--plot", type=Path, metavar="FILE", help="bar chart of the norms: .png, .pdf or .svg")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=options_for(parser, path="--plot")(_run))
 
 
 def _run(options: argparse.Namespace) -> None:
-    with options_for(_OPTION_OF):
-        _measure(options)
-
-
-def _measure(options: argparse.Namespace) -> None:
     device = device_of(options.device)
     threads = threads_of(options.threads)
     if not 0 < options.tol < 1:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from ..errors import UserError
+from ..errors import OptionError, UserError
 from . import output
 
 
@@ -42,10 +42,21 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def options_for(names: Mapping[str, str]) -> Iterator[None]:
-    """Within this context errors of library functions, which put their arguments in backticks, name options instead."""
+def options_for(parser: argparse.ArgumentParser, **others: str) -> Iterator[None]:
+    """Within this context, or the decorated command, errors name options where library functions name arguments.
+
+    An argument in backticks becomes the option of the same name; ``others``: arguments that have other names here.
+    """
+    options = {action.dest: [action.metavar, *action.option_strings][-1] for action in parser._actions}
     try:
         yield
     except UserError as error:
-        error.args = (re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), str(error)),)
-        raise
+        text = str(error)
+        if isinstance(error, OptionError):
+            text = f"argument `{error.name}`: invalid value {error.value}: {error.remedy}"
+        raise UserError(renamed(text, {**options, **others})) from error
+
+
+def renamed(message: str, names: Mapping[str, Any]) -> str:
+    """The message with the arguments that it names in backticks by other names; unknown ones stay."""
+    return re.sub(r"`(\w+)`", lambda found: str(names.get(found[1], found[0])), message)

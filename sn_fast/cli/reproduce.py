@@ -12,6 +12,7 @@ from ..experiments.reports import PARTS, STORE, html_page, reproduce
 from ..experiments.reproduction import PUBLISHED, Grid, Outcome, Store, describe
 from ..running import notice
 from .output import write
+from .parser import options_for
 
 _DESCRIPTION = """\
 Train a grid of networks, with and without spectral normalisation, as the paper's published
@@ -37,13 +38,14 @@ example:
 
 # Options of the grid and of its runs by other names.
 _OPTIONS = {
-    "root": "data",
-    "data": "set",
-    "data_dir": "data",
-    "archs": "arch",
-    "schemes": "scheme",
-    "beta": "betas",
-    "seed": "seeds",
+    "parts": "WHAT",
+    "root": "--data",
+    "data": "--set",
+    "data_dir": "--data",
+    "archs": "--arch",
+    "schemes": "--scheme",
+    "beta": "--betas",
+    "seed": "--seeds",
 }
 
 
@@ -97,7 +99,7 @@ def add_command(commands: Any) -> None:
     )
     output.add_argument("--json", action="store_true", help="print one JSON document in place of the table")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=options_for(parser, **_OPTIONS)(_run))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -141,10 +143,6 @@ def _run(options: argparse.Namespace) -> None:
             retry_failed=options.retry_failed,
             report=ended,
         )
-    except OptionError as error:
-        if error.name == "what":
-            raise UserError(f"argument WHAT: invalid value {error.value}: {error.remedy}") from None
-        raise OptionError(_OPTIONS.get(error.name, error.name), error.value, error.remedy) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command continues (runs are kept in {folder})") from None
     report.write(folder, html_page)

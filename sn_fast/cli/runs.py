@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..experiments.training import TrainConfig, trained_networks
+from .parser import renamed
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -41,7 +42,7 @@ def load_run(folder: Path, network: str | None) -> RunNetwork:
     try:
         networks = trained_networks(folder)
     except UserError as error:
-        raise UserError(f"argument MODEL: {str(error).removeprefix('argument --resume: ')}") from None
+        raise UserError(renamed(str(error), {"path": "MODEL"})) from None
     name = next(reversed(networks)) if network is None else network
     if name not in networks:
         raise UserError(f"argument --network: {folder} has no {name}; choose {' or '.join(networks)}")

@@ -7,10 +7,13 @@ import json
 from contextlib import nullcontext
 from typing import Any
 
-from ..experiments.training import TrainConfig, resume, table, train
+from .. import _interrupts
+from ..errors import UserError
+from ..experiments.training import Interrupted, TrainConfig, resume, table, train
 from ..experiments.training.defaults import DEFAULTS, DataDefaults
-from ..experiments.training.ranks import ALONE, ranks_of_torchrun
+from ..experiments.training.ranks import ALONE, is_of_torchrun, ranks_of_torchrun
 from .output import write
+from .parser import options_for
 
 _DESCRIPTION = """\
 Train a network twice on attacked images, without normalisation (beta = inf) and with every
@@ -143,7 +146,7 @@ def add_command(commands: Any) -> None:
     )
     output.add_argument("--json", action="store_true", help="print one JSON document in place of the table")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=options_for(parser, path="--resume", root="--data-dir")(_run))
 
 
 def _by_data(name: str) -> str:
@@ -172,12 +175,17 @@ def _run(options: argparse.Namespace) -> None:
     chosen = vars(options).copy()
     for name in ("run", "json", "quiet", "out", "resume", "ddp"):
         del chosen[name]
+    if options.ddp and not is_of_torchrun():
+        raise UserError("argument --ddp: start with torchrun, e.g. torchrun --nproc-per-node 2 -m sn_fast train --ddp")
     with ranks_of_torchrun(options.device or "auto") if options.ddp else nullcontext(ALONE) as ranks:
         progress = not options.quiet and ranks.leads
-        if options.resume is not None:
-            result = resume(options.resume, chosen, progress=progress, ranks=ranks)
-        else:
-            result = train(TrainConfig.create(**chosen), options.out, progress=progress, ranks=ranks)
+        try:
+            if options.resume is not None:
+                result = resume(options.resume, chosen, progress=progress, ranks=ranks)
+            else:
+                result = train(TrainConfig.create(**chosen), options.out, progress=progress, ranks=ranks)
+        except Interrupted as error:
+            raise KeyboardInterrupt(_interrupts.how_to_continue(error.folder)) from None
     if not ranks.leads:
         return
     if options.json:

@@ -315,10 +315,11 @@ def checked_weight(module: nn.Module, name: str, *, parametrized: bool = False, 
     theirs = [type(p).__name__ for p in chain(module, name)] if parametrize.is_parametrized(module, name) else []
     if theirs and (not parametrized or any("SpectralNorm" in t for t in theirs)):
         ours = "sn_fast.remove_spectral_norm(module)"
+        hint = " (replace=True replaces it)" * (parametrized and theirs[-1] == "_SpectralNorm")
         remedy = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
         raise ValueError(
             f"{parametrize.type_before_parametrizations(module).__name__}.{name} is already parametrized by "
-            f"{', '.join(theirs)}; remove that first, with {ours if theirs == ['SpectralNorm'] else remedy}"
+            f"{', '.join(theirs)}{hint}; remove that first, with {ours if theirs == ['SpectralNorm'] else remedy}"
         )
     if theirs:
         weight = getattr(module, name)

@@ -20,6 +20,7 @@ from . import (  # noqa: F401 - they register rules
     products,
     reductions,
     refusals,
+    response_norm,
     sums,
     windows,
 )

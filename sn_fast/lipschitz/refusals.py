@@ -12,8 +12,8 @@ _RECURRENT = "recurrent, its gates multiply activations: no rule"
 _INTEGERS = "not differentiable in its input, which are indices"
 _REASONS: dict[str, tuple[str | type[nn.Module], ...]] = {
     _DIVIDES: (
-        *("layer_norm", "native_layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"),
-        *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d),
+        *("layer_norm", "native_layer_norm", "group_norm", "instance_norm", "rms_norm"),
+        *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.CrossMapLRN2d),
     ),
     "divides by the norm of its own input: no useful bound": ("normalize", "cosine_similarity", nn.CosineSimilarity),
     _ATTENTION: (

@@ -323,10 +323,11 @@ def find(target: Any) -> Entry | None:
 
 def ruled_class(module: nn.Module) -> type[nn.Module] | None:
     """The class whose rule holds for this module: its own, or a base class whose computation it inherits whole."""
-    known = next((base for base in type(module).__mro__ if base in _MODULES), None)
-    if known is None or why_not_its_class(module, hooks=False, statistics=False) is not None:
+    ruled = next((base for base in type(module).__mro__ if base in _MODULES), None)
+    if ruled is None:
         return None
-    return known
+    known = None if ruled.__module__.startswith("torch.") else ruled
+    return ruled if why_not_its_class(module, hooks=False, statistics=False, known=known) is None else None
 
 
 def kind_of(target: Any) -> str:

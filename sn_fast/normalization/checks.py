@@ -12,13 +12,17 @@ from ..layers.linear import raw_weight
 
 # Older ways to compute a weight before each forward: the entries that tell, what it is, and how it is undone.
 _COMPUTED = (
-    (("_orig", "_mask"), "pruned", "torch.nn.utils.prune.remove(module, {!r})"),
+    (("_orig", "_mask"), "pruned before each forward", "torch.nn.utils.prune.remove(module, {!r})"),
     (
         ("_orig", "_u"),
-        "made by torch.nn.utils.spectral_norm",
+        "made by torch.nn.utils.spectral_norm before each forward (replace=True replaces it)",
         "torch.nn.utils.remove_spectral_norm(module, {!r})",
     ),
-    (("_g", "_v"), "made by torch.nn.utils.weight_norm", "torch.nn.utils.remove_weight_norm(module, {!r})"),
+    (
+        ("_g", "_v"),
+        "made by torch.nn.utils.weight_norm before each forward",
+        "torch.nn.utils.remove_weight_norm(module, {!r})",
+    ),
 )
 
 
@@ -54,7 +58,7 @@ def check_has_norm(module: nn.Module, name: str) -> None:
     entries = {*module._parameters, *module._buffers}
     for endings, what, undo in _COMPUTED:
         if name not in entries and all(name + ending in entries for ending in endings):
-            raise ValueError(f"{label} is {what} before each forward; undo that first, with {undo.format(name)}")
+            raise ValueError(f"{label} is {what}; undo that first, with {undo.format(name)}")
     weight = raw_weight(module, name)
     if _is_sharded(weight):
         raise ValueError(f"{label} is sharded already: {_BEFORE_SHARDING}")

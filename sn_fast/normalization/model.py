@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,9 @@ from .mapped import MappedSpectralNorm
 from .options import Gradient, InputSize, Mode, OperatorName, Options
 from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
+from .replacing import own_class, replaced
 from .selection import betas_of, compiled_pattern, included_classes, is_chosen
+from .shared_class import share_class
 
 _LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
 _TRIAL_SIZES = (8, 16, 32, 64, 128, 256)  # at which the operator of a layer is looked at before its size is known
@@ -44,6 +46,7 @@ def spectral_norm(
     reduce: bool = True,
     precision: Precision | None = None,
     bound: bool = False,
+    replace: bool = False,
 ) -> ModuleT:
     """Normalise one layer's weight by the norm of its true linear map; equivalent to
     ``W / max(1, sigma(W) / beta)`` in place of ``W`` (Farnia, Zhang, Tse 2019, section 4).
@@ -68,6 +71,10 @@ def spectral_norm(
         bound: sigma is a certified upper bound, computed anew at every change of the weight (``operator_norm_bound``,
             which costs far more than a power iteration), so the layer's norm is provably at most beta, rounding of the
             weight included. The power iteration's value is kept in the buffer ``estimate``, for the gradient.
+        replace: if the weight has PyTorch's spectral norm, ``torch.nn.utils.spectral_norm`` or
+            ``torch.nn.utils.parametrizations.spectral_norm``, take that off first. The raw weight stays, the same
+            Parameter, so an optimizer that holds it goes on. Its u and v stay too where both iterate the same matrix
+            (Linear, Embedding, ``operator="reshape"``) and they fit the weight; elsewhere sigma starts anew.
 
     Returns:
         ``module``, its weight now a parametrization with buffers u, v and sigma.
@@ -78,7 +85,10 @@ def spectral_norm(
             it, a scaled output) cannot.
     """
     options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-    _register(module, name, input_size, options, _is_large([module], name))
+    with replaced([module] if replace and isinstance(module, nn.Module) else [], name) as theirs:
+        parametrization = _register(module, name, input_size, options, _is_large([module], name))
+        if module in theirs:
+            theirs[module].hand_over(parametrization)
     return module
 
 
@@ -96,6 +106,7 @@ def apply_spectral_norm(
     reduce: bool = True,
     precision: Precision | None = None,
     bound: bool = False,
+    replace: bool = False,
 ) -> ModuleT:
     """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
 
@@ -107,7 +118,7 @@ def apply_spectral_norm(
         beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
         include: module classes to normalise; None: Linear and all convolutions.
         exclude: regular expression; layers whose name matches (re.search) are left alone.
-        mode, n_power_iterations, operator, gradient, reduce, precision, bound: see ``spectral_norm``.
+        mode, n_power_iterations, operator, gradient, reduce, precision, bound, replace: see ``spectral_norm``.
 
     Raises:
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
@@ -131,25 +142,30 @@ def apply_spectral_norm(
         raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
     betas = betas_of(beta, layers)
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
-    sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
-    if operator == "conv":
-        _check_layers({n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}, mapped=not bound)
-    hashed = _is_large(layers.values())
-    done: list[nn.Module] = []
-    try:
-        for name, module in layers.items():
-            used_at = sizes.get(name, [])
-            size = _size_of_largest_norm(module, used_at)
-            options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-            _register(module, "weight", size, options, hashed, used_at).path = name
-            done.append(module)
-    except BaseException as error:
-        for module in done:
-            _remove(module, "weight", keep_raw=True)
-        if type(error) in (ValueError, TypeError):
-            calls = re.sub(r"\(module\b", lambda _: f"(model.get_submodule({name!r})", str(error))
-            raise type(error)(f"layer {name!r}: {calls}") from error
-        raise
+    with replaced(layers.values() if replace else [], "weight") as theirs:
+        sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
+        if operator == "conv":
+            used = {n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}
+            _check_layers(used, mapped=not bound)
+        hashed = _is_large(layers.values())
+        done: list[nn.Module] = []
+        try:
+            for name, module in layers.items():
+                used_at = sizes.get(name, [])
+                size = _size_of_largest_norm(module, used_at)
+                options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
+                parametrization = _register(module, "weight", size, options, hashed, used_at)
+                parametrization.path = name
+                done.append(module)
+                if module in theirs:
+                    theirs[module].hand_over(parametrization)
+        except BaseException as error:
+            for module in done:
+                _remove(module, "weight", keep_raw=True)
+            if type(error) in (ValueError, TypeError):
+                calls = re.sub(r"\(module\b", lambda _: f"(model.get_submodule({name!r})", str(error))
+                raise type(error)(f"layer {name!r}: {calls}") from error
+            raise
     check_once_per_forward(model)
     return model
 
@@ -240,7 +256,7 @@ def _register(
     if own is not None:
         raise ValueError(f"input_size='any': {own}, so its map is known at one input size at a time; give that")
     if every_size:
-        options = replace(options, bound=True)
+        options = dataclasses.replace(options, bound=True)
     mapped = False
     if options.operator == "conv" and kind is not None:
         reason = _why_not_divisible(module, size, mapped=not options.bound)
@@ -255,7 +271,10 @@ def _register(
     parametrization = cls(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
     parametrization.train(module.training)
     parametrization.sizes.update(used_at)
+    first = not parametrize.is_parametrized(module)
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    if first:
+        share_class(module, name)
     parametrization.attach(module, name)
     try:
         if as_matrix or size is not None:
@@ -359,13 +378,6 @@ def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
         chain(module, name).pop(-1)
         remove_hooks(module)
         return
-    _own_class(module)
+    own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
     remove_hooks(module)
-
-
-def _own_class(module: nn.Module) -> None:
-    """Give the module a class of its own: torch removes a property from the class, which deep copies share."""
-    shared = type(module)
-    namespace = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, namespace)

@@ -83,7 +83,7 @@ def complexity(
         model, scheme, example_input, eps, kappa, alpha, steps, lam, certified, assume_smooth: as in ``capacity``.
 
     Raises:
-        As ``capacity``; ValueError also for gamma, n, delta, B, h or M out of range.
+        ValueError, TypeError: as ``capacity``; ValueError also for gamma, n, delta, B, h or M out of range.
     """
     given = {"eps": eps, "kappa": kappa, "alpha": alpha, "steps": steps, "lam": lam}
     chosen = Scheme.create(scheme, given)

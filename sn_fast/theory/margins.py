@@ -111,7 +111,8 @@ def normalized_margins(
         (B,), float64.
 
     Raises:
-        As ``margin_scale``; TypeError where ``margins`` is no floating-point tensor; ValueError where a layer is zero.
+        ValueError, TypeError: as ``margin_scale``; TypeError where ``margins`` is no floating-point tensor; ValueError
+            where a layer is zero.
     """
     if not isinstance(margins, Tensor) or not margins.is_floating_point():
         found = getattr(margins, "dtype", type(margins).__name__)

@@ -13,7 +13,7 @@ from sn_fast.ops import compiled
 from sn_fast.ops.library import UseKernels, has_kernels
 
 from ..on_device import DEVICE
-from . import on_cpu, tensor_cores
+from . import emulator, tensor_cores
 
 _MOST_UNDER_SANITIZERS = 4  # sets of parameters of one test
 THREAD_ORDERS = (0, 1, 2, 3) if DEVICE.type == "cpu" else (0,)  # 0: as numbered; a GPU has its own
@@ -21,7 +21,7 @@ THREAD_ORDERS = (0, 1, 2, 3) if DEVICE.type == "cpu" else (0,)  # 0: as numbered
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under sanitizers, which are slow: a few of every test's sets of parameters, drawn."""
-    if not on_cpu.sanitizers_loaded():
+    if not emulator.sanitizers_loaded():
         return
     sets: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -48,7 +48,7 @@ class _OnGpu:
 def module() -> ModuleType:
     """The compiled module."""
     if DEVICE.type == "cpu":
-        return on_cpu.build()
+        return emulator.build()
     if compiled.MODULE is None:
         pytest.fail(f"no kernels to test: {compiled.STATUS}")
     return _OnGpu()  # type: ignore[return-value]

@@ -14,14 +14,14 @@ from torch import Tensor
 from sn_fast import ConvOperator, LinearOperator, MatrixOperator
 
 from ..layers.geometries import cases
-from . import on_cpu
+from . import emulator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def drawn(examples: int) -> settings:
     """Settings of a test with so many drawn cases; under sanitizers, which are slow, with a tenth of them."""
-    few = examples // 10 if on_cpu.sanitizers_loaded() else examples
+    few = examples // 10 if emulator.sanitizers_loaded() else examples
     return settings(max_examples=few, suppress_health_check=list(HealthCheck), deadline=None)
 
 

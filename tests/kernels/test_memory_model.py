@@ -1,6 +1,6 @@
 """Blocks that really run at once, under ThreadSanitizer: nothing that one block reads of another's is left to luck.
 
-What orders them is modelled in csrc/on_cpu/memory_model.h, as strictly as PTX defines it. Every fault that is planted
+What orders them is modelled in csrc/emulator/memory_model.h, as strictly as PTX defines it. Every fault that is planted
 here must be found, or the silence about the kernels as they are would say nothing.
 """
 
@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from ..on_device import DEVICE
-from . import on_cpu
+from . import emulator
 from .test_safety_net import Edit, edited
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(DEVICE.type != "cpu", reason="ThreadSanitizer watches the CPU"),
-    pytest.mark.skipif(on_cpu.sanitizers_loaded(), reason="two sanitizers do not go together"),
+    pytest.mark.skipif(emulator.sanitizers_loaded(), reason="two sanitizers do not go together"),
 ]
 
 FLAGS = ["-Wno-error", "-fsanitize=thread", "-g1"]
@@ -36,11 +36,11 @@ PROGRAM = """
     from sn_fast.ops.library import UseKernels
     from sn_fast.ops.prepared_step import prepare
     from sn_fast.ops.records import length_of
-    from tests.kernels import on_cpu
+    from tests.kernels import emulator
     from tests.kernels.power_steps import Call, planning
     from tests.kernels.weight_gradients import Call as Gradient, parts
 
-    module = on_cpu.load(Path({library!r}))
+    module = emulator.load(Path({library!r}))
     operators = [
         ConvOperator(torch.randn(64, 32, 3, 3), (6, 6), padding=1),
         ConvOperator(torch.randn(20, 10, 9), (15,), padding=4),
@@ -83,12 +83,12 @@ PROGRAM = """
 
 def watched(folder: Path, *edits: Edit, runs: str, orders: Sequence[int] = (0, 1)) -> str:
     """What a process says in which blocks run at once."""
-    library = on_cpu.library(edited(folder, *edits) if edits else on_cpu.CSRC, extra=FLAGS)
+    library = emulator.library(edited(folder, *edits) if edits else emulator.CSRC, extra=FLAGS)
     program = textwrap.dedent(PROGRAM).format(library=str(library), orders=tuple(orders), runs=runs)
     # Addresses at random may lie where ThreadSanitizer keeps its own.
     fixed = [setarch, os.uname().machine, "-R"] if (setarch := shutil.which("setarch")) else []
     environment = os.environ | {
-        "LD_PRELOAD": on_cpu.library_of_compiler("libtsan.so"),
+        "LD_PRELOAD": emulator.library_of_compiler("libtsan.so"),
         "TSAN_OPTIONS": "exitcode=0 report_thread_leaks=0 halt_on_error=1",
         "OMP_NUM_THREADS": "1",
     }

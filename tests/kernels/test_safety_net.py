@@ -19,7 +19,7 @@ from sn_fast.ops.library import UseKernels
 
 from ..attacks.models import same_bits
 from ..on_device import DEVICE
-from . import on_cpu
+from . import emulator
 from .conftest import THREAD_ORDERS
 from .power_steps import Call, kinds_of, planning
 from .weight_gradients import Call as Gradient
@@ -31,7 +31,7 @@ Edit = tuple[str, str]
 
 def edited(folder: Path, *edits: Edit) -> Path:
     """A copy of csrc in which each edit's text, which stands in one place, is replaced."""
-    copy = shutil.copytree(on_cpu.CSRC, folder / "csrc")
+    copy = shutil.copytree(emulator.CSRC, folder / "csrc")
     sources = [path for path in copy.rglob("*") if path.suffix in (".h", ".cuh", ".cu")]
     for old, new in edits:
         found = [path for path in sources for _ in range(path.read_text().count(old))]
@@ -41,7 +41,7 @@ def edited(folder: Path, *edits: Edit) -> Path:
 
 
 def build(folder: Path, *edits: Edit) -> ModuleType:
-    return on_cpu.build(edited(folder, *edits), extra=["-Wno-error"])
+    return emulator.build(edited(folder, *edits), extra=["-Wno-error"])
 
 
 def operators() -> list[LinearOperator]:
@@ -188,9 +188,9 @@ def broken_in_a_child(folder: Path, edit: Edit, environment: dict[str, str] | No
     """What a process says in which a broken kernel runs, for it may do anything; None if it just crashes."""
     program = f"""
         from pathlib import Path
-        from tests.kernels import on_cpu, test_safety_net as net
-        broken = on_cpu.build(Path({str(edited(folder, edit))!r}), extra=["-Wno-error"])
-        print("wrong in orders", net.wrong_orders(on_cpu.build(), broken) or "none")
+        from tests.kernels import emulator, test_safety_net as net
+        broken = emulator.build(Path({str(edited(folder, edit))!r}), extra=["-Wno-error"])
+        print("wrong in orders", net.wrong_orders(emulator.build(), broken) or "none")
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     root = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ DIVERGED: dict[str, Edit] = {
 def test_a_barrier_that_some_threads_do_not_reach(tmp_path: Path, name: str) -> None:
     said = broken_in_a_child(tmp_path, DIVERGED[name])
     assert said is not None
-    assert "RuntimeError: cuda_on_cpu: deadlock, some threads wait at a barrier others never reach" in said
+    assert "RuntimeError: emulator: deadlock, some threads wait at a barrier others never reach" in said
 
 
 PARTS = "for (int part = 0; part < split.parts; ++part)"
@@ -282,7 +282,7 @@ BEYOND: dict[str, tuple[Edit, str, str]] = {  # what is said of it, and where
 @pytest.mark.parametrize("name", BEYOND)
 def test_an_access_out_of_bounds(tmp_path: Path, name: str) -> None:
     edit, found, place = BEYOND[name]
-    said = broken_in_a_child(tmp_path, edit, on_cpu.sanitized_environment())
+    said = broken_in_a_child(tmp_path, edit, emulator.sanitized_environment())
     assert said is not None
     assert found in said, said[-4000:]
     assert place in said

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from ..on_device import DEVICE
-from . import on_cpu
+from . import emulator
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the sanitizers watch the CPU")
-@pytest.mark.skipif(on_cpu.sanitizers_loaded(), reason="this is the run under sanitizers")
+@pytest.mark.skipif(emulator.sanitizers_loaded(), reason="this is the run under sanitizers")
 def test_kernels_under_sanitizers() -> None:
     """With a few of each test's parameters and a tenth of its drawn cases (``conftest``, ``small_operators.drawn``).
 
@@ -25,7 +25,7 @@ def test_kernels_under_sanitizers() -> None:
     done = subprocess.run(
         [*command, "-k", "not compile"],
         cwd=Path(__file__).parents[2],
-        env=on_cpu.sanitized_environment(),
+        env=emulator.sanitized_environment(),
         capture_output=True,
         text=True,
     )

@@ -186,7 +186,7 @@ def test_a_layer_used_twice_is_bounded_once(monkeypatch: pytest.MonkeyPatch) -> 
         (nn.LayerNorm(4), torch.randn(1, 4), "deviation of its own input"),
         (nn.GroupNorm(2, 4), torch.randn(1, 4, 3), "deviation of its own input"),
         (nn.RMSNorm(4), torch.randn(1, 4), "its own input"),
-        (nn.LocalResponseNorm(2), torch.randn(1, 4, 3), "its own input"),
+        (nn.CrossMapLRN2d(2), torch.randn(1, 4, 3, 3), "its own input"),
         (nn.LSTM(4, 3), torch.randn(1, 2, 4), "recurrent"),
         (nn.GRU(4, 3), torch.randn(1, 2, 4), "recurrent"),
         (nn.Fold((4, 4), 2), torch.randn(1, 4, 9), "no rule for Fold"),

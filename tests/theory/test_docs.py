@@ -1,4 +1,4 @@
-"""What docs/theory.md shows is what happens."""
+"""Numbers in the text of docs/theory.md, and its example."""
 
 from __future__ import annotations
 
@@ -14,28 +14,11 @@ import pytest
 DOCS = (Path(__file__).parents[2] / "docs" / "theory.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs() -> None:
-    namespace: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "theory.md", "exec"), namespace)
-    terms = set(namespace["fgm"].terms)  # type: ignore[attr-defined]
-    table = DOCS.split("| symbol |")[1].split("\n\n")[0]
-    named = set(re.findall(r"`(\w+)`", table)) | {"scales", "eps", "kappa"}
-    assert terms == named - {"terms"}
-
-
 def test_the_slope_of_the_published_network() -> None:
     norms = [4.02, 18.13, 11.24, 1.74]
     slope = math.prod(norms) * sum(math.prod(norms[: i + 1]) for i in range(4))
     assert slope == pytest.approx(3.3e6, rel=0.01)
     assert "3.3 million" in DOCS
-
-
-def test_links_lead_somewhere() -> None:
-    folder = Path(__file__).parents[2] / "docs"
-    assert [t for t in re.findall(r"\]\(([^)#:]+)\)", DOCS) if not (folder / t).exists()] == []
 
 
 @pytest.mark.slow

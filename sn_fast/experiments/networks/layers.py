@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ConvOperator, register_layer
+from ...lipschitz.response_norm import response_norm_constant
+from ...lipschitz.rules import Call, Constant, rule
 
 Pads = tuple[int, int]
 
@@ -95,6 +97,12 @@ class LocalResponseNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"radius={self.radius}, bias={self.bias:g}, alpha={self.alpha:g}, beta={self.beta:g}"
+
+
+@rule(LocalResponseNorm)
+def _local_response_norm(call: Call) -> float | Constant:
+    call.allows("radius")
+    return response_norm_constant(call.get("bias"), call.get("alpha"), call.get("beta"))
 
 
 class ConstantDropout(nn.Dropout):

@@ -145,7 +145,7 @@ def reproduce(
     """
     for part in parts:
         if part not in PARTS:
-            raise OptionError("what", part, f"choose {', '.join(PARTS)} or all")
+            raise OptionError("parts", part, f"choose {', '.join(PARTS)} or all")
     store = Store(Path(folder, STORE))
     runs = grid.runs()
     random_runs = random_label_runs(grid) if "random-labels" in parts else []

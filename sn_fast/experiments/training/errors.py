@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from ...errors import UserError
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a job whose folder can be resumed."""
+    """Ctrl-C in a job whose folder can be resumed.
 
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__(f"interrupted; continue with: sn-fast train --resume {shlex.quote(str(run_dir))}")
+    Attributes:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted; continue with resume({str(folder)!r})")
+        self.folder = folder
 
 
 class DivergedRun(UserError):

@@ -66,7 +66,7 @@ def train(
         _check_packages(config)
         split, config = _prepared(config)
         folder = RunFolder.create(out, default=f"{config.data}-{config.scheme}-beta{config.beta:g}-seed{config.seed}")
-        with folder.discarded_if_empty(), folder.locked("--out"), _resumable(folder):
+        with folder.discarded_if_empty(), folder.locked("out"), _resumable(folder):
             folder.check_unused()  # another process may have been there between
             folder.write_json("config.json", config.to_json())
             ranks.tell(folder.path)
@@ -99,7 +99,7 @@ def resume(
         config = config_of(folder, state)
         config.refuse_changes(options)
         if config.device == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"argument --resume: {path} was trained on CUDA, and this PyTorch has no CUDA device")
+            raise UserError(f"argument `path`: {path} was trained on CUDA, and this PyTorch has no CUDA device")
         _check_packages(config)
         split, _ = _prepared(config if moved is None else replace(config, data_dir=moved))
         ranks.tell(folder.path)
@@ -116,7 +116,7 @@ def resume(
 def _opened(path: str | os.PathLike[str]) -> Iterator[RunFolder]:
     """The folder of an earlier run, for this process alone."""
     folder = RunFolder.existing(path)
-    with folder.locked("--resume"), _resumable(folder):
+    with folder.locked("path"), _resumable(folder):
         yield folder
 
 
@@ -149,12 +149,12 @@ def config_of(folder: RunFolder, state: Mapping[str, Any] | None) -> TrainConfig
         same = state is None or values == trained or config == TrainConfig.from_json(trained or {})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"argument --resume: {folder.path / 'config.json'} is no configuration of this version "
+            f"argument `path`: {folder.path / 'config.json'} is no configuration of this version "
             f"({first_line(error)}); start a new run"
         ) from None
     if not same:
         raise UserError(
-            f"argument --resume: {folder.path / 'config.json'} is not the configuration that checkpoint.pt was "
+            f"argument `path`: {folder.path / 'config.json'} is not the configuration that checkpoint.pt was "
             "trained with; restore it, or start a new run"
         )
     return config
@@ -200,12 +200,12 @@ class _Run:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"argument --resume: the checkpoint in {self.folder.path} is not of these networks ({reason}); "
+                f"argument `path`: the checkpoint in {self.folder.path} is not of these networks ({reason}); "
                 "resume with the version of sn_fast that wrote it, or start a new run"
             ) from None
         if not same_data:
             raise UserError(
-                f"argument --resume: {self.folder.path} was trained on other images than those of {self.config.data} "
+                f"argument `path`: {self.folder.path} was trained on other images than those of {self.config.data} "
                 f"in {self.config.data_dir}; restore them, or start a new run"
             )
 
@@ -260,8 +260,8 @@ class _Run:
             lr, reason = self.config.lr, f"{error} in epoch {epoch} with {trainee.name}"
             self.folder.write_json("metrics.json", {**self._metrics("diverged"), "reason": reason})
             raise DivergedRun(
-                f"argument --lr: {lr:g} is too large: {reason}; start again with "
-                f"--lr {lr / 5:g} or smaller ({self.folder.path} holds epoch {self.epoch})"
+                f"argument `lr`: {lr:g} is too large: {reason}; start again with "
+                f"`lr` {lr / 5:g} or smaller ({self.folder.path} holds epoch {self.epoch})"
             ) from None
 
     def _save(self) -> None:
@@ -277,7 +277,7 @@ class _Run:
             }
         )
         self.folder.write_json("metrics.json", self._metrics("training"))
-        _interrupts.note(str(Interrupted(self.folder.path)))
+        _interrupts.note(_interrupts.how_to_continue(self.folder.path))
 
     def _keep(self, trained: list[Trainee]) -> None:
         every = self.config.keep_every

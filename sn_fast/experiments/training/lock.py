@@ -40,13 +40,13 @@ def locked(folder: Path, argument: str) -> Iterator[None]:
     """Within this context no other process works in ``folder``.
 
     Raises:
-        UserError: one does already, or the lock cannot be made; it begins with the name of ``argument``.
+        UserError: one does already, or the lock cannot be made; it names ``argument``, which gave the folder.
     """
     path = folder / NAME
     try:
         file = _acquire(path, argument)
     except OSError as error:
-        raise UserError(f"argument {argument}: cannot make {path}: {error.strerror}") from None
+        raise UserError(f"argument `{argument}`: cannot make {path}: {error.strerror}") from None
     try:
         os.lseek(file, 0, os.SEEK_SET)
         os.ftruncate(file, 0)
@@ -88,18 +88,18 @@ def _check_owner(path: Path, file: int, created: bool, argument: str) -> None:
     except OSError as error:
         if error.errno in _HELD:
             raise InUse(
-                f"argument {argument}: {path.parent} is in use by {_described(owner)}: let it end, or stop it, and try "
-                "again"
+                f"argument `{argument}`: {path.parent} is in use by {_described(owner)}: let it end, or stop it, and "
+                "try again"
             ) from None
         if created:
             return  # a file system without locks: that this process made the file is the lock
         raise InUse(
-            f"argument {argument}: {path.parent} is or was in use by {_described(owner)}, and its file system has no "
+            f"argument `{argument}`: {path.parent} is or was in use by {_described(owner)}, and its file system has no "
             f"locks that would tell: if that process has ended, delete {path} and try again"
         ) from None
     if owner and not _is_of_this_machine(owner) and _is_at(file, path):
         raise InUse(
-            f"argument {argument}: {path.parent} is or was in use by {_described(owner)}, which cannot be seen "
+            f"argument `{argument}`: {path.parent} is or was in use by {_described(owner)}, which cannot be seen "
             f"from here: if that process has ended, delete {path} and try again"
         )
 

@@ -88,6 +88,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def is_of_torchrun() -> bool:
+    """Whether torchrun, or what sets the environment as it does, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 @contextmanager
 def ranks_of_torchrun(device: str) -> Iterator[Ranks]:
     """The processes that torchrun has started, as a group for as long as this context lasts.
@@ -95,8 +100,8 @@ def ranks_of_torchrun(device: str) -> Iterator[Ranks]:
     Raises:
         UserError: torchrun has not started this process.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        raise UserError("argument --ddp: start with torchrun, e.g. torchrun --nproc-per-node 2 -m sn_fast train --ddp")
+    if not is_of_torchrun():
+        raise UserError("RANK and WORLD_SIZE are not set in the environment; start the program with torchrun")
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -44,7 +44,7 @@ class RunFolder:
             new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"argument --out: cannot make the folder {path}: {error.strerror}; give another") from None
+            raise UserError(f"argument `out`: cannot make the folder {path}: {error.strerror}; give another") from None
         folder = cls(path, new=new)
         folder.check_unused()
         return folder
@@ -54,11 +54,11 @@ class RunFolder:
         try:
             used = self._holds_files()
         except OSError as error:
-            raise UserError(f"argument --out: cannot read {self.path}: {error.strerror}; give another") from None
+            raise UserError(f"argument `out`: cannot read {self.path}: {error.strerror}; give another") from None
         if used:
             raise NotEmpty(
-                f"argument --out: {self.path} is not empty, and nothing is overwritten; give a new folder, or continue "
-                f"the run there with --resume {self.path}"
+                f"argument `out`: {self.path} is not empty, and nothing is overwritten; give a new folder, or continue "
+                f"the run there with `resume` {self.path}"
             )
 
     @classmethod
@@ -67,14 +67,14 @@ class RunFolder:
         folder = cls(Path(path))
         try:
             if not folder.path.is_dir():
-                raise UserError(f"argument --resume: there is no folder {path}; give the folder of an earlier run")
+                raise UserError(f"argument `path`: there is no folder {path}; give the folder of an earlier run")
             if not folder.is_begun():
                 remedy = "give the folder of an earlier run"
                 if not folder._holds_files():
-                    remedy = f"it is empty, so start a run there with --out {path}"
-                raise UserError(f"argument --resume: {path} has no checkpoint.pt; {remedy}")
+                    remedy = f"it is empty, so start a run there with `out` {path}"
+                raise UserError(f"argument `path`: {path} has no checkpoint.pt; {remedy}")
         except OSError as error:
-            raise UserError(f"argument --resume: cannot read {path}: {error.strerror}") from None
+            raise UserError(f"argument `path`: cannot read {path}: {error.strerror}") from None
         return folder
 
     def has_checkpoint(self) -> bool:
@@ -89,7 +89,7 @@ class RunFolder:
         """Within this context no other process works in the folder. What one was writing when it ended is removed.
 
         Raises:
-            UserError: another process works in it; it begins with the name of ``argument``.
+            UserError: another process works in it; it names ``argument``, which gave the folder.
         """
         with locked(self.path, argument):
             for path in self._unfinished():
@@ -123,7 +123,7 @@ class RunFolder:
             return json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(
-                f"argument --resume: {path} is missing or damaged ({first_line(error)}); restore a copy, "
+                f"argument `path`: {path} is missing or damaged ({first_line(error)}); restore a copy, "
                 "or start a new run"
             ) from None
 
@@ -148,10 +148,10 @@ class RunFolder:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can fail in any way
             raise UserError(
-                f"argument --resume: {path} is damaged ({first_line(error)}); restore a copy, or start a new run"
+                f"argument `path`: {path} is damaged ({first_line(error)}); restore a copy, or start a new run"
             ) from None
         if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
-            raise UserError(f"argument --resume: {path} is no checkpoint of this version; start a new run")
+            raise UserError(f"argument `path`: {path} is no checkpoint of this version; start a new run")
         return state
 
     def write(self, name: str, content: bytes) -> None:
@@ -161,7 +161,7 @@ class RunFolder:
             replace_file(target, content)
         except OSError as error:
             raise UserError(
-                f"cannot write {target}: {error.strerror}; put that right, then continue with --resume {self.path}"
+                f"cannot write {target}: {error.strerror}; put that right, then continue with `resume` {self.path}"
             ) from None
 
 

@@ -33,7 +33,7 @@ def trained_networks(path: str | os.PathLike[str]) -> dict[str, TrainedNetwork]:
     """
     folder = RunFolder.existing(path)
     if not folder.has_checkpoint():
-        raise UserError(f"{path} has no checkpoint.pt yet")
+        raise UserError(f"argument `path`: {path} has no checkpoint.pt yet")
     state = folder.read_checkpoint()
     config = config_of(folder, state)
     try:
@@ -41,7 +41,7 @@ def trained_networks(path: str | os.PathLike[str]) -> dict[str, TrainedNetwork]:
         num_classes = state["num_classes"]
     except KeyError:
         raise UserError(
-            f"{path} was trained by an earlier version, which did not write the shape of the images"
+            f"argument `path`: {path} was trained by an earlier version, which did not write the shape of the images"
         ) from None
     networks = {}
     for beta in config.betas:
@@ -50,7 +50,7 @@ def trained_networks(path: str | os.PathLike[str]) -> dict[str, TrainedNetwork]:
             trainee.load(state["networks"][trainee.name])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"the checkpoint in {path} is not of these networks ({reason})") from None
+            raise UserError(f"argument `path`: the checkpoint in {path} is not of these networks ({reason})") from None
         model = trainee.model.eval()
         networks[trainee.name] = TrainedNetwork(config, beta, image_shape, num_classes, model)
     return networks

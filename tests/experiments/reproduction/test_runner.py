@@ -62,7 +62,7 @@ def test_a_run_that_another_process_computes_is_left_to_it(tmp_path: Path) -> No
     from sn_fast.experiments.training.lock import locked
 
     store.folder(runs[0]).mkdir(parents=True)
-    with locked(store.folder(runs[0]), "--out"):
+    with locked(store.folder(runs[0]), "out"):
         outcomes = compute(store, runs)
     assert [o.status for o in outcomes] == ["absent", "finished"]
     assert [o.status for o in compute(store, runs)] == ["finished"] * 2

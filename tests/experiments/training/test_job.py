@@ -102,7 +102,7 @@ def test_a_run_interrupted_in_an_epoch_continues_bit_by_bit(tiny_run, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainee, "train_epoch", interrupted)
-        with pytest.raises(Interrupted, match=r"sn-fast train --resume .*stopped"):
+        with pytest.raises(Interrupted, match=r"interrupted; continue with resume\('.*stopped'\)"):
             tiny_run("stopped", beta=1.2)
     stopped = tmp_path / "stopped"
     assert json.loads((stopped / "metrics.json").read_text())["epochs_done"] == at[0] - 1
@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_good_epoch(ti
         return train_epoch(self, samples, epoch, bar)
 
     monkeypatch.setattr(Trainee, "train_epoch", broken)
-    with pytest.raises(UserError, match=r"the loss became nan in epoch 3 with beta=inf; .*--lr 0\.01.*holds epoch 2"):
+    with pytest.raises(UserError, match=r"the loss became nan in epoch 3 with beta=inf; .*`lr` 0\.01.*holds epoch 2"):
         tiny_run()
     monkeypatch.undo()
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -169,9 +169,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_good_epoch(ti
 
 
 def test_resume_refuses_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"argument --resume: there is no folder .*absent"):
+    with pytest.raises(UserError, match=r"argument `path`: there is no folder .*absent"):
         resume(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"argument --resume: .* has no checkpoint\.pt"):
+    with pytest.raises(UserError, match=r"argument `path`: .* has no checkpoint\.pt"):
         resume(tmp_path)
 
 

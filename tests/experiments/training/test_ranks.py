@@ -76,7 +76,7 @@ def _stopped_after_an_epoch(run: Any, trained: Any) -> None:
 
 
 def test_without_torchrun_the_message_says_how_to_start() -> None:
-    with pytest.raises(UserError, match="argument --ddp: start with torchrun"), ranks_of_torchrun("cpu"):
+    with pytest.raises(UserError, match="start the program with torchrun"), ranks_of_torchrun("cpu"):
         pass
 
 

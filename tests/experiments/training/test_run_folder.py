@@ -27,7 +27,7 @@ def test_an_empty_folder_is_taken_and_one_with_files_refused(tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("kept")
-    with pytest.raises(UserError, match=r"argument --out: .*full is not empty, and nothing is overwritten"):
+    with pytest.raises(UserError, match=r"argument `out`: .*full is not empty, and nothing is overwritten"):
         RunFolder.create(full, "unused")
     assert (full / "mine.txt").read_text() == "kept"
 
@@ -36,7 +36,7 @@ def test_a_place_where_no_folder_can_be_is_refused(tmp_path, monkeypatch):
     (tmp_path / "runs").write_text("a file")
     monkeypatch.chdir(tmp_path)
     for out in ("runs", "runs/below", None):
-        with pytest.raises(UserError, match=r"argument --out: cannot make the folder runs.*give another"):
+        with pytest.raises(UserError, match=r"argument `out`: cannot make the folder runs.*give another"):
             RunFolder.create(out, "unused")
     assert (tmp_path / "runs").read_text() == "a file"
 
@@ -62,7 +62,7 @@ def test_a_full_disk_names_file_and_remedy(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot write .*x\.json: No space left on device; .*--resume"):
+    with pytest.raises(UserError, match=r"cannot write .*x\.json: No space left on device; .*`resume`"):
         folder.write_json("x.json", {})
 
 
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_refused(folder, damage):
     folder.write_checkpoint({"weights": torch.full((64,), 1.5)})
     path = folder.path / "checkpoint.pt"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"argument --resume: .*checkpoint\.pt is damaged \(.+\); restore") as caught:
+    with pytest.raises(UserError, match=r"argument `path`: .*checkpoint\.pt is damaged \(.+\); restore") as caught:
         folder.read_checkpoint()
     assert "\n" not in str(caught.value)
 

@@ -15,8 +15,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "on_cpu/copies.h"
-#include "on_cpu/memory_model.h"
+#include "emulator/copies.h"
+#include "emulator/memory_model.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -27,7 +27,7 @@ struct dim3 {
 };
 
 namespace sn_fast {
-namespace on_cpu {
+namespace emulator {
 
 constexpr int kWarpLanes = 32;
 constexpr std::size_t kStackBytes = (kWatched ? 64 : 256) * 1024;  // new ones are dear under ThreadSanitizer
@@ -114,7 +114,7 @@ struct Queue {
 class Machine {
 public:
     Machine(unsigned blocks, int threads, std::size_t shared) : threads_(threads), warps_(threads / kWarpLanes) {
-        if (threads % kWarpLanes != 0) throw std::logic_error("cuda_on_cpu: blocks must consist of whole warps");
+        if (threads % kWarpLanes != 0) throw std::logic_error("emulator: blocks must consist of whole warps");
         gridDim.x = blocks;
         blockDim.x = static_cast<unsigned>(threads);
         shared_bytes = shared;
@@ -233,7 +233,7 @@ private:
             }
             moved |= release_barriers();
             if (!moved && !skipped)
-                throw std::logic_error("cuda_on_cpu: deadlock, some threads wait at a barrier others never reach");
+                throw std::logic_error("emulator: deadlock, some threads wait at a barrier others never reach");
         }
         shared.reset();
     }
@@ -342,5 +342,5 @@ private:
 
 inline Machine& machine() { return *Machine::current(); }
 
-}  // namespace on_cpu
+}  // namespace emulator
 }  // namespace sn_fast

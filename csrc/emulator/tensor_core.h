@@ -6,7 +6,7 @@
 #include <cstdint>
 
 namespace sn_fast {
-namespace on_cpu {
+namespace emulator {
 
 // Of a matrix instruction's products, `block` are added to the sum at a time. They and the sum are aligned to the
 // largest exponent among them, what lies `extra_bits` below float32's last bit is cut off each, and the exact sum
@@ -48,5 +48,5 @@ inline float tensor_core_sum(float sum, const float* a, const float* b, int bloc
     return away ? std::nextafter(rounded, 0.0f) : rounded;
 }
 
-}  // namespace on_cpu
+}  // namespace emulator
 }  // namespace sn_fast

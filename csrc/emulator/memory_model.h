@@ -26,7 +26,7 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
 
 namespace sn_fast {
-namespace on_cpu {
+namespace emulator {
 
 #ifdef __SANITIZE_THREAD__
 
@@ -148,5 +148,5 @@ private:
     char block_[2] = {0, 0};
 };
 
-}  // namespace on_cpu
+}  // namespace emulator
 }  // namespace sn_fast

@@ -1,10 +1,11 @@
-"""Builds the compiled module for the CPU: the same sources and bindings, over csrc/on_cpu in place of CUDA.
+"""Builds the compiled module for the CPU: the same sources and bindings, over csrc/emulator in place of CUDA.
 
 Objects are kept by the hash of what they are made from, so a second run compiles nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -64,12 +65,12 @@ def library_of_compiler(name: str) -> str:
     return str(Path(path.strip()).resolve())
 
 
-def build(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -> ModuleType:
+def build(csrc: Path = CSRC, name: str = "_emulator", extra: Sequence[str] = ()) -> ModuleType:
     """Compile and load ``csrc`` for the CPU, with sanitizers where this process can take them."""
     return load(library(csrc, name, extra), name)
 
 
-def load(path: Path, name: str = "_on_cpu") -> ModuleType:
+def load(path: Path, name: str = "_emulator") -> ModuleType:
     # pybind11 keeps modules by their full name, of which only the last part has to be the library's.
     digest = path.name.removeprefix(f"{name}_").split(".")[0]
     spec = importlib.util.spec_from_file_location(f"{digest}.{name}", path)
@@ -80,7 +81,7 @@ def load(path: Path, name: str = "_on_cpu") -> ModuleType:
     return module
 
 
-def library(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ()) -> Path:
+def library(csrc: Path = CSRC, name: str = "_emulator", extra: Sequence[str] = ()) -> Path:
     """Compile ``csrc`` for the CPU."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed: pip install '.[test]'")
     flags = [
@@ -88,7 +89,7 @@ def library(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ())
         *(SANITIZERS if sanitizers_loaded() else ()),
         *extra,
         f"-DSN_FAST_MODULE={name}",
-        "-DSN_FAST_ON_CPU",
+        "-DSN_FAST_EMULATOR",
         '-DSN_FAST_VERSION="test"',
         '-DSN_FAST_ARCHS="CPU emulation"',
         '-DSN_FAST_CUDA_VERSION="none"',
@@ -97,7 +98,7 @@ def library(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ())
         f"-I{sysconfig.get_path('include')}",
     ]
     sources = [*sorted(csrc.rglob("*.cu")), csrc / "bindings.cpp"]
-    cache = Path(os.environ.get("SN_FAST_TEST_BUILD", Path(tempfile.gettempdir()) / f"sn_fast_on_cpu_{os.getuid()}"))
+    cache = Path(os.environ.get("SN_FAST_TEST_BUILD", Path(tempfile.gettempdir()) / f"sn_fast_emulator_{os.getuid()}"))
     cache.mkdir(parents=True, exist_ok=True)
 
     def key(source: Path) -> str:
@@ -115,15 +116,16 @@ def library(csrc: Path = CSRC, name: str = "_on_cpu", extra: Sequence[str] = ())
             partial.replace(target)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with (cache / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes wait for the first one's objects
         objects = list(pool.map(compile_one, sources))
-    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-    result = cache / f"{name}_{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not result.exists():
-        partial = result.with_suffix(f".{os.getpid()}.so")
-        shared = [f for f in flags if f.startswith("-fsanitize")]
-        _run([compiler(), "-shared", "-pthread", *shared, *map(str, objects), "-o", str(partial)])
-        partial.replace(result)
+        digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+        result = cache / f"{name}_{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not result.exists():
+            partial = result.with_suffix(f".{os.getpid()}.so")
+            shared = [f for f in flags if f.startswith("-fsanitize")]
+            _run([compiler(), "-shared", "-pthread", *shared, *map(str, objects), "-o", str(partial)])
+            partial.replace(result)
     return result
 
 

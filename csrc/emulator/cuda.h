@@ -18,8 +18,8 @@
 #include <thread>
 #include <vector>
 
-#include "on_cpu/machine.h"
-#include "on_cpu/tensor_core.h"
+#include "emulator/machine.h"
+#include "emulator/tensor_core.h"
 
 #define __global__
 #define __device__
@@ -69,25 +69,25 @@ inline void fill_zero(void* memory, std::size_t bytes, const Stream&) { std::mem
 
 template <class T>
 T& shared_memory() {
-    if (sizeof(T) > on_cpu::machine().shared_bytes) throw std::logic_error("cuda_on_cpu: shared memory too small");
-    return *reinterpret_cast<T*>(on_cpu::machine().shared.get());
+    if (sizeof(T) > emulator::machine().shared_bytes) throw std::logic_error("emulator: shared memory too small");
+    return *reinterpret_cast<T*>(emulator::machine().shared.get());
 }
 
 template <class Params>
 void launch(void (*kernel)(Params), const char*, unsigned blocks, int threads, std::size_t shared, const Stream&,
             const Params& params, bool = false) {
-    on_cpu::Queue queue(blocks);
-    const std::size_t machines = std::min(static_cast<std::size_t>(on_cpu::parallel()), queue.blocks.size());
+    emulator::Queue queue(blocks);
+    const std::size_t machines = std::min(static_cast<std::size_t>(emulator::parallel()), queue.blocks.size());
     std::vector<std::exception_ptr> failures(machines);
     const auto work = [&](std::size_t machine) {
-        const on_cpu::Unwatched unwatched;  // as is all that is not done by the fibres
+        const emulator::Unwatched unwatched;  // as is all that is not done by the fibres
         try {
-            on_cpu::Machine(blocks, threads, shared).run(queue, [&] { kernel(params); });
+            emulator::Machine(blocks, threads, shared).run(queue, [&] { kernel(params); });
         } catch (...) {
             failures[machine] = std::current_exception();
         }
     };
-    if (machines == 1 && !on_cpu::kWatched) {
+    if (machines == 1 && !emulator::kWatched) {
         work(0);
     } else {
         std::vector<std::thread> os_threads;
@@ -102,14 +102,14 @@ void launch(void (*kernel)(Params), const char*, unsigned blocks, int threads, s
 
 // -- CUDA's names ----------------------------------------------------------------------------------------------------
 
-#define threadIdx (::sn_fast::on_cpu::machine().fibre().thread)
-#define blockIdx (::sn_fast::on_cpu::machine().blockIdx)
-#define blockDim (::sn_fast::on_cpu::machine().blockDim)
-#define gridDim (::sn_fast::on_cpu::machine().gridDim)
+#define threadIdx (::sn_fast::emulator::machine().fibre().thread)
+#define blockIdx (::sn_fast::emulator::machine().blockIdx)
+#define blockDim (::sn_fast::emulator::machine().blockDim)
+#define gridDim (::sn_fast::emulator::machine().gridDim)
 
-inline void __syncthreads() { sn_fast::on_cpu::machine().block_barrier(); }
-inline void __syncwarp(unsigned = 0xffffffffu) { sn_fast::on_cpu::machine().warp_barrier(); }
-inline void __threadfence() { sn_fast::on_cpu::machine().fence(); }
+inline void __syncthreads() { sn_fast::emulator::machine().block_barrier(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { sn_fast::emulator::machine().warp_barrier(); }
+inline void __threadfence() { sn_fast::emulator::machine().fence(); }
 
 template <class T>
 T sn_fast_lane_value(const std::uint64_t (*slots)[8], int lane) {
@@ -120,13 +120,13 @@ T sn_fast_lane_value(const std::uint64_t (*slots)[8], int lane) {
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-    const int lane = sn_fast::on_cpu::machine().lane();
-    return sn_fast_lane_value<T>(sn_fast::on_cpu::machine().exchange(value), lane ^ mask);
+    const int lane = sn_fast::emulator::machine().lane();
+    return sn_fast_lane_value<T>(sn_fast::emulator::machine().exchange(value), lane ^ mask);
 }
 
 template <class T>
 T atomicAdd(T* address, T value) {
-    return sn_fast::on_cpu::machine().atomic_add(address, value);
+    return sn_fast::emulator::machine().atomic_add(address, value);
 }
 
 template <class T>

@@ -1,6 +1,6 @@
-"""The table of the README, from what ``five_seeds.py`` measured.
+"""The table of docs/digits.md, from what ``five_seeds.py`` measured.
 
-python examples/readme_table.py docs/results/digits_five_seeds.json
+python examples/digits_table.py docs/results/digits_five_seeds.json
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
 #include <cstring>
 #include <vector>
 
-#include "on_cpu/memory_model.h"
+#include "emulator/memory_model.h"
 
 namespace sn_fast {
-namespace on_cpu {
+namespace emulator {
 
 // A copy may be done at any time between the call and the wait. Here it is done at the wait, so that a wait too few is
 // seen; and at the call what was there becomes NaN, so that a copy to where others still read is seen.
@@ -52,5 +52,5 @@ private:
     int group_ = 0;
 };
 
-}  // namespace on_cpu
+}  // namespace emulator
 }  // namespace sn_fast
