@@ -31,7 +31,9 @@ OTHERS = ("torchattacks", "foolbox")
 Rows = Mapping[str, Callable[[], Mapping[str, Any]]]
 
 
-def measure(table: str, rows: Rows, folder: Path, *, resume: bool, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def measure(
+    table: str, rows: Rows, folder: Path, *, resume: bool, facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Every row of a table, written as soon as it is there. ``resume``: rows of the same commit are kept."""
     path = folder / f"{table}.json"
     found = described(table) | {"facts": dict(facts or {}), "finished": False, "rows": {}}

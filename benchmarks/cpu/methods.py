@@ -54,7 +54,7 @@ class Method:
     package: str = ""
 
 
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+def layers_of(model: nn.Module) -> dict[str, Any]:
     """The layers that all methods normalise."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
@@ -66,15 +66,15 @@ def _parametrized(model: nn.Module, refresh: Callable[[], Any]) -> Normalised:
     def weights() -> dict[str, Tensor]:
         training = model.training
         model.eval()  # here a look is no iteration
-        found = {name: m.weight.clone() for name, m in layers.items()}  # type: ignore[operator]
+        found = {name: m.weight.clone() for name, m in layers.items()}
         model.train(training)
         return found
 
-    raw = {name: m.parametrizations.weight.original for name, m in layers.items()}  # type: ignore[union-attr, index]
-    return Normalised(model, refresh, raw, weights)  # type: ignore[arg-type]
+    raw = {name: m.parametrizations.weight.original for name, m in layers.items()}
+    return Normalised(model, refresh, raw, weights)
 
 
-def _look(layers: Mapping[str, nn.Module]) -> Callable[[], None]:
+def _look(layers: Mapping[str, Any]) -> Callable[[], None]:
     """In training each look at a weight is an iteration."""
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ def _look(layers: Mapping[str, nn.Module]) -> Callable[[], None]:
 
 def _none(model: nn.Module, example: Tensor) -> Normalised:
     raw = {name: m.weight for name, m in layers_of(model).items()}
-    return Normalised(model, _nothing, raw, lambda: raw)  # type: ignore[arg-type]
+    return Normalised(model, _nothing, raw, lambda: raw)
 
 
 def _sn_fast(**options: Any) -> Apply:
@@ -107,7 +107,7 @@ def _projection(model: nn.Module, example: Tensor) -> Normalised:
         raise NotOffered("SpectralProjection by this version")
     projection = kind(model, example)
     raw = {name: m.weight for name, m in layers_of(model).items()}
-    return Normalised(model, projection.step, raw, lambda: raw, after_step=projection.step)  # type: ignore[arg-type]
+    return Normalised(model, projection.step, raw, lambda: raw, after_step=projection.step)
 
 
 def _torch(model: nn.Module, example: Tensor) -> Normalised:
@@ -127,7 +127,7 @@ def _torchlip(model: nn.Module, example: Tensor) -> Normalised:
     """Its layers without the Björck step, after which no one number is left that the weight was divided by."""
     from deel import torchlip
 
-    made: dict[str, nn.Module] = {}
+    made: dict[str, Any] = {}
     for name, m in layers_of(model).items():
         if isinstance(m, nn.Linear):
             new = torchlip.SpectralLinear(m.in_features, m.out_features, bias=m.bias is not None, eps_bjorck=None)
@@ -140,11 +140,11 @@ def _torchlip(model: nn.Module, example: Tensor) -> Normalised:
 
 
 def _normflows(model: nn.Module, example: Tensor) -> Normalised:
-    """The tolerance is the one that its documentation calls typical; norms move between the steps, as in its examples."""
+    """The tolerance that its documentation calls typical; norms move between the steps, as in its examples."""
     from normflows.nets import lipschitz
 
     tolerance = {"atol": _TOL, "rtol": _TOL}
-    made: dict[str, nn.Module] = {}
+    made: dict[str, Any] = {}
     for name, m in layers_of(model).items():
         bias = m.bias is not None
         if isinstance(m, nn.Linear):
@@ -160,13 +160,13 @@ def _normflows(model: nn.Module, example: Tensor) -> Normalised:
     @torch.no_grad()
     def refresh() -> None:
         for m in made.values():
-            m.compute_weight(update=True)  # type: ignore[operator]
+            m.compute_weight(update=True)
 
     @torch.no_grad()
     def weights() -> dict[str, Tensor]:
-        return {name: m.weight / m.scale for name, m in made.items()}  # type: ignore[operator, misc]
+        return {name: m.weight / m.scale for name, m in made.items()}
 
-    return Normalised(model, refresh, {n: m.weight for n, m in made.items()}, weights, before_step=refresh)  # type: ignore
+    return Normalised(model, refresh, {n: m.weight for n, m in made.items()}, weights, before_step=refresh)
 
 
 def _orthogonium(model: nn.Module, example: Tensor) -> Normalised:
@@ -192,11 +192,13 @@ METHODS: dict[str, Method] = {
     "torch": Method(_torch, "parametrizations.spectral_norm: one iteration of the reshaped kernel per forward", False),
     "published loop": Method(_published, "Farnia et al. 2019 in plain PyTorch, one iteration per forward", True),
     "deel-torchlip": Method(
-        _torchlip, "SpectralConv2d, SpectralLinear (eps_bjorck=None): reshaped kernel times a bound", False, "deel-torchlip"
+        _torchlip,
+        "SpectralConv2d, SpectralLinear (eps_bjorck=None): reshaped kernel times a bound",
+        False,
+        "deel-torchlip",
     ),
     "orthogonium": Method(_orthogonium, "-", None, "orthogonium"),
     "normflows": Method(
         _normflows, f"InducedNormConv2d, InducedNormLinear, tolerance {_TOL:g}, once per step", True, "normflows"
     ),
 }
-

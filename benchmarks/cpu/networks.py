@@ -1,4 +1,4 @@
-"""The networks of the CPU's tables: for 32 x 32 images (the paper's AlexNet: 28 x 28), of widths that one thread trains."""
+"""The networks of the CPU's tables, for 32 x 32 images (AlexNet: 28 x 28), of widths that one thread trains."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 Run = Callable[[], object]
-_LEAST = 3  # turns, whatever the budget
 
 
 def paired(
@@ -25,12 +24,13 @@ def paired(
     budget: float = 10.0,
     before: Mapping[str, Run] | None = None,
     calls: int = 1,
+    least: int = 3,
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds per call of each candidate.
 
     Args:
         candidates: by name; the first is what the ratios of the others are to.
-        turns: of each candidate at most; at least three.
+        turns: of each candidate at most, and ``least`` at least.
         budget: seconds after which no further turn starts.
         before: what a candidate does before its turn, outside the time.
         calls: of a candidate in one turn, for those that take microseconds.
@@ -47,7 +47,7 @@ def paired(
         candidates[name]()
     start = time.perf_counter()
     for turn in range(turns):
-        if turn >= _LEAST and time.perf_counter() - start > budget:
+        if turn >= least and time.perf_counter() - start > budget:
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             _before(before, name)
@@ -75,7 +75,8 @@ def spread(values: list[float]) -> dict[str, float]:
     """Least, quartiles and median, to four digits."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {
-        name: float(f"{value:.4g}") for name, value in (("min", min(values)), ("q1", low), ("median", middle), ("q3", high))
+        name: float(f"{value:.4g}")
+        for name, value in (("min", min(values)), ("q1", low), ("median", middle), ("q3", high))
     }
 
 

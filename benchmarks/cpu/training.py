@@ -53,10 +53,10 @@ def _refresh(network: Network, quick: bool) -> dict[str, Any]:
     plain = network.seeded()
     for m in layers_of(plain).values():
         with torch.no_grad():
-            m.weight.mul_(_LARGE)  # type: ignore[operator, union-attr]
+            m.weight.mul_(_LARGE)
     made, cells = _applied(plain, network)
     made.pop("no SN")
-    reference = {name: m.weight.detach().clone() for name, m in layers_of(plain).items()}  # type: ignore[operator]
+    reference = {name: m.weight.detach().clone() for name, m in layers_of(plain).items()}
     for turn in range(2 if quick else _DRIFTS):
         for raw in (reference, *(n.raw for n in made.values())):
             _drift(raw, turn)
@@ -82,12 +82,13 @@ def _steps(network: Network, scheme: str, quick: bool) -> dict[str, Any]:
     """Time of a whole training step under each method: gradient, update, and what the method does beside them."""
     made, cells = _applied(network.seeded(), network)
     x, y = network.example(BATCH), torch.arange(BATCH) % 10
-    steps = {name: _step(n, SCHEMES[scheme], x, y) for name, n in made.items()}
+    steps = {name: step_of(n, SCHEMES[scheme], x, y) for name, n in made.items()}
     cells |= paired(steps, turns=3 if quick else 7, budget=1.0 if quick else 12.0)
     return {"batch": BATCH, "methods": {name: cells[name] for name in METHODS if name in cells}}
 
 
-def _step(n: Normalised, attack: Step, x: Tensor, y: Tensor) -> Callable[[], None]:
+def step_of(n: Normalised, attack: Step, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """A whole training step of a normalised network."""
     optimizer = torch.optim.SGD(n.model.parameters(), lr=1e-3)
     n.model.train()
 
@@ -140,8 +141,8 @@ def _true_norms(plain: nn.Module, weights: Mapping[str, Tensor], network: Networ
         if isinstance(m, nn.Linear):
             found[name] = float(torch.linalg.matrix_norm(weights[name].double(), 2))
             continue
-        layer = copy.deepcopy(m).double()
-        layer.weight.copy_(weights[name])  # type: ignore[operator]
+        layer: Any = copy.deepcopy(m).double()
+        layer.weight.copy_(weights[name])
         layer.bias = None
-        found[name] = lanczos(layer, shapes[m], _TRUTH)  # type: ignore[index]
+        found[name] = lanczos(layer, shapes[m], _TRUTH)
     return found
