@@ -75,5 +75,5 @@ def test_published_networks_are_projected_by_their_operator() -> None:
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(UserError, match="normalization='weights'.*choose parametrization or projection"):
+    with pytest.raises(UserError, match=r"normalization='weights'.*choose parametrization or projection"):
         TrainConfig.create(normalization="weights")
