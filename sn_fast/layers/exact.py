@@ -29,7 +29,7 @@ _HARMLESS |= {"__init_subclass__", "__class_getitem__", "__new__"}
 # These recompute the weight from their own parameters before each call, and leave input and output alone.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 # Whose hooks keep the map: our own, and those that gather a sharded weight or distribute inputs and outputs.
-_HOMES = ("sn_fast.", "torch.distributed.fsdp.", "torch.distributed.tensor.")
+_HOMES = ("sn_fast.", "torch.distributed.")
 
 BATCH_STATISTICS = "without running statistics it divides by the deviation of its own input"
 

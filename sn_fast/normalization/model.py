@@ -15,10 +15,11 @@ from torch.nn.utils import parametrize
 
 from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
-from ..layers.observe import check_is_no_shape, observed_input_sizes
+from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
 from .checks import check_can_run, check_has_norm, check_not_flat
+from .data_parallel import leave_out, watch_wrappers
 from .gathered import gathered, is_away, refresh_sharded, start_sharded
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
@@ -26,7 +27,7 @@ from .options import Gradient, InputSize, Mode, OperatorName, Options
 from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
 from .replacing import own_class, replaced
-from .selection import betas_of, compiled_pattern, included_classes, is_chosen
+from .selection import betas_of, chosen_layers
 from .sharding import own_name, reshard, shards_of, whole_on_meta
 from .shared_class import share_class
 
@@ -126,21 +127,7 @@ def apply_spectral_norm(
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
             is not proportional to their weight (``spectral_norm``), by name.
     """
-    check_is_no_shape(example_input)
-    if not isinstance(example_input, (Tensor, tuple, Mapping)):
-        raise TypeError(
-            f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
-            "keyword arguments"
-        )
-    classes = included_classes(include)
-    excluded = compiled_pattern("exclude", exclude) if exclude else None
-    layers = {
-        name: module
-        for name, module in [(own_name(path), module) for path, module in model.named_modules()]
-        if is_chosen(module, classes) and not (excluded and excluded.search(name))
-    }
-    if not layers:
-        raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
+    layers = chosen_layers(model, example_input, include, exclude)
     betas = betas_of(beta, layers)
     check_not_flat(model, layers)
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
@@ -154,14 +141,14 @@ def apply_spectral_norm(
             reshard(model)
         with whole_on_meta(shards):
             if operator == "conv":
-                used = {n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}
-                _check_layers(used, mapped=not bound)
+                used = {n: (m, size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}
+                check_layers(used, mapped=not bound)
             hashed = bool(shards) or _is_large(layers.values())
             done: list[nn.Module] = []
             try:
                 for name, module in layers.items():
                     used_at = sizes.get(name, [])
-                    size = _size_of_largest_norm(module, used_at)
+                    size = size_of_largest_norm(module, used_at)
                     options = Options(
                         betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound
                     )
@@ -180,6 +167,7 @@ def apply_spectral_norm(
     if shards:
         start_sharded(model)
     check_once_per_forward(model)
+    leave_out(model)
     return model
 
 
@@ -297,6 +285,7 @@ def _register(
     if first:
         share_class(module, name)
     parametrization.attach(module, name)
+    watch_wrappers()
     try:
         if as_matrix or size is not None:
             parametrization.start(size)
@@ -315,7 +304,7 @@ def _is_large(modules: Iterable[nn.Module], name: str = "weight") -> bool:
     return sum(sizes) > _LARGEST_COPIES
 
 
-def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]], *, mapped: bool) -> None:
+def check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]], *, mapped: bool) -> None:
     """Raise where dividing the weights does not divide the layers' maps, naming all such layers."""
     reasons = {name: _why_not_divisible(module, size, mapped=mapped) for name, (module, size) in layers.items()}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -360,7 +349,7 @@ def _depends_on_size(module: nn.Module) -> bool:
     return any(size is None for size in whole_window_size(module))
 
 
-def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+def size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     """Of the sizes at which a layer is used, the one with the largest norm."""
     distinct = list(dict.fromkeys(sizes))
     if len(distinct) <= 1:

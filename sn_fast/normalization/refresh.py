@@ -17,7 +17,7 @@ from ..ops.refresh import LOCK
 from ..ops.singular_vectors import POWER_STEPS
 from . import on_device
 from .certify import certified, certify
-from .checkpoint import Loaded, are_unit, judge
+from .checkpoint import Loaded, are_unit, belongs, judge
 from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
 from .state import Snapshot, State, is_wrapped, moment
 
@@ -67,6 +67,7 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
     suspects: set[State] = set()
     pairs = list(pairs)
     with _undisturbed(), on_device.ordered(pairs):
+        _adopt(pairs)
         with _unmarked_on_failure(marked):
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
@@ -148,6 +149,17 @@ def _refresh_on_device(
     return made
 
 
+def _adopt(pairs: Sequence[Pair]) -> None:
+    """Take the states that another process has sent, where they belong to the weights that it has sent."""
+    for member, weight in pairs:
+        if member.inherits:
+            member.inherits = False
+            if member.record is None and belongs(member, weight):
+                if member.options.bound:
+                    certify(member, weight)
+                member.mark(weight)
+
+
 @contextmanager
 def _unmarked_on_failure(pairs: Sequence[Pair]) -> Iterator[None]:
     try:
@@ -221,6 +233,7 @@ def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
     _check_started(pairs)
     if not torch.compiler.is_compiling():
         with _undisturbed(), on_device.ordered(pairs):
+            _adopt(pairs)
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
                     start_again(member, weight)

@@ -22,6 +22,7 @@ from .options import Options
 
 # Attributes of a layer from which its geometry follows.
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+BUFFERS = ("u", "v", "sigma", "estimate", "top_group", "u_prev", "v_prev")
 
 
 class Snapshot(NamedTuple):
@@ -85,6 +86,7 @@ class State(nn.Module):
         self.record: Tensor | None = None
         self.current: Snapshot | None = None  # of the forward of the whole model that is under way
         self.freezes = 0
+        self.inherits = False  # another process may have written weight and state, which are as good as loaded ones
         self._kept: _Kept | None = None
         self._settings: tuple[object, ...] = ()
         self._vectors: tuple[int, int] | None = None  # the versions of u and v that an iteration has left
@@ -239,6 +241,10 @@ class State(nn.Module):
         if is_on_host(operand.device):
             return self.record.device != operand.device or not same_content(operand, self.record)
         return True if self.record.device != operand.device else None
+
+    def inherit(self) -> None:
+        """Expect a weight and a state that belong together, from another process."""
+        self.inherits, self.record = True, None
 
     def is_suspect(self, weight: Tensor) -> bool:
         """Whether the host sees another weight: another tensor, or another version though no optimizer took a step."""

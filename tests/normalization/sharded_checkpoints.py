@@ -179,7 +179,7 @@ def built_on_meta(folder: Path, rank: int, wanted: Sequence[float]) -> None:
             model: nn.Module = network()
         if after:  # no forward tells the input sizes of convolutions
             model = shard(model, LATE)
-            with pytest.raises(ValueError, match="sharded and on meta.*normalise first"):
+            with pytest.raises(ValueError, match=r"sharded and on meta.*normalise first"):
                 normalise(model, LATE)
             sn_fast.apply_spectral_norm(model, torch.zeros(1, *X), mode=CASE.mode, include=nn.Linear)
         else:

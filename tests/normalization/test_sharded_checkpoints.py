@@ -1,4 +1,4 @@
-"""Checkpoints of sharded models: saved on two processes, loaded on one and on four, whole or without memory at first."""
+"""Checkpoints of sharded models: saved on two processes, loaded on one and on four."""
 
 from __future__ import annotations
 
