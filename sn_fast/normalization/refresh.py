@@ -17,6 +17,7 @@ from ..ops.refresh import LOCK
 from ..ops.singular_vectors import POWER_STEPS
 from . import on_device
 from .certify import certified, certify
+from .checkpoint import Loaded, belongs, judge_loaded
 from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
 from .state import Snapshot, State, is_wrapped, moment
 
@@ -62,10 +63,12 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
     replaced: list[Pair] = []
     marked: list[Pair] = []  # with the record that of the new weight already
     unknown: list[Pair] = []
+    behind: list[Pair] = []
     unsure: list[Pair] = []
     suspects: set[State] = set()
     pairs = list(pairs)
     with _undisturbed(), on_device.ordered(pairs):
+        _adopt(pairs)
         with _unmarked_on_failure(marked):
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
@@ -77,6 +80,14 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
                     if settle or member.is_suspect(weight):
                         suspects.add(member)
                 elif has_moved:
+                    if member.loaded is not None:
+                        loaded = judge_loaded(member, weight)
+                        if loaded is Loaded.CURRENT:
+                            member.mark(weight)
+                            continue
+                        if loaded is Loaded.BEHIND:
+                            behind.append((member, weight))
+                            continue
                     far = member.renew(weight)
                     (unknown if far is None else replaced if far else moved).append((member, weight))
                     if far is not None:
@@ -84,6 +95,7 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
             restart(unknown)
             restart(replaced, marked=True)
             advance(moved, marked=True)
+            advance(behind)
         if unsure:
             made = _refresh_on_device(unsure, suspects, vectors)
     return made
@@ -125,6 +137,17 @@ def _refresh_on_device(
         for member, weight in others:
             member.saw(weight)
     return made
+
+
+def _adopt(pairs: Sequence[Pair]) -> None:
+    """Take the states that another process has sent, where they belong to the weights that it has sent."""
+    for member, weight in pairs:
+        if member.inherits:
+            member.inherits = False
+            if member.record is None and belongs(member, weight):
+                if member.options.bound:
+                    certify(member, weight)
+                member.mark(weight)
 
 
 @contextmanager
@@ -199,6 +222,7 @@ def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
     _check_started(pairs)
     if not torch.compiler.is_compiling():
         with _undisturbed(), on_device.ordered(pairs):
+            _adopt(pairs)
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
                     start_again(member, weight)
