@@ -25,6 +25,7 @@ def paired(
     before: Mapping[str, Run] | None = None,
     calls: int = 1,
     least: int = 3,
+    warm: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds per call of each candidate.
 
@@ -34,6 +35,7 @@ def paired(
         budget: seconds after which no further turn starts.
         before: what a candidate does before its turn, outside the time.
         calls: of a candidate in one turn, for those that take microseconds.
+        warm: run each once before the first turn; not for those that take many seconds.
 
     Returns:
         By name: ``wall_ms`` and ``cpu_ms``, each with least, median and quartiles; ``ratio``, the same of this
@@ -42,7 +44,7 @@ def paired(
     wall: dict[str, list[float]] = {name: [] for name in candidates}
     cpu: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    for name in names:  # allocators and caches warm up
+    for name in names if warm else ():  # allocators and caches
         _before(before, name)
         candidates[name]()
     start = time.perf_counter()

@@ -64,7 +64,7 @@ def _refresh(network: Network, quick: bool) -> dict[str, Any]:
             n.refresh()
     true = _true_norms(plain, reference, network)
     for name, n in made.items():
-        divisors = {layer: float(reference[layer].norm() / w.norm()) for layer, w in n.weights().items()}
+        divisors = {layer: float(reference[layer].norm() / w.detach().norm()) for layer, w in n.weights().items()}
         ratios = [divisors[layer] / true[layer] for layer in true]
         cells[name] = {"over_truth": [min(ratios), max(ratios)]}
     times = paired(
