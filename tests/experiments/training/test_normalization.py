@@ -18,6 +18,7 @@ from .conftest import TINY, without_times
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_by_bit(
     few_digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,5 +76,5 @@ def test_published_networks_are_projected_by_their_operator() -> None:
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(UserError, match="normalization='weights'.*choose parametrization or projection"):
+    with pytest.raises(UserError, match=r"normalization='weights'.*choose parametrization or projection"):
         TrainConfig.create(normalization="weights")
