@@ -28,6 +28,8 @@ _HARMLESS |= {"_load_from_state_dict", "_save_to_state_dict", "reset_running_sta
 _HARMLESS |= {"__init_subclass__", "__class_getitem__", "__new__"}
 # These recompute the weight from their own parameters before each call, and leave input and output alone.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+# Whose hooks keep the map: our own, and those that gather a sharded weight or distribute inputs and outputs.
+_HOMES = ("sn_fast.", "torch.distributed.")
 
 BATCH_STATISTICS = "without running statistics it divides by the deviation of its own input"
 
@@ -53,9 +55,7 @@ def why_not_its_class(
 def leaves_values_alone(hook: Any) -> bool:
     """Whether a forward hook is known to change neither input nor output, and of the weights only those in use."""
     home = getattr(hook, "__module__", None) or ""
-    # Those of torch.distributed gather and shard, weights and activations.
-    known = home.partition(".")[0] == "sn_fast" or home.startswith("torch.distributed.")
-    return known or isinstance(hook, _WEIGHT_HOOKS)
+    return home.startswith(_HOMES) or isinstance(hook, _WEIGHT_HOOKS)
 
 
 def computes_weight(hook: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.kinds import kind_of
 from ..layers.observe import check_is_no_shape
+from .sharding import own_name
 
 
 def chosen_layers(
@@ -29,7 +30,7 @@ def chosen_layers(
     excluded = compiled_pattern("exclude", exclude) if exclude else None
     layers = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in [(own_name(path), module) for path, module in model.named_modules()]
         if is_chosen(module, classes) and not (excluded and excluded.search(name))
     }
     if not layers:

@@ -73,7 +73,10 @@ def sharded(how: str) -> tuple[nn.Module, Callable[[], nn.Sequential]]:
     if how == "FSDP2, offloaded, bfloat16":
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-        policies = {"offload_policy": CPUOffloadPolicy(pin_memory=False), "mp_policy": MixedPrecisionPolicy(torch.bfloat16)}
+        policies = {
+            "offload_policy": CPUOffloadPolicy(pin_memory=False),
+            "mp_policy": MixedPrecisionPolicy(torch.bfloat16),
+        }
         return fsdp2(network(), mesh=mesh(world), **policies), network
     if how == "FSDP1":
         return fsdp1(network(), "original parameters"), network
