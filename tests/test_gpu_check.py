@@ -23,7 +23,6 @@ from benchmarks.gpu_check.context import Context
 from benchmarks.gpu_check.profiled import actions
 from benchmarks.gpu_check.roofline import layers, total, work
 from benchmarks.gpu_check.stages import profile
-from benchmarks.gpu_check.stages.sanitizer import count_errors
 from benchmarks.gpu_check.timing import Timer, quartiles
 from benchmarks.published_loop import PublishedLoop, apply_published_norm
 
@@ -137,9 +136,9 @@ def test_least_work_of_a_layer() -> None:
 
 
 def test_stages_by_number_and_name() -> None:
-    assert [s.number for s in plan.chosen("8,1,4-6,build,profile")] == [1, 4, 5, 6, 8, 9]
+    assert [s.number for s in plan.chosen("6,1,3-4,build,profile")] == [1, 3, 4, 6, 7]
     assert plan.chosen("all") == list(plan.STAGES)
-    for text in ("10", "0", "power2", ",", "3-10"):
+    for text in ("8", "0", "power2", ",", "3-9"):
         with pytest.raises(ValueError, match="stage"):
             plan.chosen(text)
 
@@ -282,19 +281,6 @@ def test_counters_of_the_profiler() -> None:
     assert second["microseconds"] == pytest.approx(0.02)
     assert "dram_bytes" not in second
     assert list(profile.read("nothing was profiled")) == []
-
-
-@pytest.mark.parametrize(
-    ("output", "errors"),
-    [
-        ("========= ERROR SUMMARY: 0 errors", 0),
-        ("========= ERROR SUMMARY: 12 errors", 12),
-        ("========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n", 3),
-        ("killed", None),
-    ],
-)
-def test_the_sanitizers_verdict(output: str, errors: int | None) -> None:
-    assert count_errors(output) == errors
 
 
 def test_bars() -> None:

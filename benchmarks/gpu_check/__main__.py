@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "gpu_check", description=f"{__doc__}\n\nstages:\n{listed}", formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--stages", default="all", help="such as 1,4-8 or build,power (default: all)")
+    parser.add_argument("--stages", default="all", help="such as 1,4-6 or build,power (default: all)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: benchmarks/results)")
     parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="for everything (default: 540)")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, one network")

@@ -49,6 +49,9 @@ def _tests(results: Results) -> Iterator[Bar]:
     yield Bar("tests", text + ("" if ended else ", stopped"), "all pass", not bad and ended)
 
 
+# Stages of results from before the checks were tests.
+
+
 def _sanitizer(results: Results) -> Iterator[Bar]:
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         errors, ended = get(results, tool, "errors"), bool(get(results, tool, "ended"))

@@ -20,13 +20,12 @@ from .dense import gram_matrix, gram_size
 from .estimate import ConvergenceWarning, check_operator, operator_norm, without_autocast
 from .general_bound import BoundInfo, Found, ProductSearch, scaled_up
 from .grid import Grid, every_size, own_size, padding_norm, padding_norm_at_every_size, riesz_sizes
-from .kernel_gram import gram_iteration_bound
 from .lanczos_bound import lanczos_bound
 from .problem import ScaledConvolution
 from .rounding import absolute_norm
 from .symbol import Symbol
 
-Method = Literal["auto", "dense", "circulant", "fft", "gram", "lanczos", "rowsum"]
+Method = Literal["auto", "dense", "circulant", "fft", "lanczos", "rowsum"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 _LARGEST_GRAM = 1 << 30  # bytes of the matrix that "dense" factorises
@@ -83,7 +82,6 @@ def operator_norm_bound(
             "circulant": the same on the grid of a periodic layer around this one: for this input size (and smaller ones
             with zero padding), without the factor; exact for circular padding where the stride divides the size.
             "dense": the Gram matrix at this input size (at most 1 GiB); the tightest, within 1e-4 as a rule.
-            "gram": Gram iteration of the kernel; for every input size with zero padding; loose.
             "lanczos": holds with probability 1 - ``delta``.
             "rowsum": sqrt(largest row sum x largest column sum); loose and nearly free.
             "auto": the tightest of the first three that takes a second or so, or else the quickest.
@@ -154,7 +152,7 @@ class BoundMethods:
     """The methods, each a function that returns a bound and how it was found.
 
     ``lower`` is a norm that some vector attains, where the caller knows one. With ``every_size`` the norm of a padding
-    other than zeros is the largest that any input size has, so that "fft", "gram" and "rowsum" hold for all.
+    other than zeros is the largest that any input size has, so that "fft" and "rowsum" hold for all.
     """
 
     def __init__(
@@ -217,11 +215,6 @@ class BoundMethods:
         value = eigenvalue_bound([gram], start=start, slack=slack, find_eigenvalues=not by_lanczos) + error
         info = BoundInfo("dense", self._is_matrix(), 1.0, f"Gram matrix of {n} x {n}")
         return problem.unscaled(_root(value)), info
-
-    def gram(self) -> Found:
-        value, iterations = gram_iteration_bound(self.problem.kernel, self.problem.polyphases())
-        info = BoundInfo("gram", self._zeros, 1.0, f"{iterations} Gram iterations{_padding_detail(self._padding)}")
-        return self.problem.unscaled(value * self._padding), info
 
     def rowsum(self) -> Found:
         value = absolute_norm(self.problem, self._padding)

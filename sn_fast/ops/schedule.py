@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,13 +37,12 @@ _ITEM_COST = 60_000  # to start and to end
 _PART_COST = 20_000  # to store its sums and be counted
 _JOIN_COST = 2.5  # per partial sum that the last part reads
 
-# How finely sums are split, in shares of what one block has to do: most tiles, the smallest ones that fill the gaps at
-# the end, and how much of the work those are. Blocks on one multiprocessor slow each other down, which the schedule
-# does not know: where each has much to do, the first of these shares that the memory allows is taken as it is
-# (ResNet-18 on an H200: 210 us with the schedule's choice, 157 us with three items for each block).
-_COARSE = (0.36, 0.5, 0.65, 0.8, 1.0, 1.4, 2.0, 4.0, 8.0, math.inf)
+# How finely sums are split, in shares of what one block has to do; the one that ends soonest by the costs above is
+# taken. Blocks on one multiprocessor slow each other down, which the schedule does not know: where each has much to do,
+# the first of these shares that the memory allows is taken as it is (ResNet-18 on an H200: 210 us with the schedule's
+# choice, 157 us with three items for each block).
+_SHARES = (0.36, 0.5, 0.65, 0.8, 1.0, 1.4, 2.0, 4.0, 8.0, math.inf)
 _MUCH = 460_000  # 10 us
-_FINE, _LATE = (0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.5)
 _ENOUGH = 1.03  # times the time in which all blocks, equally busy, would end: nothing better is looked for
 
 
@@ -117,13 +115,9 @@ def make_schedule(
     owners = np.split(np.arange(len(cost)), np.cumsum([len(c) for _, c in tiles])[:-1])
     total = max(1.0, float(cost.sum()))  # 0: nothing is read anywhere
     share = total / parallel
-    largest_first = np.argsort(-cost, kind="stable")
-    before = np.empty(len(cost))  # part of the work that lies in larger tiles
-    before[largest_first] = np.cumsum(cost[largest_first]) / total
     best: tuple[float, list[npt.NDArray[np.int64]], npt.NDArray[Any]] | None = None
-    for coarse, late, fine in _grains():
-        target = np.where(before <= 1 - late, coarse, fine) * share
-        splits = [_splits(t, cost[mine], target[mine]) for t, mine in zip(tilings, owners)]
+    for part in _SHARES:
+        splits = [_splits(t, cost[mine], part * share) for t, mine in zip(tilings, owners)]
         if sum(t.partial_sums * int(s[s > 1].sum()) for t, s in zip(tilings, splits)) > budget:
             continue
         costs = np.concatenate([_costs(t, cost[mine], s) for t, mine, s in zip(tilings, owners, splits)])
@@ -135,14 +129,6 @@ def make_schedule(
             break
     assert best is not None  # the last splits nothing
     return _cut(tilings, [items for items, _ in tiles], best[1], first_counter)[best[2]]
-
-
-def _grains() -> Iterator[tuple[float, float, float]]:
-    for coarse in _COARSE:
-        yield coarse, 0.0, coarse
-        for late, fine in itertools.product(_LATE, _FINE):
-            if fine < coarse:
-                yield coarse, late, fine
 
 
 def last_end(costs: npt.NDArray[np.float64], parallel: int) -> float:
@@ -173,7 +159,7 @@ def _tile_items(t: Tiling, op: int, first_norm: int) -> tuple[npt.NDArray[Any], 
     return items, cost.astype(np.float64)
 
 
-def _splits(t: Tiling, cost: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def _splits(t: Tiling, cost: npt.NDArray[np.float64], target: float) -> npt.NDArray[np.int64]:
     """Into how many parts each tile's sum over channels is cut."""
     least = 64 if t.kind in (DOT, AXPY) else 4 if t.kind == DIRECT else 1
     most = max(1, t.map.channels // least)

@@ -206,7 +206,7 @@ def planning(split: bool = False, parallel: int | None = None, **constants: floa
         if split:
             for name in ("_ITEM_COST", "_PART_COST", "_JOIN_COST"):
                 patch.setattr(schedule, name, 0)
-            patch.setattr(schedule, "_COARSE", (math.inf, 1e-12))
+            patch.setattr(schedule, "_SHARES", (math.inf, 1e-12))
             patch.setattr(schedule, "_ENOUGH", 0)
             patch.setattr(plans, "make_schedule", lambda t, first, _, __, c: make_schedule(t, first, 10**6, 2**30, c))
         if parallel is not None:

@@ -33,11 +33,11 @@ def test_info(method: str) -> None:
         value, info = operator_norm_bound(op, method=method, return_info=True)
         assert isinstance(info, BoundInfo)
         assert info.method == ("dense" if method == "auto" else method)
-        assert info.every_size == (mode == "zeros" and method in ("fft", "gram", "rowsum"))
+        assert info.every_size == (mode == "zeros" and method in ("fft", "rowsum"))
         assert info.confidence == (1 - 1e-6 if method == "lanczos" else 1)
         assert info.detail
         assert "\n" not in info.detail
-        if mode == "reflect" and method in ("fft", "circulant", "gram", "rowsum"):
+        if mode == "reflect" and method in ("fft", "circulant", "rowsum"):
             assert f"norm of the padding {math.sqrt(2):.4f}" in info.detail
         plain = operator_norm_bound(op, method=method, generator=None)
         assert float(plain) == float(value) or method == "lanczos"
@@ -128,7 +128,7 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(before)
     assert got == pytest.approx(expected, rel=1e-9)
-    assert min(got[:5]) >= math.sqrt(601)
+    assert min(got[: len(METHODS) - 2]) >= math.sqrt(601)
 
 
 def test_weights_that_are_views() -> None:

@@ -88,12 +88,6 @@ def test_no_bound_is_below_the_dense_norm(case: Case, dtype: torch.dtype) -> Non
     assert float(lower) <= truth * (1 + SVD) <= float(upper) * (1 + 2 * SVD)
 
 
-@settings(max_examples=30)
-@given(cases(max_size=6))
-def test_gram_iteration_is_not_below_the_dense_norm(case: Case) -> None:
-    assert violations(hard_operator(case, torch.float64), ("gram",)) == {}
-
-
 @settings(max_examples=150)
 @given(wild_cases())
 def test_no_bound_is_below_the_dense_norm_of_wild_geometries(case: Case) -> None:
@@ -117,7 +111,7 @@ def test_no_bound_is_below_the_dense_norm_often(case: Case, dtype: torch.dtype) 
 @settings(max_examples=5_000)
 @given(wild_cases())
 def test_no_bound_is_below_the_dense_norm_of_wild_geometries_often(case: Case) -> None:
-    assert violations(hard_operator(case, torch.float64), ("fft", "circulant", "gram", "rowsum")) == {}
+    assert violations(hard_operator(case, torch.float64), ("fft", "circulant", "rowsum")) == {}
 
 
 @settings(max_examples=60)
@@ -265,16 +259,12 @@ def test_zero_weights(method: str) -> None:
     assert violations(ConvOperator(weight, 5, padding=1, groups=3), (method,)) == {}
 
 
-@pytest.mark.parametrize("method", ["dense", "circulant", "fft", "gram"])
+@pytest.mark.parametrize("method", ["dense", "circulant", "fft"])
 def test_a_matrix(method: str) -> None:
     for shape in ((1, 1), (3, 8), (9, 2)):
         op = MatrixOperator(torch.randn(shape))
         truth = dense_norm(op)
-        assert (
-            truth * (1 - SVD)
-            <= float(operator_norm_bound(op, method=method))
-            <= truth * (1.05 if method == "gram" else 1.001)
-        )
+        assert truth * (1 - SVD) <= float(operator_norm_bound(op, method=method)) <= truth * 1.001
 
 
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (4, 2, 1), (3, 2, 3), (5, 6, 4), (2, 4, 2)])

@@ -129,8 +129,7 @@ def test_other_paddings_cost_their_norm_and_no_more(mode: str) -> None:
     assert truth <= float(operator_norm_bound(op, method="circulant")) <= truth * 1.5
 
 
-def test_gram_and_rowsum_are_loose_but_not_absurd() -> None:
+def test_rowsum_is_loose_but_not_absurd() -> None:
     op = ConvOperator(torch.randn(8, 8, 3, 3, dtype=torch.float64), (12, 12), padding=1)
     truth = dense_norm(op)
-    assert float(operator_norm_bound(op, method="gram")) <= truth * 1.25
     assert float(operator_norm_bound(op, method="rowsum")) <= truth * 6

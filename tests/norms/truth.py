@@ -12,7 +12,7 @@ from sn_fast.layers import LayerOperator
 
 from ..layers.geometries import Case
 
-CERTAIN = ("auto", "dense", "circulant", "fft", "gram", "rowsum")  # "lanczos" holds with a probability
+CERTAIN = ("auto", "dense", "circulant", "fft", "rowsum")  # "lanczos" holds with a probability
 SVD = 1e-13  # relative rounding of the truth itself
 
 

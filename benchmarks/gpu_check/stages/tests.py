@@ -1,4 +1,4 @@
-"""The test suite with tensors on the GPU (tests/conftest.py: SN_FAST_TEST_DEVICE)."""
+"""The tests of what only a GPU can tell (tests/gpu), and the suite with tensors on the GPU (tests/on_device.py)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _WORKERS = 12
 def run(context: Context) -> None:
     """Counts, and the names of what failed; also of a run that had to be stopped."""
     # What meets kernels, first; layers and bounds of whole networks are plain PyTorch.
-    on_gpu = ["tests/kernels", "tests/attacks", "tests/norms", "tests/normalization"]
-    where = context.pick(on_gpu, ["tests/kernels/test_random_start.py", "tests/norms/test_estimate.py"])
+    on_gpu = ["tests/gpu", "tests/kernels", "tests/attacks", "tests/norms", "tests/normalization"]
+    where = context.pick(on_gpu, ["tests/gpu", "tests/kernels/test_random_start.py", "tests/norms/test_estimate.py"])
     command = [sys.executable, "-m", "pytest", *where, "-q", "--no-header", "--tb=no"]
     command += ["-p", "benchmarks.gpu_check.report_plugin", "-p", "no:cacheprovider", "-m", "not slow"]
     cores = len(os.sched_getaffinity(0))
@@ -32,6 +32,7 @@ def run(context: Context) -> None:
         report = Path(folder, "report.jsonl")
         env = os.environ | {
             "SN_FAST_TEST_DEVICE": context.device,
+            "SN_FAST_GPU_TESTS": context.pick("", "rehearsed"),
             "SN_FAST_TEST_REPORT": str(report),
             "OMP_NUM_THREADS": "1",
             "PYTHONHASHSEED": "0",  # the workers have to agree on the tests' names and order

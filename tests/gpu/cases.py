@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from sn_fast.ops.fingerprint import fingerprint
 from sn_fast.ops.power_step import PRECISIONS
 from sn_fast.reference.geometry import decode
 
-from .results import ROOT
+ROOT = Path(__file__).parents[2]
 
 _FLOAT32, _HALF, _BFLOAT16 = 3e-6, 2e-3, 1.6e-2
 TOLERANCE = {torch.float32: _FLOAT32, torch.float16: _HALF, torch.bfloat16: _BFLOAT16}

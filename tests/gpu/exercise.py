@@ -11,8 +11,8 @@ from .cases import all_cases
 
 
 def main() -> None:
-    """On the GPU, or on the CPU for a rehearsal."""
-    parser = argparse.ArgumentParser("gpu_check.exercise")
+    """On the GPU, or on the CPU for a rehearsal, there without kernels."""
+    parser = argparse.ArgumentParser("tests.gpu.exercise")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="regular expression on the names of the cases")
     options = parser.parse_args()
