@@ -1,6 +1,7 @@
 """Metadata is in pyproject.toml; here, csrc/ becomes sn_fast._C where there is a CUDA toolkit (docs/building.md)."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from setuptools.errors import CompileError
 sys.path.insert(0, str(Path(__file__).resolve().parent / "build_tools"))  # an isolated build has not even this folder
 import cuda_build
 
+URL = "https://github.com/sn-fast/sn_fast"
 NOTE = "_not_built.txt"  # tells the installed package why it has no kernels
 
 try:
@@ -45,7 +47,16 @@ class BuildKernels(build_ext):
             raise CompileError(str(error)) from error
 
 
+def readme() -> str:
+    """README.md with absolute links, which are right on a package index too."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", rf"\1{URL}/raw/main/", text)
+    return re.sub(r"((?<!!)\[[^\]]*\]\()(?!https?:|#)", rf"\1{URL}/blob/main/", text)
+
+
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
     ext_modules=[Extension("sn_fast._C", ["csrc/bindings.cpp"])] if PLAN.toolkit else [],
 )

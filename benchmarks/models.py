@@ -104,6 +104,16 @@ class ResNet(nn.Module):
         return self.fc(self.head(self.blocks(x)).mean(dim=(2, 3)))
 
 
+def resnet18(width: int = 64) -> ResNet:
+    """ResNet-18 for 32 x 32 images; ``width``: of its first stage."""
+    return ResNet(_Basic, (2, 2, 2, 2), (width, 2 * width, 4 * width, 8 * width), stem=width)
+
+
+def wrn28(width: int = 160) -> ResNet:
+    """WRN-28-10 for 32 x 32 images; ``width``: of its first stage."""
+    return ResNet(_PreActivation, (4, 4, 4), (width, 2 * width, 4 * width), stem=16)
+
+
 class Network(NamedTuple):
     """A network to be measured, and the size of its input."""
 
@@ -116,11 +126,11 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
-    "ResNet-18, 32x32": Network(lambda: ResNet(_Basic, (2, 2, 2, 2), (64, 128, 256, 512), stem=64), (32, 32)),
+    "ResNet-18, 32x32": Network(resnet18, (32, 32)),
     "ResNet-50, 224x224": Network(
         lambda: ResNet(_Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), stem=64, large=True, classes=1000), (224, 224)
     ),
-    "WRN-28-10, 32x32": Network(lambda: ResNet(_PreActivation, (4, 4, 4), (160, 320, 640), stem=16), (32, 32)),
+    "WRN-28-10, 32x32": Network(wrn28, (32, 32)),
 }
 TINY = {
     "tiny ResNet, 8x8": Network(lambda: ResNet(_Basic, (1, 1), (4, 12), stem=4), (8, 8)),

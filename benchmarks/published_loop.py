@@ -22,7 +22,8 @@ class PublishedLayer:
     def __init__(self, module: nn.Conv2d | nn.Linear, input_shape: Sequence[int]) -> None:
         self.weight = module.weight.detach()
         self.conv = module if isinstance(module, nn.Conv2d) else None
-        self.u = torch.randn(1, *input_shape, device=self.weight.device, dtype=self.weight.dtype)
+        shape = input_shape if self.conv is not None else input_shape[-1:]
+        self.u = torch.randn(1, *shape, device=self.weight.device, dtype=self.weight.dtype)
         if self.conv is not None:
             padding = [int(p) for p in self.conv.padding]
             self.options = (list(self.conv.stride), padding, list(self.conv.dilation), self.conv.groups)
@@ -58,7 +59,7 @@ class PublishedLoop:
     """The iteration of every layer of a model. ``weights`` are the model's own tensors."""
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self.layers = [PublishedLayer(m, shape) for m, shape in _input_shapes(model, example).items()]
+        self.layers = [PublishedLayer(m, shape) for m, shape in input_shapes(model, example).items()]
         self.weights = [layer.weight for layer in self.layers]
         self.us = [layer.u for layer in self.layers]
 
@@ -103,14 +104,14 @@ class PublishedNorm(nn.Module):
 
 def apply_published_norm(model: nn.Module, example: Tensor) -> nn.Module:
     """Every convolution and linear layer normalised as published, layer by layer."""
-    found = _input_shapes(model, example)
+    found = input_shapes(model, example)
     for module, shape in found.items():
         layer = PublishedLayer(module, shape)
         nn.utils.parametrize.register_parametrization(module, "weight", PublishedNorm(layer))
     return model
 
 
-def _input_shapes(model: nn.Module, example: Tensor) -> dict[nn.Conv2d | nn.Linear, tuple[int, ...]]:
+def input_shapes(model: nn.Module, example: Tensor) -> dict[nn.Conv2d | nn.Linear, tuple[int, ...]]:
     """Of every convolution and linear layer, in the order of their first use."""
     shapes: dict[nn.Conv2d | nn.Linear, tuple[int, ...]] = {}
     hooks = [

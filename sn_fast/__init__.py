@@ -9,6 +9,7 @@ from .info import info
 from .layers import ConvOperator, LinearOperator, MatrixOperator, operator_of, register_layer
 from .lipschitz import LipschitzReport, lipschitz_bound
 from .normalization import (
+    SpectralProjection,
     apply_spectral_norm,
     frozen_sigma,
     remove_spectral_norm,
@@ -41,6 +42,7 @@ __all__ = [
     "LinearOperator",
     "LipschitzReport",
     "MatrixOperator",
+    "SpectralProjection",
     "__version__",
     "apply_spectral_norm",
     "attacks",

@@ -82,6 +82,11 @@ def add_command(commands: Any) -> None:
         help="gradient of the normalisation: with u and v constant (default), or as published through the iteration",
     )
     training.add_argument(
+        "--normalization",
+        metavar="{parametrization,projection}",
+        help="divide the weights in the forward, as published (default), or scale them back after each step",
+    )
+    training.add_argument(
         "--epochs", type=int, metavar="N", help=f"largest number of passes over the images ({_by_data('epochs')})"
     )
     training.add_argument(

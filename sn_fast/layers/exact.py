@@ -28,6 +28,8 @@ _HARMLESS |= {"_load_from_state_dict", "_save_to_state_dict", "reset_running_sta
 _HARMLESS |= {"__init_subclass__", "__class_getitem__", "__new__"}
 # These recompute the weight from their own parameters before each call, and leave input and output alone.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+# Whose hooks keep the map: our own, and those that gather a sharded weight or distribute inputs and outputs.
+_HOMES = ("sn_fast.", "torch.distributed.")
 
 BATCH_STATISTICS = "without running statistics it divides by the deviation of its own input"
 
@@ -52,8 +54,8 @@ def why_not_its_class(
 
 def leaves_values_alone(hook: Any) -> bool:
     """Whether a forward hook is known to change neither input nor output, and of the weights only those in use."""
-    own = (getattr(hook, "__module__", None) or "").partition(".")[0] == "sn_fast"
-    return own or isinstance(hook, _WEIGHT_HOOKS)
+    home = getattr(hook, "__module__", None) or ""
+    return home.startswith(_HOMES) or isinstance(hook, _WEIGHT_HOOKS)
 
 
 def computes_weight(hook: Any) -> bool:

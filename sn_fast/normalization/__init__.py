@@ -8,9 +8,11 @@ from .model import (
     spectral_norm,
     update_spectral_norm,
 )
+from .projection import SpectralProjection
 from .summary import spectral_norm_summary
 
 __all__ = [
+    "SpectralProjection",
     "apply_spectral_norm",
     "frozen_sigma",
     "remove_spectral_norm",

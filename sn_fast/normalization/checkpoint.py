@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import warnings
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from ..errors import users_stacklevel
 from ..layers.linear import whole_window_size
+from ..ops.library import kernels_of
+from ..ops.precision import resolved
+from ..ops.records import REPLACED
 from ..reference.linear_map import compute_dtype, matvec, rmatvec
 from ..reference.power import normalized
 from .state import State
@@ -18,6 +22,17 @@ from .state import State
 # Vectors and a sigma that fit each other worse than this do not belong to the stored weight; products of bfloat16
 # numbers leave 2e-3.
 _MISMATCH = 5e-3
+
+
+_ROUNDING = 50  # epsilons: what repeating an iteration's last product can change
+
+
+class Loaded(enum.Enum):
+    """A loaded state is that of the weight; or of the weight before a step; or has nothing to do with it."""
+
+    CURRENT = enum.auto()
+    BEHIND = enum.auto()
+    FOREIGN = enum.auto()
 
 
 class Stored(enum.Enum):
@@ -93,14 +108,20 @@ def are_unit(p: State) -> bool:
 
 
 def belongs(p: State, weight: Tensor, *, with_sigma: bool = True) -> bool:
-    """Whether the state is that of the weight: |A^T u - sigma v| = 0 (|A v - sigma u| for a matrix), with unit u and v.
+    """Whether the state is that of the weight, as far as products in low precision tell; ``misfit`` says how."""
+    return misfit(p, weight, with_sigma=with_sigma) <= _MISMATCH
 
-    That is how an iteration leaves it, converged or not. False for NaN, and after an average of checkpoints: the
-    averages of u and v are no vectors of the averaged weight. ``with_sigma=False``: of u and v alone.
+
+def misfit(p: State, weight: Tensor, *, with_sigma: bool = True) -> float:
+    """How far the state is from |A^T u - sigma v| = 0 (|A v - sigma u| for a matrix), as a share.
+
+    An iteration leaves it at zero, converged or not. NaN and vectors that are no units give inf; an average of
+    checkpoints is far off, for the averages of u and v are no vectors of the averaged weight. ``with_sigma=False``: of
+    u and v alone.
     """
     with torch.no_grad():
         if not are_unit(p):
-            return False
+            return math.inf
         geometry = p.known_geometry
         operand = p.operand(weight)
         operand = operand.to(compute_dtype(operand))
@@ -111,8 +132,26 @@ def belongs(p: State, weight: Tensor, *, with_sigma: bool = True) -> bool:
         away = (directions[0] - end.to(operand.dtype)).reshape(geometry.groups, -1).norm(dim=1)
         # A group that hardly counts has vectors that rounding moves.
         away = away * (norms[0] > _MISMATCH * sigma)
-        fits = (norms.amax() - sigma).abs() <= _MISMATCH * sigma
-        return bool(fits & (away.amax() <= 2 * _MISMATCH))
+        off = (norms.amax() - sigma).abs()
+        share = float(torch.where(off > 0, off / sigma, 0.0).maximum(away.amax() / 2))
+        return math.inf if math.isnan(share) else share
+
+
+def judge(p: State, weight: Tensor, *, with_sigma: bool = True) -> Loaded:
+    """What a state that was loaded is to the weight that was loaded with it; ``with_sigma=False``: u and v alone.
+
+    Saving a sharded model gathers nothing, so the state that it saves may be one step of training behind the weight.
+    """
+    found = misfit(p, weight, with_sigma=with_sigma)
+    if with_sigma and found <= _rounding(p, weight):
+        return Loaded.CURRENT
+    return Loaded.BEHIND if found <= REPLACED else Loaded.FOREIGN
+
+
+def _rounding(p: State, weight: Tensor) -> float:
+    """The misfit that the arithmetic of an iteration leaves."""
+    exact = kernels_of(weight.device) is None or resolved(p.options.product_precision) in ("fp32", "3xtf32")
+    return _ROUNDING * torch.finfo(compute_dtype(weight)).eps if exact else _MISMATCH
 
 
 def _adopt_sizes(p: State, u: Tensor, v: Tensor) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..layers.linear import raw_weight
+from .sharding import Shard, is_sharded, modules_in_flat_parameters
 
 # Older ways to compute a weight before each forward: the entries that tell, what it is, and how it is undone.
 _COMPUTED = (
@@ -26,28 +27,31 @@ _COMPUTED = (
 )
 
 
-_BEFORE_SHARDING = (
-    "sharding keeps the parameters under the names that they have then, and a parametrization renames them; normalise "
-    "first, then call fully_shard, FullyShardedDataParallel or parallelize_module"
+_FLAT = (
+    "FullyShardedDataParallel keeps it in a flat parameter of its own, with no name that a parametrization could take; "
+    "pass use_orig_params=True, or normalise first and wrap then"
+)
+_IN_A_MODEL = (
+    "call sn_fast.apply_spectral_norm with the whole model that fully_shard or FullyShardedDataParallel was called "
+    "for, or normalise first and shard then"
 )
 
 
-def check_not_sharded(model: nn.Module) -> None:
-    """Raise for a model that FSDP or another of torch.distributed's wrappers has sharded."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded by what was not imported
-    wrapper = getattr(fsdp, "FullyShardedDataParallel", ())
-    for name, module in model.named_modules():
-        if isinstance(module, wrapper):
-            raise ValueError(f"the model is sharded already, by {type(module).__name__}: {_BEFORE_SHARDING}")
-        for key, parameter in module._parameters.items():
-            if _is_sharded(parameter):
-                label = f"{name}.{key}".lstrip(".")
-                raise ValueError(f"the model is sharded already, parameter {label!r} is: {_BEFORE_SHARDING}")
+def check_not_flat(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Raise for a layer whose weight FSDP1 keeps in a flat parameter, without a name of its own."""
+    flat = modules_in_flat_parameters(model)
+    for name, module in layers.items():
+        if module in flat:
+            raise ValueError(f"layer {name!r} is sharded already: {_FLAT}")
 
 
-def _is_sharded(weight: object) -> bool:
-    """Whether a weight is a DTensor, or a part of a flat parameter of FSDP's."""
-    return (hasattr(weight, "device_mesh") and hasattr(weight, "placements")) or hasattr(weight, "_fsdp_flattened")
+def check_can_run(shards: Iterable[Shard]) -> None:
+    """Raise where the forward of a sharded model cannot run, which tells at what sizes convolutions are used."""
+    if any(shard.parameter is not None and shard.parameter.is_meta for shard in shards):
+        raise ValueError(
+            "the model is sharded and on meta, so that no forward can tell the input sizes of its convolutions; "
+            "normalise first, and shard then, or load the weights before"
+        )
 
 
 def check_has_norm(module: nn.Module, name: str) -> None:
@@ -60,8 +64,8 @@ def check_has_norm(module: nn.Module, name: str) -> None:
         if name not in entries and all(name + ending in entries for ending in endings):
             raise ValueError(f"{label} is {what}; undo that first, with {undo.format(name)}")
     weight = raw_weight(module, name)
-    if _is_sharded(weight):
-        raise ValueError(f"{label} is sharded already: {_BEFORE_SHARDING}")
+    if is_sharded(weight):
+        raise ValueError(f"{label} is sharded already: {_IN_A_MODEL}")
     if not isinstance(weight, nn.Parameter) or is_lazy(weight):
         return
     if weight.ndim not in range(2, 6):

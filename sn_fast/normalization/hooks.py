@@ -10,8 +10,11 @@ from torch.nn.utils import parametrize
 
 from ..layers.kinds import spatial_axes
 from ..layers.linear import chain
+from . import recompute
+from .gathered import note_sharded
 from .parametrization import SpectralNorm, spectral_norms
 from .refresh import readable, snapshots, with_ready_weights
+from .sharding import is_sharded
 
 
 def check_once_per_forward(model: nn.Module) -> None:
@@ -29,11 +32,22 @@ def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     # Strict export forbids setting attributes; on torch 2.7 to 2.9 it cannot be told from torch.compile.
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return
-    pairs = readable([m for m in spectral_norms(module) if not m.is_replica and m.is_plain])
+    members = spectral_norms(module)
+    if not torch.compiler.is_compiling() and any(map(_may_be_sharded, members)):
+        note_sharded(module)
+    pairs = readable([m for m in members if not m.is_replica and m.is_plain])
     if not pairs:
         return
     for (member, _), snapshot in zip(pairs, with_ready_weights(pairs, snapshots(pairs))):
         member.__dict__["current"] = snapshot  # without nn.Module's check of every kind of attribute
+
+
+def _may_be_sharded(member: SpectralNorm) -> bool:
+    """Whether the weight is another tensor than before: FSDP's, perhaps."""
+    if member.sharded:
+        return False
+    weight = member.raw
+    return is_sharded(weight) or not member._own or weight is not member._own[0]
 
 
 def after_forward(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -56,8 +70,8 @@ def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def remove_hooks(module: nn.Module) -> None:
     """Remove the hooks of a module none of whose layers is normalised any more."""
     for hooks, ours in (
-        (module._forward_pre_hooks, (before_forward, observe_input)),
-        (module._forward_hooks, (after_forward,)),
+        (module._forward_pre_hooks, (before_forward, observe_input, recompute.enter)),
+        (module._forward_hooks, (after_forward, recompute.leave)),
     ):
         for key in [k for k, hook in hooks.items() if hook in ours]:
             hooks.pop(key)

@@ -15,17 +15,20 @@ from torch.nn.utils import parametrize
 
 from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
-from ..layers.observe import check_is_no_shape, observed_input_sizes
+from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
-from .checks import check_has_norm, check_not_sharded
+from .checks import check_can_run, check_has_norm, check_not_flat
+from .data_parallel import leave_out, watch_wrappers
+from .gathered import gathered, is_away, refresh_sharded, start_sharded
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Gradient, InputSize, Mode, OperatorName, Options
 from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
 from .replacing import own_class, replaced
-from .selection import betas_of, compiled_pattern, included_classes, is_chosen
+from .selection import betas_of, chosen_layers
+from .sharding import own_name, reshard, shards_of, whole_on_meta
 from .shared_class import share_class
 
 _LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
@@ -124,49 +127,47 @@ def apply_spectral_norm(
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
             is not proportional to their weight (``spectral_norm``), by name.
     """
-    check_is_no_shape(example_input)
-    if not isinstance(example_input, (Tensor, tuple, Mapping)):
-        raise TypeError(
-            f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
-            "keyword arguments"
-        )
-    check_not_sharded(model)
-    classes = included_classes(include)
-    excluded = compiled_pattern("exclude", exclude) if exclude else None
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if is_chosen(module, classes) and not (excluded and excluded.search(name))
-    }
-    if not layers:
-        raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
+    layers = chosen_layers(model, example_input, include, exclude)
     betas = betas_of(beta, layers)
+    check_not_flat(model, layers)
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     with replaced(layers.values() if replace else [], "weight") as theirs:
-        sizes = observed_input_sizes(model, convolutions, example_input) if operator == "conv" else {}
-        if operator == "conv":
-            used = {n: (m, _size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}
-            _check_layers(used, mapped=not bound)
-        hashed = _is_large(layers.values())
-        done: list[nn.Module] = []
-        try:
-            for name, module in layers.items():
-                used_at = sizes.get(name, [])
-                size = _size_of_largest_norm(module, used_at)
-                options = Options(betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound)
-                parametrization = _register(module, "weight", size, options, hashed, used_at)
-                parametrization.path = name
-                done.append(module)
-                if module in theirs:
-                    theirs[module].hand_over(parametrization)
-        except BaseException as error:
-            for module in done:
-                _remove(module, "weight", keep_raw=True)
-            if type(error) in (ValueError, TypeError):
-                calls = re.sub(r"\(module\b", lambda _: f"(model.get_submodule({name!r})", str(error))
-                raise type(error)(f"layer {name!r}: {calls}") from error
-            raise
+        shards = shards_of(model, layers.values())
+        if convolutions and operator == "conv":
+            check_can_run(shards)
+        sizes: dict[str, list[tuple[int, ...]]] = {}
+        if operator == "conv" and (convolutions or not shards):  # a sharded model's forward would gather it for nothing
+            sizes = observed_input_sizes(model, convolutions, example_input)
+            reshard(model)
+        with whole_on_meta(shards):
+            if operator == "conv":
+                used = {n: (m, size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}
+                check_layers(used, mapped=not bound)
+            hashed = bool(shards) or _is_large(layers.values())
+            done: list[nn.Module] = []
+            try:
+                for name, module in layers.items():
+                    used_at = sizes.get(name, [])
+                    size = size_of_largest_norm(module, used_at)
+                    options = Options(
+                        betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound
+                    )
+                    parametrization = _register(module, "weight", size, options, hashed, used_at)
+                    parametrization.path = name
+                    done.append(module)
+                    if module in theirs:
+                        theirs[module].hand_over(parametrization)
+            except BaseException as error:
+                for module in done:
+                    _remove(module, "weight", keep_raw=True)
+                if type(error) in (ValueError, TypeError):
+                    calls = re.sub(r"\(module\b", lambda _: f"(model.get_submodule({name!r})", str(error))
+                    raise type(error)(f"layer {name!r}: {calls}") from error
+                raise
+    if shards:
+        start_sharded(model)
     check_once_per_forward(model)
+    leave_out(model)
     return model
 
 
@@ -182,6 +183,8 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
     if n_power_iterations is not None:
         n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
     update(readable(spectral_norms(model)), n_power_iterations)
+    for pairs in gathered(model, "update_spectral_norm(model)"):
+        update(pairs, n_power_iterations)
 
 
 @contextmanager
@@ -209,11 +212,16 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
     found = list(normalised_modules(module_or_model))
     if not found:
         raise ValueError("remove_spectral_norm: no layer here is normalised by sn_fast")
-    for _, module, name in found:
+    for path, module, name in found:
         if len(chain(module, name)) > 1:
             raise ValueError(
                 f"{type(module).__name__}.{name} has other parametrizations too, and PyTorch removes all at once: use "
                 f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+            )
+        if any(is_away(p) for p in spectral_norms(module)):
+            raise ValueError(
+                f"remove_spectral_norm: {name!r} of layer {path!r} is sharded; save the model's state dict, load it "
+                "into a normalised model that is not sharded, and remove the normalisation there"
             )
     for _, module, name in found:
         _remove(module, name, keep_raw=False)
@@ -230,6 +238,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     """
     found = [(n, m) for n, m in _parametrizations(model) if m.geometry is not None]
     refresh(model)
+    refresh_sharded(model, "sigmas(model)")
     return {name: float(m.sigma) for name, m in found if not m.sigma.is_meta}
 
 
@@ -276,6 +285,7 @@ def _register(
     if first:
         share_class(module, name)
     parametrization.attach(module, name)
+    watch_wrappers()
     try:
         if as_matrix or size is not None:
             parametrization.start(size)
@@ -294,7 +304,7 @@ def _is_large(modules: Iterable[nn.Module], name: str = "weight") -> bool:
     return sum(sizes) > _LARGEST_COPIES
 
 
-def _check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]], *, mapped: bool) -> None:
+def check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]], *, mapped: bool) -> None:
     """Raise where dividing the weights does not divide the layers' maps, naming all such layers."""
     reasons = {name: _why_not_divisible(module, size, mapped=mapped) for name, (module, size) in layers.items()}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -339,7 +349,7 @@ def _depends_on_size(module: nn.Module) -> bool:
     return any(size is None for size in whole_window_size(module))
 
 
-def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+def size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     """Of the sizes at which a layer is used, the one with the largest norm."""
     distinct = list(dict.fromkeys(sizes))
     if len(distinct) <= 1:
@@ -358,11 +368,11 @@ def _size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tu
 def normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(path, module, parameter name) of every normalised weight below ``model``."""
     for path, module in model.named_modules():
-        if parametrize.is_parametrized(module):
+        if "parametrizations" in module._modules and parametrize.is_parametrized(module):  # a wrapper shows its layer's
             assert isinstance(module.parametrizations, nn.ModuleDict)
             for name in module.parametrizations:
                 if any(isinstance(p, SpectralNorm) for p in chain(module, name)):
-                    yield path, module, name
+                    yield own_name(path), module, name
 
 
 def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:

@@ -24,9 +24,10 @@ from ..ops.normalize import normalize, normalize_all
 from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import sigma_through_last_iteration
 from . import checkpoint
-from .certify import certify, certify_operand
+from .certify import certify_operand
 from .foreign import normalize_foreign
-from .refresh import LOCK, advance, readable, refresh_model, restart, snapshots, with_ready_weights
+from .recompute import note_made
+from .refresh import LOCK, advance, readable, refresh_model, restart, settle_loaded, snapshots, with_ready_weights
 from .state import Snapshot, State, is_current, is_exporting
 
 
@@ -93,6 +94,14 @@ class SpectralNorm(State):
                 u = u * torch.where(state.estimate > 0, state.sigma / state.estimate, 1.0)
             precision, ready = options.product_precision, _popped(state.ready)
             result = normalize(operand, state.sigma, u, state.v, state.group, self.code, beta, cap, precision, ready)
+        shaped = self._shaped(result, weight)
+        if self.sharded and not options.full and state.u is not None and not torch.compiler.is_compiling():
+            note_made(shaped, lambda: self._again(weight, state.sigma))
+        return shaped
+
+    def _again(self, weight: Tensor, sigma: Tensor) -> Tensor:
+        """What ``normalize`` has made, outside autograd."""
+        (result,) = normalize_all([self.operand(weight)], [sigma], [self.options.beta], [self.options.cap])
         return self._shaped(result, weight)
 
     def _shaped(self, result: Tensor, weight: Tensor) -> Tensor:
@@ -148,13 +157,13 @@ class SpectralNorm(State):
             self._warned = True
             assert self.layer_geometry is not None
             warnings.warn(
-                f"sn_fast: {self._label()} was normalised for inputs of size {self.layer_geometry.input_size} but is "
+                f"sn_fast: {self.label()} was normalised for inputs of size {self.layer_geometry.input_size} but is "
                 f"used at {size}, where its norm can be larger; apply spectral_norm again with input_size= the largest "
                 "size",
                 stacklevel=users_stacklevel(),
             )
 
-    def _label(self) -> str:
+    def label(self) -> str:
         kind = parametrize.type_before_parametrizations(self.module).__name__
         return f"layer {self.path!r} ({kind})" if self.path else kind
 
@@ -201,7 +210,12 @@ class SpectralNorm(State):
         with torch.no_grad():
             record, own = self.record, self._own[0] if self._own else None
             before: Tensor | None = None  # the operand that the state belongs to
-            if record is not None and not is_hashed(record):
+            away = own is not None and not own.is_meta and not self.is_here(own)  # a shard: no record can follow it
+            known = away and (record is not None or self.loaded is not None)
+            sigma = self.state("sigma")
+            if away:
+                pass
+            elif record is not None and not is_hashed(record):
                 before = record
             elif record is not None and own is not None:
                 refresh_model([self])
@@ -209,7 +223,7 @@ class SpectralNorm(State):
             # What happens to the weight happens to its copy: a move is no change, and a pending one stays pending.
             after: Tensor | None = None if before is None else fn(before)
             if before is None or after is None or not _is_move(before, after):
-                self.record = None  # to_empty, say: memory holds anything, also what was there before
+                self.record = self.loaded = None  # to_empty, say: memory holds anything, also what was there before
             else:
                 self.record = record_of(after, hashed=True) if self.is_hashed_on(after.device) else after
             for name, buffer in self._buffers.items():
@@ -217,6 +231,8 @@ class SpectralNorm(State):
                     moved = fn(buffer.flatten()).view(buffer.shape)  # flat: a memory format is for the weight alone
                     # State stays float32 under .half() and .bfloat16().
                     self._buffers[name] = buffer.to(moved.device) if _is_half(moved) else moved
+            if known and _is_move(sigma, self.state("sigma")):
+                self.loaded = True  # judged by the weight when that is gathered
             if self.record is not None and (self.record.is_meta or self.u.is_meta):
                 self.record = None  # there is nothing to compare any more
             elif self.options.bound and self.record is not None and _is_rounded(before, after):
@@ -244,16 +260,16 @@ class SpectralNorm(State):
             self._own = (self.raw,)
         if not self.is_here(weight):
             self.record = None
+            known = {checkpoint.Stored.STATE: True, checkpoint.Stored.VECTORS: False}
+            self.loaded = known.get(stored)
         elif stored is checkpoint.Stored.NOTHING:
             if self.has_moved(weight) is not False:
                 restart([(self, weight)])
         elif stored is checkpoint.Stored.VECTORS and checkpoint.belongs(self, weight, with_sigma=False):
             advance([(self, weight)])
-        elif stored is checkpoint.Stored.STATE and checkpoint.belongs(self, weight):
+        elif stored is checkpoint.Stored.STATE:
             with torch.no_grad():
-                if self.options.bound:  # a proof is not taken on trust
-                    certify(self, weight)
-                self.mark(weight)
+                settle_loaded(self, weight)
         else:
             restart([(self, weight)])
 

@@ -17,6 +17,7 @@ from ..ops.refresh import LOCK
 from ..ops.singular_vectors import POWER_STEPS
 from . import on_device
 from .certify import certified, certify
+from .checkpoint import Loaded, are_unit, belongs, judge
 from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
 from .state import Snapshot, State, is_wrapped, moment
 
@@ -66,17 +67,25 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
     suspects: set[State] = set()
     pairs = list(pairs)
     with _undisturbed(), on_device.ordered(pairs):
+        _adopt(pairs)
         with _unmarked_on_failure(marked):
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
                     start_again(member, weight)
                     continue
                 has_moved = member.has_moved(weight)
-                if has_moved is None:
+                overwritten = has_moved is not False and member.note_vectors() and not is_capturing(weight.device)
+                if overwritten and not are_unit(member):  # averages of vectors, say, are not those of the average
+                    unknown.append((member, weight))
+                elif has_moved is None:
                     unsure.append((member, weight))
                     if settle or member.is_suspect(weight):
                         suspects.add(member)
                 elif has_moved:
+                    with_sigma, member.__dict__["loaded"] = member.loaded, None
+                    if with_sigma is not None:
+                        settle_loaded(member, weight, with_sigma)
+                        continue
                     far = member.renew(weight)
                     (unknown if far is None else replaced if far else moved).append((member, weight))
                     if far is not None:
@@ -87,6 +96,19 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
         if unsure:
             made = _refresh_on_device(unsure, suspects, vectors)
     return made
+
+
+def settle_loaded(member: State, weight: Tensor, with_sigma: bool = True) -> None:
+    """Bring a state that was loaded up to date with the weight that was loaded with it; see ``judge``."""
+    found = judge(member, weight, with_sigma=with_sigma)
+    if found is Loaded.FOREIGN:
+        restart([(member, weight)])
+    elif found is Loaded.BEHIND:
+        advance([(member, weight)])
+    else:
+        if member.options.bound:  # a proof is not taken on trust
+            certify(member, weight)
+        member.mark(weight)
 
 
 def _refresh_on_device(
@@ -125,6 +147,17 @@ def _refresh_on_device(
         for member, weight in others:
             member.saw(weight)
     return made
+
+
+def _adopt(pairs: Sequence[Pair]) -> None:
+    """Take the states that another process has sent, where they belong to the weights that it has sent."""
+    for member, weight in pairs:
+        if member.inherits:
+            member.inherits = False
+            if member.record is None and belongs(member, weight):
+                if member.options.bound:
+                    certify(member, weight)
+                member.mark(weight)
 
 
 @contextmanager
@@ -191,6 +224,7 @@ def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None, *, mar
                     certify(member, weight)
                 if not marked:
                     member.mark(weight)
+                member.note_vectors()
 
 
 def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
@@ -199,6 +233,7 @@ def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
     _check_started(pairs)
     if not torch.compiler.is_compiling():
         with _undisturbed(), on_device.ordered(pairs):
+            _adopt(pairs)
             for member, weight in pairs:
                 if member.settings_changed() or member.is_resized(weight):
                     start_again(member, weight)

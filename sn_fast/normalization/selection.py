@@ -4,10 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.kinds import kind_of
+from ..layers.observe import check_is_no_shape
+from .sharding import own_name
+
+
+def chosen_layers(
+    model: nn.Module,
+    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    include: type[nn.Module] | Sequence[type[nn.Module]] | None,
+    exclude: str | None,
+) -> dict[str, nn.Module]:
+    """The layers that the arguments of ``apply_spectral_norm`` choose, by name; raises if there is none."""
+    check_is_no_shape(example_input)
+    if not isinstance(example_input, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            f"example_input is a {type(example_input).__name__}; give a tensor, a tuple of arguments, or a dict of "
+            "keyword arguments"
+        )
+    classes = included_classes(include)
+    excluded = compiled_pattern("exclude", exclude) if exclude else None
+    layers = {
+        name: module
+        for name, module in [(own_name(path), module) for path, module in model.named_modules()]
+        if is_chosen(module, classes) and not (excluded and excluded.search(name))
+    }
+    if not layers:
+        raise ValueError(f"no layer to normalise: include={include!r}, exclude={exclude!r} leave none of the model's")
+    return layers
 
 
 def betas_of(beta: float | Mapping[str, float], layers: Mapping[str, nn.Module]) -> dict[str, float]:

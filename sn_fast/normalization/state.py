@@ -22,6 +22,7 @@ from .options import Options
 
 # Attributes of a layer from which its geometry follows.
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+BUFFERS = ("u", "v", "sigma", "estimate", "top_group", "u_prev", "v_prev")
 
 
 class Snapshot(NamedTuple):
@@ -73,6 +74,9 @@ class State(nn.Module):
         self.matrix_dim = matrix_dim
         self.every_size = every_size  # sigma bounds the norm for every input size
         self.hashed = hashed  # keep a fingerprint of the weight in place of a copy
+        self.sharded = False  # by FSDP, which gathers the weight for the layer's own forward
+        # A state was loaded beside a weight that cannot be read, with sigma or without: it is judged at the next use.
+        self.loaded: bool | None = None
         self.geometry: Geometry | None = None  # what is iterated; None until the input size is known
         self.layer_geometry: Geometry | None = None  # the layer's own, before the exact reductions
         self.code: list[int] = []
@@ -82,8 +86,10 @@ class State(nn.Module):
         self.record: Tensor | None = None
         self.current: Snapshot | None = None  # of the forward of the whole model that is under way
         self.freezes = 0
+        self.inherits = False  # another process may have written weight and state, which are as good as loaded ones
         self._kept: _Kept | None = None
         self._settings: tuple[object, ...] = ()
+        self._vectors: tuple[int, int] | None = None  # the versions of u and v that an iteration has left
         self._seen: tuple[object, ...] = ()  # which tensor in which version the record is of: a hint, no proof
         self._home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
         # In a tuple: no parameter of ours either, and no weak reference, which would forbid torch.utils.swap_tensors.
@@ -236,6 +242,10 @@ class State(nn.Module):
             return self.record.device != operand.device or not same_content(operand, self.record)
         return True if self.record.device != operand.device else None
 
+    def inherit(self) -> None:
+        """Expect a weight and a state that belong together, from another process."""
+        self.inherits, self.record = True, None
+
     def is_suspect(self, weight: Tensor) -> bool:
         """Whether the host sees another weight: another tensor, or another version though no optimizer took a step."""
         *seen, steps = self._seen or (None, None)
@@ -272,8 +282,20 @@ class State(nn.Module):
 
     def saw(self, weight: Tensor) -> None:
         """Note in which version a weight was when its device compared it."""
-        asks = not (weight.is_meta or is_on_host(weight.device))  # whether the host will want to know who wrote it
+        # Whether the host will want to know who wrote it.
+        asks = not weight.is_meta and (self.sharded or not is_on_host(weight.device))
         self.__dict__["_seen"] = (*_identity(weight), latest() if asks else None)
+
+    def note_vectors(self) -> bool:
+        """Note in which version u and v are; returns whether it is another one than noted before: written by others."""
+        versions = version_of(self.state("u")), version_of(self.state("v"))
+        changed, self.__dict__["_vectors"] = self._vectors != versions, versions
+        return changed
+
+    @property
+    def seen_at(self) -> object:
+        """The mark of the optimizer's step after which the weight was compared last."""
+        return self._seen[-1] if self._seen else None
 
     # -- geometry and buffers -----------------------------------------------------------------------------------------
 

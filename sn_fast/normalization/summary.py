@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from decimal import ROUND_CEILING
+from itertools import chain as chained
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from ..layers.observe import evaluating
 from ..norms.bound import operator_norm_bound
 from ..norms.layer_bound import layer_bound
 from ..reference.geometry import Geometry
+from .gathered import gathered, is_away
 from .model import normalised_modules
 from .parametrization import SpectralNorm
 
@@ -34,16 +37,26 @@ def spectral_norm_summary(model: nn.Module) -> str:
     conv1  conv 3x3 at 32x32  1.92214     1  cap               1.00034
     fc     matrix 10x2048     0.94313     1  cap              0.943133
     """
+    found: dict[SpectralNorm, tuple[str, nn.Module, str]] = {
+        p: (path if name == "weight" else f"{path}.{name}".lstrip("."), module, name)
+        for path, module, name in normalised_modules(model)
+        for p in chain(module, name)
+        if isinstance(p, SpectralNorm)
+    }
+    away = [p for p in found if is_away(p)]
+    rows: dict[SpectralNorm, tuple[str, ...]] = {}
     with evaluating(model), torch.no_grad():
-        rows = [
-            _cells(path if name == "weight" else f"{path}.{name}".lstrip("."), p, getattr(module, name))
-            for path, module, name in normalised_modules(model)
-            for p in chain(module, name)
-            if isinstance(p, SpectralNorm)
-        ]
+        for p in chained([p for p in found if p not in away], _gathered(model, away)):
+            label, module, name = found[p]
+            rows[p] = _cells(label, p, getattr(module, name))
     if not rows:
         return "no layer is normalised by sn_fast"
-    return "\n".join(aligned([_HEAD, *rows], _RIGHT))
+    return "\n".join(aligned([_HEAD, *(rows[p] for p in found)], _RIGHT))
+
+
+def _gathered(model: nn.Module, away: Sequence[SpectralNorm]) -> Iterator[SpectralNorm]:
+    for pairs in gathered(model, "spectral_norm_summary(model)", away):
+        yield from [p for p in away if any(p is member for member, _ in pairs)]
 
 
 def _cells(name: str, p: SpectralNorm, weight: Tensor) -> tuple[str, ...]:

@@ -2,10 +2,12 @@
 
 from . import (  # noqa: F401 - importing them defines the operators
     fingerprint,
+    half_step,
     lanczos,
     normalize,
     pgd_step,
     power_step,
+    project_weights,
     random_start,
     refresh,
     singular_vectors,

@@ -17,7 +17,7 @@ from sn_fast.errors import UserError
 from .pages import PAGES, ROOT, blocks_of, name_of
 
 # Programs of others, which are not looked into.
-OTHERS = {"bash", "cd", "conda", "git", "mkdocs", "mypy", "pre-commit", "pytest", "ruff", "torchrun"}
+OTHERS = {"bash", "cd", "conda", "git", "jupyter", "mkdocs", "mypy", "pre-commit", "pytest", "ruff", "torchrun"}
 
 
 def commands_of(text: str) -> Iterator[str]:

@@ -116,18 +116,23 @@ def sharded_as_one(rank: int, how: str) -> None:
         torch.testing.assert_close(one.sigma, other.sigma, rtol=near, atol=0)
 
 
-def sharded_before(rank: int, how: str) -> None:
-    """What is sharded already is refused with the remedy, and left as it is."""
+def refused(rank: int) -> None:
+    """A layer without the model that FSDP knows, and flat parameters: the error names the remedy, nothing changes."""
     warnings.simplefilter("ignore")
-    wrapped = shard(blocks(normalised=False), how)
-    names = [n for n, _ in wrapped.named_parameters()]
-    with pytest.raises(ValueError, match=r"sharded already.*normalise first, then call fully_shard"):
-        sn_fast.apply_spectral_norm(wrapped, torch.randn(1, 16))
-    layer = next(m for m in wrapped.modules() if isinstance(m, nn.Linear))
-    with pytest.raises(ValueError, match=r"sharded already|has no parameter 'weight'"):
-        sn_fast.spectral_norm(layer)
-    assert [n for n, _ in wrapped.named_parameters()] == names
-    wrapped(torch.randn(2, 16)).sum().backward()
+    for how, remedy in (("FSDP2", "whole model that fully_shard"), ("FSDP1, flat parameters", "use_orig_params=True")):
+        wrapped = shard(blocks(normalised=False), how)
+        names = [n for n, _ in wrapped.named_parameters()]
+        layer = next(m for m in wrapped.modules() if isinstance(m, nn.Linear))
+        if how == "FSDP2":
+            with pytest.raises(ValueError, match=rf"Linear.weight is sharded already.*{remedy}"):
+                sn_fast.spectral_norm(layer)
+            with pytest.raises(ValueError, match="matches no layer"):
+                sn_fast.apply_spectral_norm(wrapped, torch.randn(1, 16), beta={"none": 1.0})
+        else:
+            with pytest.raises(ValueError, match=rf"layer '0.0' is sharded already.*{remedy}"):
+                sn_fast.apply_spectral_norm(wrapped, torch.randn(1, 16))
+        assert [n for n, _ in wrapped.named_parameters()] == names
+        wrapped(torch.randn(2, 16)).sum().backward()
 
 
 def sharded(rank: int, how: str) -> None:

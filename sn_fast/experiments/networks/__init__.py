@@ -1,7 +1,7 @@
 """The networks that the experiments train."""
 
 from . import architectures  # noqa: F401 - registers them
-from .build import build_network
+from .build import build_network, normalized_layers
 from .demo import demo_network
 from .layer_norms import layer_norms
 from .modes import evaluating
@@ -20,6 +20,7 @@ __all__ = [
     "layer_norms",
     "load_published",
     "network_names",
+    "normalized_layers",
     "parameter_groups",
     "published_names",
 ]

@@ -72,9 +72,18 @@ def build_network(
     if chosen.normalized is None or math.isinf(beta):
         return network
     # reduce=False: u and v have the published shapes, also where the norm is that of a smaller matrix
-    given: dict[str, Any] = {"operator": chosen.normalized, "exclude": chosen.not_normalized, "reduce": False}
+    given = {**normalized_layers(name), "reduce": False, **dict(spectral_norm or {})}
     example = torch.zeros(1, *image_shape)
-    return apply_spectral_norm(network, example, beta=float(beta), **(given | dict(spectral_norm or {})))
+    return apply_spectral_norm(network, example, beta=float(beta), **given)
+
+
+def normalized_layers(name: str) -> dict[str, Any]:
+    """Which layers a normalised architecture caps, and by which operator, as keyword arguments of
+    ``apply_spectral_norm`` and ``SpectralProjection``; none of an architecture without."""
+    chosen = architecture_of(name)
+    if chosen.normalized is None:
+        return {}
+    return {"operator": chosen.normalized, "exclude": chosen.not_normalized}
 
 
 def _positive(name: str, value: Any) -> int:

@@ -27,6 +27,7 @@ DEVICES = ("auto", "cpu", "cuda")
 OPTIMIZERS = ("sgd", "adam")
 DECAYS = ("none", "epoch", "step")
 GRADIENTS = ("detached", "full")
+NORMALIZATIONS = ("parametrization", "projection")
 EVALUATIONS = ("curves", "published")
 PRECISIONS = ("float32", "bfloat16")
 _NORM_NAMES = {"l2": "2", "linf": "inf", "l1": "1"}
@@ -73,6 +74,9 @@ class TrainConfig:
     """Train the network with ``beta`` alone, without the one of beta = inf beside it."""
     gradient: Literal["detached", "full"] = "detached"
     """Of the normalisation: "detached" holds u and v constant; "full" goes through the iteration, as published."""
+    normalization: Literal["parametrization", "projection"] = "parametrization"
+    """"parametrization": the forward divides by the norm, as published. "projection": the weights are scaled back after
+    each step, and the gradient knows nothing of it; ``gradient`` is then without meaning."""
     epochs: int
     batch_size: int = 50
     drop_last: bool = False
@@ -255,6 +259,7 @@ _CHOICES = {
     "norm": NORMS,
     "attack_labels": ATTACK_LABELS,
     "gradient": GRADIENTS,
+    "normalization": NORMALIZATIONS,
     "optimizer": OPTIMIZERS,
     "lr_decay": DECAYS,
     "evaluation": EVALUATIONS,

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import SpectralProjection
 from ...errors import UserError
 from ..data import Samples
-from ..networks import build_network, demo_network, parameter_groups
+from ..networks import build_network, demo_network, normalized_layers, parameter_groups
 from .config import TrainConfig
 from .errors import Diverged
 from .ranks import ALONE, Ranks
@@ -47,9 +48,12 @@ class Trainee:
     config: TrainConfig
     ranks: Ranks = ALONE
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    projection: SpectralProjection | None = None
 
     def __post_init__(self) -> None:
         self.optimizer = _optimizer(self.model, self.config)
+        if self.projection is not None:
+            self.projection.attach(self.optimizer)
         self._attacked: nn.Module = torch.compile(self.model) if self.config.compile else self.model  # type: ignore[assignment]
         self._network = self.ranks.wrapped(self._attacked)
 
@@ -71,19 +75,25 @@ class Trainee:
         channels, size, width = image_shape
         if size != width:
             raise UserError(f"images of {size} x {width} pixels: the networks take square ones")
+        layers = {} if config.arch == "demo" else normalized_layers(config.arch)
+        projects = config.normalization == "projection" and math.isfinite(beta) and (layers or config.arch == "demo")
         if config.arch == "demo":
-            model: nn.Module = demo_network(image_shape, beta, config.seed, num_classes, config.gradient)
+            cap = math.inf if projects else beta
+            model: nn.Module = demo_network(image_shape, cap, config.seed, num_classes, config.gradient)
         else:
             model = build_network(
                 config.arch,
                 in_channels=channels,
                 num_classes=num_classes,
-                beta=beta,
+                beta=math.inf if projects else beta,
                 image_size=size,
                 seed=config.seed,
                 spectral_norm={"gradient": config.gradient},
             )
-        return cls(beta, model.to(device or config.device), config, ranks)
+        model = model.to(device or config.device)
+        example = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+        projection = SpectralProjection(model, example, beta=beta, **layers) if projects else None
+        return cls(beta, model, config, ranks, projection=projection)
 
     @property
     def name(self) -> str:
@@ -95,11 +105,14 @@ class Trainee:
         return self.config.stops_after([record["train_accuracy"] for record in self.epochs])
 
     def state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epochs": self.epochs}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epochs": self.epochs}
+        return state if self.projection is None else {**state, "projection": self.projection.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.projection is not None:
+            self.projection.load_state_dict(state["projection"])
         self.epochs = state["epochs"]
 
     def train_step(self, x: Tensor, y: Tensor, lr: float) -> Step:

@@ -1,0 +1,1 @@
+"""Everything that can be measured without a GPU, beside the peers: ``python -m benchmarks.cpu --help``."""

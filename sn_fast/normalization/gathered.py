@@ -1,0 +1,79 @@
+"""What is done outside a forward for weights that FSDP keeps in shards: they are gathered, on all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .optimizer_steps import latest
+from .parametrization import SpectralNorm, spectral_norms
+from .prepared import Pair
+from .recompute import keep_no_copies
+from .refresh import readable, refresh, restart
+from .sharding import gatherings, is_sharded, shards_of
+
+
+def gathered(model: nn.Module, caller: str, members: Sequence[SpectralNorm] | None = None) -> Iterator[list[Pair]]:
+    """Gather the sharded weights below ``model``, one FSDP module at a time; yields the layers with their weights.
+
+    Raises:
+        RuntimeError: a rank did not come; or the weights are those of a larger model, which alone can gather them.
+    """
+    waiting = [m for m in spectral_norms(model) if is_away(m)] if members is None else list(members)
+    if not waiting:
+        return
+    for _ in gatherings(model, caller):
+        pairs = readable(waiting)
+        here = {m for m, _ in pairs}
+        waiting = [m for m in waiting if m not in here]
+        if pairs:
+            yield pairs
+    if waiting:
+        raise RuntimeError(
+            f"{caller}: the weight of {waiting[0].label()} is sharded by a module above the one given; give the whole "
+            "model that fully_shard or FullyShardedDataParallel was called for"
+        )
+
+
+def is_away(member: SpectralNorm) -> bool:
+    """Whether a layer's weight is a shard now."""
+    if member.geometry is None or member.freezes:
+        return False
+    weight = member.raw
+    return (member.sharded or is_sharded(weight)) and not weight.is_meta and not member.is_here(weight)
+
+
+def start_sharded(model: nn.Module) -> None:
+    """Start the state of every layer whose weight is sharded and has memory, on all ranks together."""
+    for member in note_sharded(model):
+        weight = member.raw
+        if member.geometry is not None and not weight.is_meta:  # FSDP1 wants memory for all buffers before it gathers
+            assert member.shape is not None
+            member.allocate(weight.new_empty(()).expand(member.shape))
+    for pairs in gathered(model, "apply_spectral_norm(model)"):
+        restart(pairs)
+
+
+def refresh_sharded(model: nn.Module, caller: str) -> None:
+    """Refresh the layers whose weight is sharded, on all ranks together, if weights have moved since the last forward.
+
+    Whether they have is known without communication, and so that all ranks of one program agree: an optimizer has
+    taken a step, or a state was loaded.
+    """
+    members = [m for m in spectral_norms(model) if is_away(m)]
+    if any(m.record is None or m.seen_at is not latest() for m in members):
+        for pairs in gathered(model, caller, members):
+            refresh(pairs, settle=True)
+
+
+def note_sharded(model: nn.Module) -> list[SpectralNorm]:
+    """Tell the layers whose weight FSDP shards so; returns those that had not known."""
+    homes = [shard.module for shard in shards_of(model)]
+    found = [p for home in homes if isinstance(home, ParametrizationList) for p in home if isinstance(p, SpectralNorm)]
+    found = [p for p in found if not p.sharded]
+    for member in found:
+        member.sharded = True
+        keep_no_copies(member.module)
+    return found
