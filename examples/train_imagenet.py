@@ -101,6 +101,8 @@ def network_of(options: argparse.Namespace, classes: int, size: int) -> nn.Modul
 def parallel(network: nn.Module, options: argparse.Namespace) -> nn.Module:
     """The network as each process trains it. It is normalised before it is wrapped or sharded."""
     if options.parallel == "ddp":
+        if options.compile:
+            network.compile()
         return DistributedDataParallel(network)
     from torch.distributed.fsdp import fully_shard
 
@@ -108,6 +110,8 @@ def parallel(network: nn.Module, options: argparse.Namespace) -> nn.Module:
         if type(module).__name__ in ("BasicBlock", "Bottleneck"):
             fully_shard(module)
     fully_shard(network)
+    if options.compile:
+        network.compile()
     return network
 
 
@@ -217,8 +221,6 @@ def run(options: argparse.Namespace, ranks: Ranks, device: str) -> None:
     optimizer = torch.optim.SGD(network.parameters(), options.lr, momentum=0.9, weight_decay=1e-4)
     checkpoint = options.out / "checkpoint.pt"
     step = restored(network, optimizer, checkpoint, ranks)
-    if options.compile:
-        network.compile()
     print(f"rank {ranks.rank} of {ranks.size}, process {os.getpid()}: starts after step {step} of {steps}", flush=True)
     skipped, began, seen = 0, time.monotonic(), 0
     while step < steps:
