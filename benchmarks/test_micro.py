@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import sn_fast
 from sn_fast.attacks import pgd, pgd_step, project, random_start, wrm_step
+from sn_fast.inspection.timing import like_a_long_process
 
 from .cpu.networks import NETWORKS
-from .cpu.timing import like_a_long_process
 
 Benchmark = Callable[..., Any]
 SAMPLES = {"small": (8, 3, 32, 32), "large": (256, 3, 32, 32)}

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import sn_fast
 from sn_fast.experiments import build_network
+from sn_fast.inspection.timing import paired
 
 from ..layers import lanczos
 from ..models import resnet18
 from . import bounds
 from .data import why_failed
 from .networks import vgg16
-from .timing import paired
 
 _TRUTH = 3e-4  # residual of the true norms, relative
 # (Cin, Cout, kernel, stride, input size): the convolutions of ResNet-18 on 32 x 32 and of ResNet-50 on 224 x 224 that

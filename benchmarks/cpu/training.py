@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sn_fast.attacks import fgm, pgd, wrm
+from sn_fast.inspection.timing import paired
 
 from ..layers import lanczos
 from ..peers import NotOffered
@@ -19,7 +20,6 @@ from ..published_loop import input_shapes
 from .data import missing, why_failed
 from .methods import METHODS, Normalised, layers_of
 from .networks import NETWORKS, Network
-from .timing import paired
 
 BATCH = 8
 _DRIFTS, _DRIFT = 20, 1e-3  # changes of every weight before the values are compared, and their relative size
