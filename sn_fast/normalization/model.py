@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
 from .checks import check_can_be_distributed, check_can_run, check_has_norm, check_not_flat
 from .data_parallel import leave_out, watch_wrappers
-from .gathered import gathered, is_away, refresh_sharded, start_sharded, update_distributed
+from .gathered import advance_distributed, gathered, is_away, refresh_sharded, start_sharded, update_distributed
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Gradient, InputSize, Mode, OperatorName, Options
@@ -188,7 +189,8 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
         n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
     update(readable(spectral_norms(model)), n_power_iterations)
     update_distributed(model, n_power_iterations)
-    for pairs in gathered(model, "update_spectral_norm(model)"):
+    parallel = partial(advance_distributed, n_power_iterations=n_power_iterations)
+    for pairs in gathered(model, "update_spectral_norm(model)", parallel=parallel):
         update(pairs, n_power_iterations)
 
 
