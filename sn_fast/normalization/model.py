@@ -116,7 +116,7 @@ def apply_spectral_norm(
     """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
 
     Args:
-        model: changed in place and returned.
+        model: changed in place and returned. Sharded by FSDP or tensor-parallel: all ranks have to call.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments; the model is run on it once, in
             eval mode and without gradients, to learn every layer's input size (on shapes alone if it is on meta).
             Batch size 1 is enough. A layer used at several sizes is normalised for the size with the largest norm.
@@ -182,6 +182,8 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
     No code needs the call: a layer refreshes itself when the content of its weight has changed, however it was written.
     It is for more iterations at one moment, such as after a new initialisation on a GPU or before an evaluation.
 
+    A sharded model's weights are gathered for it, so all ranks have to call.
+
     Args:
         n_power_iterations: None: each layer's own number.
     """
@@ -240,6 +242,8 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
 
 def sigmas(model: nn.Module) -> dict[str, float]:
     """Current sigma of every normalised layer's raw weight, by layer name (a layer with an unknown size is left out).
+
+    Of a sharded model all ranks have to call this where weights have moved since the last forward.
 
     The layer in use has norm min(sigma, beta) under mode "cap" and beta under "scale".
     """
