@@ -200,22 +200,25 @@ def restart(pairs: Sequence[Pair], *, marked: bool = False) -> None:
             if not weight.is_meta:
                 us, vs = [member.state("u")], [member.state("v")]
                 operators.restart([member.operand(weight.detach())], us, vs, member.code)
-        advance([(member, weight) for member, weight in pairs if not weight.is_meta], POWER_STEPS, marked=marked)
+        here = [(member, weight) for member, weight in pairs if not weight.is_meta]
+        advance(here, POWER_STEPS, marked=marked, exactly=False)
 
 
-def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None, *, marked: bool = False) -> None:
+def advance(
+    pairs: Iterable[Pair], n_power_iterations: int | None = None, *, marked: bool = False, exactly: bool = True
+) -> None:
     """Advance u, v, sigma, all that share a device, options and a number of iterations in one call.
 
-    ``marked``: the records are those of the weights already.
+    ``marked``: the records are those of the weights already. ``exactly``: see ``batches_of``.
     """
-    batches = batches_of(pairs, n_power_iterations)
+    batches = batches_of(pairs, n_power_iterations, exactly=exactly)
     if not batches:
         return
     with _undisturbed():
-        for (_, n, full, precision), batch in batches.items():
-            step = None if full else prepared(batch, precision)
+        for (_, n, full, precision, tol), batch in batches.items():
+            step = None if full or tol is not None else prepared(batch, precision)
             if step is None:
-                operators.advance(*tensors_of(batch), [c for m, _ in batch for c in m.code], n, precision)
+                operators.advance(*tensors_of(batch), [c for m, _ in batch for c in m.code], n, precision, tol)
             else:
                 step.run(n)
                 note_writes(batch)
@@ -247,9 +250,9 @@ def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
                 _refresh_on_device(there, suspects, force=True, n_power_iterations=n_power_iterations)
         return
     with torch.no_grad():
-        for (device, n, _, precision), batch in batches_of(pairs, n_power_iterations).items():
+        for (device, n, _, precision, tol), batch in batches_of(pairs, n_power_iterations).items():
             records = [_record(m, w) for m, w in batch]
-            operators.update(*tensors_of(batch), records, [c for m, _ in batch for c in m.code], n, precision)
+            operators.update(*tensors_of(batch), records, [c for m, _ in batch for c in m.code], n, precision, tol)
             changed = torch.ones(len(batch), dtype=torch.bool, device=device)
             for i, (member, weight) in enumerate(batch):
                 if member.options.bound:
@@ -260,20 +263,22 @@ def _by_operator(pairs: Sequence[Pair], vectors: bool) -> list[Snapshot]:
     """Refresh by one operator per batch, which compares the weights when it runs."""
     found: dict[State, Snapshot] = {}
     with torch.no_grad():
-        for (_, n, _, precision), batch in batches_of(pairs, None).items():
-            states = _batch_by_operator(batch, vectors, n, precision)
+        for (_, n, _, precision, tol), batch in batches_of(pairs, None).items():
+            states = _batch_by_operator(batch, vectors, n, precision, tol)
             found.update({member: state for (member, _), state in zip(batch, states)})
     return [found[member] for member, _ in pairs]
 
 
-def _batch_by_operator(batch: list[Pair], vectors: bool, n_iterations: int, precision: str) -> list[Snapshot]:
+def _batch_by_operator(
+    batch: list[Pair], vectors: bool, n_iterations: int, precision: str, tol: float | None
+) -> list[Snapshot]:
     weights, us, vs, sigmas, groups, previous = tensors_of(batch)
     records = [_record(m, w) for m, w in batch]
     states = [*sigmas, *us, *vs, *groups, *previous] if vectors or previous else sigmas
     fresh = [torch.empty_like(t) for t in states]
     changed = torch.empty(len(batch), dtype=torch.bool, device=weights[0].device)
     code = [c for m, _ in batch for c in m.code]
-    arguments = code, n_iterations, precision
+    arguments = code, n_iterations, precision, tol
     operators.refresh(weights, us, vs, sigmas, groups, previous, records, fresh, changed, *arguments)
     n = len(batch)
     grouped = iter(fresh[3 * n : 3 * n + len(groups)])
