@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.cpu import attacks, bounds, curves, data, methods, report, tables, timing, training
+from benchmarks.cpu import attacks, bounds, curves, data, methods, report, tables, training
 from benchmarks.cpu.__main__ import main
 from benchmarks.cpu.networks import Network, ViT
+from sn_fast.inspection import timing
 
 # -- documents --------------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from sn_fast.inspection.timing import like_a_long_process
+
 from . import data, report, tables
-from .timing import like_a_long_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from sn_fast.attacks import pgd, pgd_step, wrm_step
 from sn_fast.experiments import load_data
+from sn_fast.inspection.timing import paired
 
 from .. import eager_updates as eager
 from ..models import resnet18
 from .data import missing, why_failed
-from .timing import paired
 
 _EPS = {"l_inf": 8 / 255, "l2": 0.5, "l1": 12.0, "wrm": 0.5}
 _ALPHA = {"l_inf": 2 / 255, "l2": 0.1, "l1": 3.0, "wrm": 0.1}

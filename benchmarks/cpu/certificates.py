@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import sn_fast
 from sn_fast.experiments import build_network
+from sn_fast.inspection.timing import paired
 
 from ..layers import lanczos
 from ..models import resnet18
 from . import bounds
 from .data import why_failed
 from .networks import vgg16
-from .timing import paired
 
 _TRUTH = 3e-4  # residual of the true norms, relative
 # (Cin, Cout, kernel, stride, input size): the convolutions of ResNet-18 on 32 x 32 and of ResNet-50 on 224 x 224 that
@@ -65,8 +65,8 @@ def _certificates(cin: int, cout: int, kernel: int, stride: int, size: int) -> d
         del ways["Delattre 2024"]
     layer.double().requires_grad_(False)
     true = lanczos(layer, (cin, size, size), _TRUTH)
-    values = {name: way() for name, way in ways.items()}
-    times = paired(ways, turns=3, budget=1.0, least=1)
+    values: dict[str, float] = {}
+    times = paired({n: partial(_keep, values, n, way) for n, way in ways.items()}, budget=1.0, least=1, warm=False)
     return {
         "truth": float(f"{true:.6g}"),
         "grid": grid,
@@ -84,7 +84,7 @@ def _mlp() -> nn.Module:
 _NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 784-256-256-10": (_mlp, (784,)),
     "AlexNet of the paper": (lambda: build_network("alexnet", in_channels=3), (3, 28, 28)),
-    "VGG-16": (vgg16, (3, 32, 32)),
+    "VGG-16, a quarter wide": (lambda: vgg16(4), (3, 32, 32)),
     "ResNet-18, a quarter wide": (lambda: resnet18(16), (3, 32, 32)),
 }
 
@@ -106,15 +106,18 @@ def _network(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str,
         "attained (autograd)": lambda: _attained(model, x),
     }
     cells: dict[str, Any] = {}
-    for name, way in list(ways.items()):
+    values: dict[str, float] = {}
+    for name, way in ways.items():
         try:
-            cells[name] = {"value": float(f"{way():.5g}")}
+            cells[name] = paired({name: partial(_keep, values, name, way)}, budget=0.5, least=1, warm=False)[name]
+            cells[name] |= {"value": float(f"{values[name]:.5g}")}
         except Exception as error:
-            ways.pop(name)
             cells[name] = why_failed(error)
-    for name, t in paired(ways, turns=3, budget=2.0, least=1).items():
-        cells[name] |= t
     return {"methods": cells}
+
+
+def _keep(values: dict[str, float], name: str, way: Callable[[], float]) -> None:
+    values[name] = way()
 
 
 def _product_of_reshaped(model: nn.Module) -> float:

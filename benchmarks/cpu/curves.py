@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sn_fast.attacks import pgd_step
+from sn_fast.inspection.timing import paired
 
 from .. import eager_updates as eager
 from .methods import METHODS
-from .timing import paired
 
 _NORMALISED = ("sn_fast", "torch", "published loop")
 _LAYERS = (1, 3, 10, 30, 100, 300, 1000)

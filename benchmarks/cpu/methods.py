@@ -101,13 +101,13 @@ def _sn_fast(**options: Any) -> Apply:
     return apply
 
 
-def _projection(model: nn.Module, example: Tensor) -> Normalised:
-    kind = getattr(sn_fast, "SpectralProjection", None)
-    if kind is None:
-        raise NotOffered("SpectralProjection by this version")
-    projection = kind(model, example)
-    raw = {name: m.weight for name, m in layers_of(model).items()}
-    return Normalised(model, projection.step, raw, lambda: raw, after_step=projection.step)
+def _projection(**options: Any) -> Apply:
+    def apply(model: nn.Module, example: Tensor) -> Normalised:
+        projection = sn_fast.SpectralProjection(model, example, **options)
+        raw = {name: m.weight for name, m in layers_of(model).items()}
+        return Normalised(model, projection.step, raw, lambda: raw, after_step=projection.step)
+
+    return apply
 
 
 def _torch(model: nn.Module, example: Tensor) -> Normalised:
@@ -188,7 +188,8 @@ METHODS: dict[str, Method] = {
     "no SN": Method(_none, "nothing", None),
     "sn_fast": Method(_sn_fast(), "apply_spectral_norm: one power iteration of the layer's map per change", True),
     "sn_fast, tol=": Method(_sn_fast(tol=_TOL), f"the same, iterated to the tolerance {_TOL:g}", True),
-    "sn_fast, projection": Method(_projection, "SpectralProjection.step() after the optimizer's", True),
+    "sn_fast, projection": Method(_projection(), "SpectralProjection.step() after the optimizer's", True),
+    "sn_fast, projection, tol=": Method(_projection(tol=_TOL), f"the same, iterated to the tolerance {_TOL:g}", True),
     "torch": Method(_torch, "parametrizations.spectral_norm: one iteration of the reshaped kernel per forward", False),
     "published loop": Method(_published, "Farnia et al. 2019 in plain PyTorch, one iteration per forward", True),
     "deel-torchlip": Method(

@@ -34,14 +34,15 @@ class Network:
             return self.make()
 
 
-def vgg16() -> nn.Sequential:
-    """Simonyan and Zisserman 2015, configuration D, with the one linear layer that is usual for CIFAR."""
+def vgg16(share: int = 1) -> nn.Sequential:
+    """Simonyan and Zisserman 2015, configuration D, of a width that ``share`` divides, with the one linear layer that
+    is usual for CIFAR."""
     layers: list[nn.Module] = []
     cin = 3
-    for width in _VGG16:
+    for width in (full // share for full in _VGG16):
         layers += [nn.Conv2d(cin, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
         cin = width or cin
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 // share, 10))
 
 
 class Attention(nn.Module):

@@ -141,15 +141,16 @@ def _steps(found: Mapping[str, Any]) -> Iterator[str]:
     yield from _notes(found)
 
 
-def _methods(column: str, value: Any, first: str) -> Any:
-    """A table of one line per row and method: a value, a time, a ratio to the first method."""
+def _methods(column: str, value: Any, first: str, *, ratio: bool = True) -> Any:
+    """A table of one line per row and method: a value, a time, and the time's ratio to that of the first method."""
 
     def make(found: Mapping[str, Any]) -> Iterator[str]:
         lines = []
         for key, row in found["rows"].items():
             for i, (name, cell) in enumerate(row["methods"].items()):
-                lines.append((key if not i else "", name, value(cell), _time(cell), _ratio(cell)))
-        yield from markdown((first, "", column, "time", "/ first"), lines)
+                cells = key if not i else "", name, value(cell), _time(cell)
+                lines.append((*cells, _ratio(cell)) if ratio else cells)
+        yield from markdown((first, "", column, "time", *(["/ first"] if ratio else [])), lines)
         yield from _notes(found)
 
     return make
@@ -196,8 +197,8 @@ _SECTIONS: dict[str, tuple[str, Any]] = {
     "steps": ("Whole training steps", _steps),
     "updates": ("Ten updates of an attack", _methods("largest error", _error, "update")),
     "attacks": ("Whole attacks, equal gradients", _methods("success", _success, "attack")),
-    "certificates": ("Upper bounds of single layers", _methods("bound / true norm", _over_truth, "layer")),
-    "networks": ("Lipschitz constants of whole networks", _methods("value", _value, "network")),
+    "certificates": ("Upper bounds of single layers", _methods("bound / true norm", _over_truth, "layer", ratio=False)),
+    "networks": ("Lipschitz constants of whole networks", _methods("value", _value, "network", ratio=False)),
     "curves": ("How costs grow", _curves),
     "footprint": ("Import, installation, memory", _footprint),
 }

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sn_fast.attacks import fgm, pgd, wrm
+from sn_fast.inspection.timing import paired
 
 from ..layers import lanczos
 from ..peers import NotOffered
@@ -19,7 +20,6 @@ from ..published_loop import input_shapes
 from .data import missing, why_failed
 from .methods import METHODS, Normalised, layers_of
 from .networks import NETWORKS, Network
-from .timing import paired
 
 BATCH = 8
 _DRIFTS, _DRIFT = 20, 1e-3  # changes of every weight before the values are compared, and their relative size
@@ -64,7 +64,7 @@ def _refresh(network: Network, quick: bool) -> dict[str, Any]:
             n.refresh()
     true = _true_norms(plain, reference, network)
     for name, n in made.items():
-        divisors = {layer: float(reference[layer].norm() / w.norm()) for layer, w in n.weights().items()}
+        divisors = {layer: float(reference[layer].norm() / w.detach().norm()) for layer, w in n.weights().items()}
         ratios = [divisors[layer] / true[layer] for layer in true]
         cells[name] = {"over_truth": [min(ratios), max(ratios)]}
     times = paired(

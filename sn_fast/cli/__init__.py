@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .. import __version__, _interrupts
 from ..errors import UserError, shortened
-from . import attack, info, norms, output, reproduce, train
+from . import attack, bench, info, norms, output, reproduce, train
 from .parser import Parser
 
 
@@ -74,6 +74,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"sn-fast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (train, attack, reproduce, norms, info):
+    for command in (train, attack, reproduce, norms, bench, info):
         command.add_command(commands)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from ..inspection import load_checkpoint, load_model
 from ..inspection.weights import check_values
 from ..running import MOST_THREADS
 from .runs import CHECKPOINT, RunNetwork, load_run, run_folder
+
+_DEFAULT_SIZE = "3x224x224"
+_MOST_AXES, _MOST_DIGITS = 63, 18  # of an axis, to be below 2**63; one axis is the batch's
 
 
 class Model(NamedTuple):
@@ -63,6 +67,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
     weights.add_argument("--pretrained", action="store_true", help="published weights of torchvision or timm")
     model.add_argument("--network", metavar="NAME", help="network of a run, e.g. beta=inf (default: its last)")
     return model
+
+
+def add_input_size(model: Any) -> None:
+    """Add --input-size to the group of MODEL."""
+    model.add_argument(
+        "--input-size",
+        metavar="CxHxW",
+        help=f"size of one input of the network, without the batch (default: {_DEFAULT_SIZE}, or the run's)",
+    )
+
+
+def input_size_of(text: str | None) -> tuple[int, ...]:
+    """--input-size as numbers; its default for None."""
+    text = _DEFAULT_SIZE if text is None else text
+    if not re.fullmatch(r"[1-9][0-9]*([x×,][1-9][0-9]*)*", text):
+        raise UserError(f"argument --input-size: invalid value {text}: give numbers such as {_DEFAULT_SIZE}, or 784")
+    sizes = re.split("[x×,]", text)
+    if len(sizes) > _MOST_AXES or any(len(size) > _MOST_DIGITS for size in sizes):
+        raise UserError(f"argument --input-size: {text} is too large: no tensor has such a shape")
+    return tuple(map(int, sizes))
 
 
 def check_model_arguments(options: argparse.Namespace) -> Path | None:

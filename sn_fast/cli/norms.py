@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,19 @@ from ..inspection.plot import check_plot
 from ..inspection.table import document
 from ..layers.describe import times
 from ..running import memory_limited, torch_threads
-from .model import add_model_arguments, check_model_arguments, device_of, loaded_model, threads_of
+from .model import (
+    add_input_size,
+    add_model_arguments,
+    check_model_arguments,
+    device_of,
+    input_size_of,
+    loaded_model,
+    threads_of,
+)
 from .output import others_on_stderr, write
 from .parser import options_for
 
-_DEFAULT_SIZE = "3x224x224"
 _DEFAULT_TOL = 3e-3
-_MOST_AXES, _MOST_DIGITS = 63, 18  # of an axis, to be below 2**63; one axis is the batch's
 
 _DESCRIPTION = """\
 Print a certified interval [at least, at most] of the spectral norm of every Linear,
@@ -46,12 +51,7 @@ def add_command(commands: Any) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = add_model_arguments(parser)
-    model.add_argument(
-        "--input-size",
-        metavar="CxHxW",
-        help=f"size of one input of the network, without the batch (default: {_DEFAULT_SIZE}, or the run's)",
-    )
+    add_input_size(add_model_arguments(parser))
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--include", metavar="REGEX", help="only layers whose name matches (re.search)")
     measuring.add_argument("--exclude", metavar="REGEX", help="no layers whose name matches")
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         check_plot(options.plot)
     check_model_arguments(options)
-    input_size = _size(_DEFAULT_SIZE if options.input_size is None else options.input_size)
+    input_size = input_size_of(options.input_size)
     with torch_threads(threads), memory_limited(device), others_on_stderr():
         model = loaded_model(options, device)
         if model.run is not None and options.input_size is None:
@@ -114,12 +114,3 @@ def _run(options: argparse.Namespace) -> None:
         write(f"{title}\n\n{table(inspection)}")
     if options.plot is not None:
         plot(inspection, options.plot, title)
-
-
-def _size(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9][0-9]*([x×,][1-9][0-9]*)*", text):
-        raise UserError(f"argument --input-size: invalid value {text}: give numbers such as {_DEFAULT_SIZE}, or 784")
-    sizes = re.split("[x×,]", text)
-    if len(sizes) > _MOST_AXES or any(len(size) > _MOST_DIGITS for size in sizes):
-        raise UserError(f"argument --input-size: {text} is too large: no tensor has such a shape")
-    return tuple(map(int, sizes))

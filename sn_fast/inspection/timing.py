@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ def paired(
     before: Mapping[str, Run] | None = None,
     calls: int = 1,
     least: int = 3,
+    warm: bool = True,
+    clock: str = "cpu_ms",
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds per call of each candidate.
 
@@ -34,15 +37,17 @@ def paired(
         budget: seconds after which no further turn starts.
         before: what a candidate does before its turn, outside the time.
         calls: of a candidate in one turn, for those that take microseconds.
+        warm: run each once before the first turn; not for those that take many seconds.
+        clock: of the ratios, "cpu_ms" or "wall_ms".
 
     Returns:
         By name: ``wall_ms`` and ``cpu_ms``, each with least, median and quartiles; ``ratio``, the same of this
-        candidate over the first, in time on the processor; ``turns``.
+        candidate over the first by ``clock``; ``turns``.
     """
     wall: dict[str, list[float]] = {name: [] for name in candidates}
     cpu: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    for name in names:  # allocators and caches warm up
+    for name in names if warm else ():  # allocators and caches
         _before(before, name)
         candidates[name]()
     start = time.perf_counter()
@@ -52,19 +57,19 @@ def paired(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             _before(before, name)
             run = candidates[name]
-            gc.disable()
-            first, first_cpu = time.perf_counter_ns(), time.process_time_ns()
-            for _ in range(calls):
-                run()
-            wall[name].append((time.perf_counter_ns() - first) / 1e6 / calls)
-            cpu[name].append((time.process_time_ns() - first_cpu) / 1e6 / calls)
-            gc.enable()
-    base = cpu[names[0]]
+            with _no_collection():
+                first, first_cpu = time.perf_counter_ns(), time.process_time_ns()
+                for _ in range(calls):
+                    run()
+                wall[name].append((time.perf_counter_ns() - first) / 1e6 / calls)
+                cpu[name].append((time.process_time_ns() - first_cpu) / 1e6 / calls)
+    times = cpu if clock == "cpu_ms" else wall
+    base = times[names[0]]
     return {
         name: {
             "wall_ms": spread(wall[name]),
             "cpu_ms": spread(cpu[name]),
-            "ratio": spread([mine / other for mine, other in zip(cpu[name], base)]),
+            "ratio": spread([mine / other for mine, other in zip(times[name], base)]),
             "turns": len(base),
         }
         for name in names
@@ -87,6 +92,18 @@ def like_a_long_process() -> None:
     the arithmetic: to the advantage of whoever allocates least.
     """
     torch.zeros(7_900_000)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python collects no garbage within this context: whose turn it fell on would be chance."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _before(before: Mapping[str, Run] | None, name: str) -> None:
