@@ -21,6 +21,8 @@ from .checkpoint import Loaded, are_unit, belongs, judge
 from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
 from .state import Snapshot, State, is_wrapped, moment
 
+_SMALL = 1 << 16  # elements of a weight that takes less time to normalise than to come back to the code that does it
+
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
@@ -308,19 +310,23 @@ def _transforms_active() -> bool:
 
 
 def with_ready_weights(pairs: Sequence[Pair], states: Sequence[Snapshot]) -> list[Snapshot]:
-    """The snapshots with the normalised weights, outside autograd, where kernels compute all in one launch.
+    """The snapshots with the normalised weights, outside autograd, where that saves time.
 
-    What is computed is handed out once, so a forward of the model costs one launch and nothing is kept after it.
+    Kernels compute all in one launch; on the host small ones take a fraction of the time that they take one by one
+    between large products, whose code and data push theirs out of the caches. What is computed is handed out once, so
+    nothing is kept after a forward.
     """
     if torch.compiler.is_compiling() or _transforms_active():
         return list(states)
     by_device: dict[torch.device, list[int]] = {}
     for i, (member, weight) in enumerate(pairs):
         if not (member.options.full or member.is_cached) and type(weight) is nn.Parameter:
+            if is_on_host(weight.device) and weight.numel() > _SMALL:
+                continue
             by_device.setdefault(weight.device, []).append(i)
     for device, index in by_device.items():
         # A graph under capture has to contain the launch, and nothing that it makes may be used outside it.
-        if not has_kernels(device) or is_capturing(device):
+        if not (has_kernels(device) or is_on_host(device)) or is_capturing(device):
             continue
         with torch.inference_mode(False), torch.no_grad():
             values = normalize_all(
