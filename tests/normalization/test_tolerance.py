@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import sn_fast
 import sn_fast.ops.refresh as refresh
 import sn_fast.ops.settled as settled
+from sn_fast.normalization.checks import check_can_be_distributed
+from sn_fast.normalization.options import Options
 from sn_fast.reference.geometry import Geometry
 
 from .cases import KINDS, full_state, made, norm_in_use, raw_norm, raw_of, same_bits
@@ -126,3 +128,8 @@ def test_what_is_no_tolerance(tol: object) -> None:
     for call in (sn_fast.spectral_norm, lambda m, **k: sn_fast.apply_spectral_norm(m, torch.randn(1, 3), **k)):
         with pytest.raises(ValueError, match=r"tol=.* must be a number between 0 and 1, such as 1e-3, or None"):
             call(nn.Linear(3, 3), tol=tol)
+
+
+def test_tensor_parallel_layers_have_none() -> None:
+    with pytest.raises(ValueError, match=r"tol=0.01 needs the whole weight, and Linear is tensor-parallel"):
+        check_can_be_distributed(nn.Linear(3, 3), True, False, Options(tol=1e-2))
