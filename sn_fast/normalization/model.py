@@ -51,6 +51,7 @@ def spectral_norm(
     reduce: bool = True,
     precision: Precision | None = None,
     bound: bool = False,
+    tol: float | None = None,
     replace: bool = False,
 ) -> ModuleT:
     """Normalise one layer's weight by the norm of its true linear map; equivalent to
@@ -76,6 +77,9 @@ def spectral_norm(
         bound: sigma is a certified upper bound, computed anew at every change of the weight (``operator_norm_bound``,
             which costs far more than a power iteration), so the layer's norm is provably at most beta, rounding of the
             weight included. The power iteration's value is kept in the buffer ``estimate``, for the gradient.
+        tol: at each change of the weight go on until sigma is within about tol * sigma of the norm, such as 1e-2: one
+            iteration more, and at most two rounds of 15 Lanczos steps. On a GPU each change takes as long as all of
+            them, for nothing waits for the device. Below 3e-3 float32 cannot tell (docs/sigma.md).
         replace: if the weight has PyTorch's spectral norm, ``torch.nn.utils.spectral_norm`` or
             ``torch.nn.utils.parametrizations.spectral_norm``, take that off first. The raw weight stays, the same
             Parameter, so an optimizer that holds it goes on. Its u and v stay too where both iterate the same matrix
@@ -89,7 +93,7 @@ def spectral_norm(
             A layer whose own forward or hooks make another map of the weight (weight standardisation, an adapter beside
             it, a scaled output) cannot.
     """
-    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
+    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol)
     with replaced([module] if replace and isinstance(module, nn.Module) else [], name) as theirs:
         parametrization = _register(module, name, input_size, options, _is_large([module], name))
         if module in theirs:
@@ -111,6 +115,7 @@ def apply_spectral_norm(
     reduce: bool = True,
     precision: Precision | None = None,
     bound: bool = False,
+    tol: float | None = None,
     replace: bool = False,
 ) -> ModuleT:
     """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
@@ -123,7 +128,7 @@ def apply_spectral_norm(
         beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
         include: module classes to normalise; None: Linear and all convolutions.
         exclude: regular expression; layers whose name matches (re.search) are left alone.
-        mode, n_power_iterations, operator, gradient, reduce, precision, bound, replace: see ``spectral_norm``.
+        mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol, replace: see ``spectral_norm``.
 
     Raises:
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
@@ -154,7 +159,7 @@ def apply_spectral_norm(
                     used_at = sizes.get(name, [])
                     size = size_of_largest_norm(module, used_at)
                     options = Options(
-                        betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound
+                        betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol
                     )
                     parts = module in distributed
                     parametrization = _register(module, "weight", size, options, hashed, used_at, distributed=parts)
