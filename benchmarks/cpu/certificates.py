@@ -22,7 +22,7 @@ from .networks import vgg16
 
 _TRUTH = 3e-4  # residual of the true norms, relative
 # (Cin, Cout, kernel, stride, input size): convolutions of ResNet-18 on 32 x 32 images, and of ResNet-50 on images
-# smaller than its own, for which the truth would take minutes; so would some of the bounds for the layers of 512 channels.
+# smaller than its own, for which the truth would take minutes; so would some of the bounds for layers of 512 channels.
 _LAYERS = {
     "ResNet-18: 3 to 64, 3x3, 32x32": (3, 64, 3, 1, 32),
     "ResNet-18: 64 to 64, 3x3, 32x32": (64, 64, 3, 1, 32),
