@@ -153,8 +153,9 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     assert b"sn_fast" in out
 
 
-def test_training_says_how_to_continue(tmp_path):
-    process = start("train", "--epochs", "500", "--train-size", "60", "--out", "run", "--single", cwd=tmp_path)
+@pytest.mark.parametrize("networks", [["--single"], []], ids=["one", "two, in two threads"])
+def test_training_says_how_to_continue(tmp_path, networks):
+    process = start("train", "--epochs", "500", "--train-size", "60", "--out", "run", *networks, cwd=tmp_path)
     wait_for(tmp_path / "run" / "metrics.json", process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)

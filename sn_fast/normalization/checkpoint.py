@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..errors import users_stacklevel
 from ..layers.linear import whole_window_size
+from ..ops.library import kernels_of
+from ..ops.precision import resolved
 from ..ops.records import REPLACED
 from ..reference.linear_map import compute_dtype, matvec, rmatvec
 from ..reference.power import normalized
@@ -135,18 +137,21 @@ def misfit(p: State, weight: Tensor, *, with_sigma: bool = True) -> float:
         return math.inf if math.isnan(share) else share
 
 
-def judge_loaded(p: State, weight: Tensor) -> Loaded:
-    """What a state that was loaded beside a sharded weight is to the weight, now that this is gathered.
+def judge(p: State, weight: Tensor, *, with_sigma: bool = True) -> Loaded:
+    """What a state that was loaded is to the weight that was loaded with it; ``with_sigma=False``: u and v alone.
 
     Saving a sharded model gathers nothing, so the state that it saves may be one step of training behind the weight.
     """
-    with_sigma, p.__dict__["loaded"] = p.loaded, None
-    if with_sigma is None:
-        return Loaded.FOREIGN
     found = misfit(p, weight, with_sigma=with_sigma)
-    if with_sigma and found <= _ROUNDING * torch.finfo(compute_dtype(weight)).eps and not p.options.bound:
+    if with_sigma and found <= _rounding(p, weight):
         return Loaded.CURRENT
     return Loaded.BEHIND if found <= REPLACED else Loaded.FOREIGN
+
+
+def _rounding(p: State, weight: Tensor) -> float:
+    """The misfit that the arithmetic of an iteration leaves."""
+    exact = kernels_of(weight.device) is None or resolved(p.options.product_precision) in ("fp32", "3xtf32")
+    return _ROUNDING * torch.finfo(compute_dtype(weight)).eps if exact else _MISMATCH
 
 
 def _adopt_sizes(p: State, u: Tensor, v: Tensor) -> None:

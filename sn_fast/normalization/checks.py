@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..layers.linear import raw_weight
-from .sharding import is_sharded, modules_in_flat_parameters
+from .options import Options
+from .sharding import Shard, is_sharded, modules_in_flat_parameters
 
 # Older ways to compute a weight before each forward: the entries that tell, what it is, and how it is undone.
 _COMPUTED = (
@@ -43,6 +44,25 @@ def check_not_flat(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for name, module in layers.items():
         if module in flat:
             raise ValueError(f"layer {name!r} is sharded already: {_FLAT}")
+
+
+def check_can_run(shards: Iterable[Shard]) -> None:
+    """Raise where the forward of a sharded model cannot run, which tells at what sizes convolutions are used."""
+    if any(shard.parameter is not None and shard.parameter.is_meta for shard in shards):
+        raise ValueError(
+            "the model is sharded and on meta, so that no forward can tell the input sizes of its convolutions; "
+            "normalise first, and shard then, or load the weights before"
+        )
+
+
+def check_can_be_distributed(module: nn.Module, as_matrix: bool, mapped: bool, options: Options) -> None:
+    """Raise for what a tensor-parallel layer has not."""
+    label = type(module).__name__
+    if not as_matrix or mapped or module._parameters["weight"].ndim != 2:  # type: ignore[union-attr]
+        raise ValueError(f"{label} is tensor-parallel; of such layers matrices are normalised (Linear, Embedding)")
+    if options.full or options.bound:
+        option = "gradient='full'" if options.full else "bound=True"
+        raise ValueError(f"{option} needs the whole weight, and {label} is tensor-parallel; leave it out")
 
 
 def check_has_norm(module: nn.Module, name: str) -> None:

@@ -13,6 +13,7 @@ from .prepared import Pair
 from .recompute import keep_no_copies
 from .refresh import readable, refresh, restart
 from .sharding import gatherings, is_sharded, shards_of
+from .tensor_parallel import DistributedSpectralNorm, distributed, refresh_distributed, together
 
 
 def gathered(model: nn.Module, caller: str, members: Sequence[SpectralNorm] | None = None) -> Iterator[list[Pair]]:
@@ -42,6 +43,8 @@ def is_away(member: SpectralNorm) -> bool:
     if member.geometry is None or member.freezes:
         return False
     weight = member.raw
+    if isinstance(member, DistributedSpectralNorm) and not member.sharded:
+        return False  # tensor-parallel: never whole
     return (member.sharded or is_sharded(weight)) and not weight.is_meta and not member.is_here(weight)
 
 
@@ -54,6 +57,8 @@ def start_sharded(model: nn.Module) -> None:
             member.allocate(weight.new_empty(()).expand(member.shape))
     for pairs in gathered(model, "apply_spectral_norm(model)"):
         restart(pairs)
+    parallel = distributed(spectral_norms(model))
+    refresh_distributed(parallel)
 
 
 def refresh_sharded(model: nn.Module, caller: str) -> None:
@@ -66,6 +71,18 @@ def refresh_sharded(model: nn.Module, caller: str) -> None:
     if any(m.record is None or m.seen_at is not latest() for m in members):
         for pairs in gathered(model, caller, members):
             refresh(pairs, settle=True)
+    parallel = distributed(spectral_norms(model))
+    if any(m.record is None or m.seen_at is not latest() for m in parallel):
+        together(parallel, caller)
+        refresh_distributed(parallel)
+
+
+def update_distributed(model: nn.Module, n_power_iterations: int | None) -> None:
+    """Advance the tensor-parallel layers now, on all ranks together."""
+    members = distributed(spectral_norms(model))
+    if members:
+        together(members, "update_spectral_norm(model)")
+        refresh_distributed(members, force=True, n_power_iterations=n_power_iterations)
 
 
 def note_sharded(model: nn.Module) -> list[SpectralNorm]:

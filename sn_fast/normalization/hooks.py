@@ -15,6 +15,7 @@ from .gathered import note_sharded
 from .parametrization import SpectralNorm, spectral_norms
 from .refresh import readable, snapshots, with_ready_weights
 from .sharding import is_sharded
+from .tensor_parallel import distributed, refresh_distributed
 
 
 def check_once_per_forward(model: nn.Module) -> None:
@@ -35,6 +36,11 @@ def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     members = spectral_norms(module)
     if not torch.compiler.is_compiling() and any(map(_may_be_sharded, members)):
         note_sharded(module)
+    parallel = distributed(members)
+    if parallel:
+        refresh_distributed(parallel)
+        for m in parallel:
+            m.__dict__["current"] = m.snapshot(m.raw, vectors=True)
     pairs = readable([m for m in members if not m.is_replica and m.is_plain])
     if not pairs:
         return

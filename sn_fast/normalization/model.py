@@ -18,9 +18,9 @@ from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
-from .checks import check_has_norm, check_not_flat
+from .checks import check_can_be_distributed, check_can_run, check_has_norm, check_not_flat
 from .data_parallel import leave_out, watch_wrappers
-from .gathered import gathered, is_away, refresh_sharded, start_sharded
+from .gathered import gathered, is_away, refresh_sharded, start_sharded, update_distributed
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Gradient, InputSize, Mode, OperatorName, Options
@@ -28,8 +28,9 @@ from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
 from .refresh import readable, update
 from .replacing import own_class, replaced
 from .selection import betas_of, chosen_layers
-from .sharding import own_name, reshard, shards_of, whole_on_meta
+from .sharding import own_name, reshard, shards_of, tensor_parallel_shards, whole_on_meta
 from .shared_class import share_class
+from .tensor_parallel import DistributedSpectralNorm
 
 _LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
 _TRIAL_SIZES = (8, 16, 32, 64, 128, 256)  # at which the operator of a layer is looked at before its size is known
@@ -132,7 +133,11 @@ def apply_spectral_norm(
     check_not_flat(model, layers)
     convolutions = {n: m for n, m in layers.items() if spatial_axes(m)}
     with replaced(layers.values() if replace else [], "weight") as theirs:
-        shards = shards_of(model, layers.values())
+        parallel = tensor_parallel_shards(layers.values())
+        distributed = {shard.module for shard in parallel}
+        shards = [*(s for s in shards_of(model, layers.values()) if s.module not in distributed), *parallel]
+        if convolutions and operator == "conv":
+            check_can_run(shards)
         sizes: dict[str, list[tuple[int, ...]]] = {}
         if operator == "conv" and (convolutions or not shards):  # a sharded model's forward would gather it for nothing
             sizes = observed_input_sizes(model, convolutions, example_input)
@@ -150,7 +155,8 @@ def apply_spectral_norm(
                     options = Options(
                         betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound
                     )
-                    parametrization = _register(module, "weight", size, options, hashed, used_at)
+                    parts = module in distributed
+                    parametrization = _register(module, "weight", size, options, hashed, used_at, distributed=parts)
                     parametrization.path = name
                     done.append(module)
                     if module in theirs:
@@ -181,6 +187,7 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
     if n_power_iterations is not None:
         n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
     update(readable(spectral_norms(model)), n_power_iterations)
+    update_distributed(model, n_power_iterations)
     for pairs in gathered(model, "update_spectral_norm(model)"):
         update(pairs, n_power_iterations)
 
@@ -247,6 +254,8 @@ def _register(
     options: Options,
     hashed: bool = False,
     used_at: Iterable[tuple[int, ...]] = (),
+    *,
+    distributed: bool = False,
 ) -> SpectralNorm:
     check_has_norm(module, name)
     weight = checked_weight(module, name, parametrized=True, on_meta=True)
@@ -274,7 +283,9 @@ def _register(
         operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
     known = kind_of(module)
     rows = known.matrix_dim if known is not None else 0
-    cls = MappedSpectralNorm if mapped else SpectralNorm
+    if distributed:
+        check_can_be_distributed(module, as_matrix, mapped, options)
+    cls = DistributedSpectralNorm if distributed else MappedSpectralNorm if mapped else SpectralNorm
     parametrization = cls(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
     parametrization.train(module.training)
     parametrization.sizes.update(used_at)

@@ -75,6 +75,7 @@ def _compare(step: PreparedStep, batch: list[Pair], n: int, copies: bool, vector
     stream = stream_of(batch[0][1].device)
     for i, (member, weight) in enumerate(batch):
         member.saw(weight)
+        member.note_vectors()
         sigma = found.sigmas[i] if copies else None
         estimate = None
         if member.options.bound:

@@ -24,10 +24,10 @@ from ..ops.normalize import normalize, normalize_all
 from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import sigma_through_last_iteration
 from . import checkpoint
-from .certify import certify, certify_operand
+from .certify import certify_operand
 from .foreign import normalize_foreign
 from .recompute import note_made
-from .refresh import LOCK, advance, readable, refresh_model, restart, snapshots, with_ready_weights
+from .refresh import LOCK, advance, readable, refresh_model, restart, settle_loaded, snapshots, with_ready_weights
 from .state import Snapshot, State, is_current, is_exporting
 
 
@@ -267,11 +267,9 @@ class SpectralNorm(State):
                 restart([(self, weight)])
         elif stored is checkpoint.Stored.VECTORS and checkpoint.belongs(self, weight, with_sigma=False):
             advance([(self, weight)])
-        elif stored is checkpoint.Stored.STATE and checkpoint.belongs(self, weight):
+        elif stored is checkpoint.Stored.STATE:
             with torch.no_grad():
-                if self.options.bound:  # a proof is not taken on trust
-                    certify(self, weight)
-                self.mark(weight)
+                settle_loaded(self, weight)
         else:
             restart([(self, weight)])
 

@@ -17,7 +17,7 @@ from ..ops.refresh import LOCK
 from ..ops.singular_vectors import POWER_STEPS
 from . import on_device
 from .certify import certified, certify
-from .checkpoint import Loaded, belongs, judge_loaded
+from .checkpoint import Loaded, are_unit, belongs, judge
 from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
 from .state import Snapshot, State, is_wrapped, moment
 
@@ -63,7 +63,6 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
     replaced: list[Pair] = []
     marked: list[Pair] = []  # with the record that of the new weight already
     unknown: list[Pair] = []
-    behind: list[Pair] = []
     unsure: list[Pair] = []
     suspects: set[State] = set()
     pairs = list(pairs)
@@ -75,19 +74,18 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
                     start_again(member, weight)
                     continue
                 has_moved = member.has_moved(weight)
-                if has_moved is None:
+                overwritten = has_moved is not False and member.note_vectors() and not is_capturing(weight.device)
+                if overwritten and not are_unit(member):  # averages of vectors, say, are not those of the average
+                    unknown.append((member, weight))
+                elif has_moved is None:
                     unsure.append((member, weight))
                     if settle or member.is_suspect(weight):
                         suspects.add(member)
                 elif has_moved:
-                    if member.loaded is not None:
-                        loaded = judge_loaded(member, weight)
-                        if loaded is Loaded.CURRENT:
-                            member.mark(weight)
-                            continue
-                        if loaded is Loaded.BEHIND:
-                            behind.append((member, weight))
-                            continue
+                    with_sigma, member.__dict__["loaded"] = member.loaded, None
+                    if with_sigma is not None:
+                        settle_loaded(member, weight, with_sigma)
+                        continue
                     far = member.renew(weight)
                     (unknown if far is None else replaced if far else moved).append((member, weight))
                     if far is not None:
@@ -95,10 +93,22 @@ def refresh(pairs: Iterable[Pair], *, vectors: bool = False, settle: bool = Fals
             restart(unknown)
             restart(replaced, marked=True)
             advance(moved, marked=True)
-            advance(behind)
         if unsure:
             made = _refresh_on_device(unsure, suspects, vectors)
     return made
+
+
+def settle_loaded(member: State, weight: Tensor, with_sigma: bool = True) -> None:
+    """Bring a state that was loaded up to date with the weight that was loaded with it; see ``judge``."""
+    found = judge(member, weight, with_sigma=with_sigma)
+    if found is Loaded.FOREIGN:
+        restart([(member, weight)])
+    elif found is Loaded.BEHIND:
+        advance([(member, weight)])
+    else:
+        if member.options.bound:  # a proof is not taken on trust
+            certify(member, weight)
+        member.mark(weight)
 
 
 def _refresh_on_device(
@@ -214,6 +224,7 @@ def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None, *, mar
                     certify(member, weight)
                 if not marked:
                     member.mark(weight)
+                member.note_vectors()
 
 
 def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:

@@ -30,6 +30,7 @@ def is_sharded(weight: object) -> bool:
     return is_dtensor(weight) or hasattr(weight, "_fsdp_flattened")
 
 
+_DISTRIBUTES = "torch.distributed.tensor._api"  # the home of the hooks of tensor-parallel layers
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -103,6 +104,27 @@ def shards_of(model: nn.Module, layers: Iterable[nn.Module] | None = None) -> li
     for layer in layers:
         homes.add(chain(layer, "weight") if parametrize.is_parametrized(layer, "weight") else layer)
     return [shard for shard in found if shard.module in homes and shard.name in ("weight", "original")]
+
+
+class _DTensor(Shard):
+    """The weight of a tensor-parallel layer: nobody gathers it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        weight: Any = module._parameters["weight"]
+        self.module, self.name, self.shape = module, "weight", weight.shape
+
+    def move(self, module: nn.Module, name: str) -> None:
+        pass
+
+
+def tensor_parallel_shards(layers: Iterable[nn.Module]) -> list[Shard]:
+    """The weights of layers that ``parallelize_module`` was called for, which distributes their inputs by a hook."""
+    return [
+        _DTensor(layer)
+        for layer in layers
+        if is_dtensor(layer._parameters.get("weight"))
+        and any(getattr(h, "__module__", "") == _DISTRIBUTES for h in layer._forward_pre_hooks.values())
+    ]
 
 
 def fsdp2_modules(model: nn.Module) -> list[Any]:

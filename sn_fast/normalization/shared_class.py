@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layers.linear import chain
+from .sharding import is_dtensor
 
 
 class _Shared(type):
@@ -47,11 +48,23 @@ def share_class(module: nn.Module, name: str) -> None:
     shared = _classes.get(original)
     if shared is None:
         kept = {k: v for k, v in vars(private).items() if k not in (name, "__dict__", "__weakref__")}
+        kept["register_parameter"] = _register_parameter
         metaclass = _Shared if type(original) is type else type("_Shared", (_Shared, type(original)), {})
         shared = _classes[original] = metaclass(private.__name__, (original,), kept)
     if not isinstance(vars(shared).get(name), _Property):
         setattr(shared, name, _tensor(name))
     module.__class__ = shared
+
+
+def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """Of nn.Module, with the remedy where ``parallelize_module`` comes after the normalisation."""
+    lists: Any = module._modules.get("parametrizations")
+    if is_dtensor(param) and lists is not None and (name in lists._modules or name.startswith("parametrizations.")):
+        raise RuntimeError(
+            f"{type(module).__name__} is normalised already, and parallelize_module distributes plain layers alone: "
+            "call it first, and sn_fast.apply_spectral_norm(model, example_input) then"
+        )
+    nn.Module.register_parameter(module, name, param)
 
 
 def _tensor(name: str) -> _Property:

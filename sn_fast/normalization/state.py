@@ -89,6 +89,7 @@ class State(nn.Module):
         self.inherits = False  # another process may have written weight and state, which are as good as loaded ones
         self._kept: _Kept | None = None
         self._settings: tuple[object, ...] = ()
+        self._vectors: tuple[int, int] | None = None  # the versions of u and v that an iteration has left
         self._seen: tuple[object, ...] = ()  # which tensor in which version the record is of: a hint, no proof
         self._home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
         # In a tuple: no parameter of ours either, and no weak reference, which would forbid torch.utils.swap_tensors.
@@ -284,6 +285,12 @@ class State(nn.Module):
         # Whether the host will want to know who wrote it.
         asks = not weight.is_meta and (self.sharded or not is_on_host(weight.device))
         self.__dict__["_seen"] = (*_identity(weight), latest() if asks else None)
+
+    def note_vectors(self) -> bool:
+        """Note in which version u and v are; returns whether it is another one than noted before: written by others."""
+        versions = version_of(self.state("u")), version_of(self.state("v"))
+        changed, self.__dict__["_vectors"] = self._vectors != versions, versions
+        return changed
 
     @property
     def seen_at(self) -> object:

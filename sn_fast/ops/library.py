@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.eager import is_watched as is_watched
 from .compiled import covers, driver_version, too_old
 
 LIBRARY = torch.library.Library("sn_fast", "DEF")
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # name -> (kernel, reference)
 _SERVED: dict[str, UseKernels] = {}  # by device type
-_PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/core/numeric.cuh: Dtype
 
 
@@ -97,21 +97,6 @@ def kernels_of(device: torch.device) -> ModuleType | None:
     """The compiled module that serves this device, for what is no operator: work in place on a model's own state."""
     served = _SERVED.get(device.type)
     return served._module if served is not None and served.runs() else None
-
-
-def is_watched(*tensors: Tensor) -> bool:
-    """Whether the dispatcher must hear of a call: of modes, traces, transforms, and tensors that are more than that."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return True
-    for t in tensors:  # noqa: SIM110 - a generator costs more than what it asks
-        if type(t) not in _PLAIN or t.is_meta:
-            return True
-    return False
 
 
 def dtype_code(t: Tensor) -> int | None:

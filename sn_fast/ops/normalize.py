@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference import normalize as _reference
+from ..reference.eager import is_readable
 from ..reference.geometry import Geometry, decode
 from .layout import Layout
 from .library import define, dtype_code, stream_of
@@ -227,7 +228,11 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, sigma, u, v, group)
         ctx.geometry, ctx.beta, ctx.cap, ctx.precision = geometry, beta, cap, precision
-        return (ready or _normalize([weight], [sigma], [beta], [cap]))[0]
+        if ready:
+            return ready[0]
+        if is_readable(weight, sigma):
+            return _reference.normalize(weight, sigma, beta, cap)
+        return _normalize([weight], [sigma], [beta], [cap])[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -238,6 +243,8 @@ class _Normalize(torch.autograd.Function):
             value = _reference.rayleigh(weight, u, v, group, *decode(ctx.geometry))
             output = _reference.normalize(weight, value, beta, cap)
             (grad_weight,) = torch.autograd.grad(output, weight, grad, create_graph=True)
+        elif is_readable(grad, weight):
+            grad_weight = _reference.normalize_backward(grad, weight, sigma, u, v, group, ctx.geometry, beta, cap)
         else:
             grad_weight = _normalize_backward(grad, weight, sigma, u, v, group, ctx.geometry, beta, cap, ctx.precision)
         return grad_weight, *(None,) * 9

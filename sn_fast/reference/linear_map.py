@@ -7,15 +7,17 @@ differentiable by autograd. Weights are those of the PyTorch layer, also for a t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .eager import is_readable
 from .geometry import Axis, Geometry
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_NOTHING: AbstractContextManager[object] = nullcontext()
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -45,26 +47,36 @@ def weight_gradient(u: Tensor, v: Tensor, weight_shape: Sequence[int], geometry:
         return torch.outer(u, v)
     x, y = (u, v) if geometry.transposed else (v, u)
     padded, padding = _padded(x[None], geometry)
-    axes = geometry.axes
+    weight = y.new_empty(1).expand(list(weight_shape))
     with _full_precision(u):
-        return torch.ops.aten.convolution_backward(
-            y[None],
-            padded,
-            y.new_empty(1).expand(list(weight_shape)),  # only its shape is read
-            None,
-            [a.stride for a in axes],
-            padding,
-            [a.dilation for a in axes],
-            False,
-            [0] * len(axes),
-            geometry.groups,
-            [False, True, False],
-        )[1]
+        return _convolution_backward(y[None], padded, weight, geometry, padding, 1)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, padding: Sequence[int], which: int
+) -> Tensor:
+    """The gradient of a convolution in its input (``which`` = 0) or weight (1), of which only the shape is read."""
+    axes = geometry.axes
+    return torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        [a.stride for a in axes],
+        padding,
+        [a.dilation for a in axes],
+        False,
+        [0] * len(axes),
+        geometry.groups,
+        [which == 0, which == 1, False],
+    )[which]
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Norms are computed in the precision of their operands: not in autocast's, nor in cuDNN's TF32."""
-    context = torch.autocast(x.device.type, enabled=False)
+    # To leave autocast takes longer than a small product; compiled code must not depend on where it was traced.
+    idle = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+    context = _NOTHING if idle else torch.autocast(x.device.type, enabled=False)
     # Compiled code keeps the setting that it finds; so does float64, which has no such mode.
     if x.device.type != "cuda" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return context
@@ -107,6 +119,9 @@ def _adjoint(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         return y @ weight
     axes = geometry.axes
     native = _pads_natively(geometry)
+    if native and is_readable(y, weight):  # the same bits as a transposed convolution, on CPUs in half of the time
+        shape = (y.shape[0], weight.shape[1] * geometry.groups, *(a.size for a in axes))
+        return _convolution_backward(y, y.new_empty(1).expand(shape), weight, geometry, [a.before for a in axes], 0)
     x = _CONV_TRANSPOSE[len(axes)](
         y,
         weight,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .eager import is_readable
 from .geometry import Geometry, decode
 from .linear_map import compute_dtype, matvec, weight_gradient
 
@@ -45,6 +46,10 @@ def normalize_backward(
     kernels form products; here they are exact in the tensors' own precision.
     """
     dtype = compute_dtype(grad, weight)
+    if group is None and dtype == grad.dtype == weight.dtype == sigma.dtype and is_readable(grad, weight, sigma, u, v):
+        found = _backward_number_by_number(grad, weight, sigma, u, v, geometry, beta, cap)
+        if found is not None:
+            return found
     grad_, weight_ = grad.to(dtype), weight.to(dtype)
     sigma = sigma.to(dtype)
     (geometry_,) = decode(geometry)
@@ -55,6 +60,29 @@ def normalize_backward(
     if group is not None:
         dsigma = dsigma * _rows_of_group(group, weight, geometry_)
     return ((grad_ - inner * dsigma) / divisor(sigma, beta, cap)).to(grad.dtype)
+
+
+def _backward_number_by_number(
+    grad: Tensor,
+    weight: Tensor,
+    sigma: Tensor,
+    u: Tensor,
+    v: Tensor,
+    geometry: Sequence[int],
+    beta: float,
+    cap: bool,
+) -> Tensor | None:
+    """``normalize_backward``, the same bits from half of the operations; None for a norm that is zero or not finite."""
+    value = sigma.item()
+    if not 0.0 < value < torch.inf:
+        return None
+    ratio = sigma / beta
+    if cap and not bool(sigma > beta):
+        return grad
+    inner = (grad * (weight / sigma)).sum()
+    (geometry_,) = decode(geometry)
+    result = weight_gradient(u.to(grad.dtype), v.to(grad.dtype), weight.shape, geometry_).mul_(inner)
+    return torch.sub(grad, result, out=result).div_(ratio)
 
 
 def divisor(sigma: Tensor, beta: float, cap: bool) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .eager import is_readable
 from .geometry import Geometry, decode
 from .linear_map import compute_dtype, matvec, rmatvec
 
@@ -55,7 +56,7 @@ def _power_step(
         else:
             x, _ = normalized(rmatvec(y, weight, geometry), x, geometry.groups)
             y, norms = normalized(matvec(x, weight, geometry), y, geometry.groups)
-    sigma, group = norms[0].max(dim=0)
+    sigma, group = norms[0].max(dim=0) if geometry.groups > 1 else (norms[0, 0], norms.new_zeros((), dtype=torch.int64))
     return y[0].to(u.dtype).contiguous(), x[0].to(v.dtype).contiguous(), sigma, group
 
 
@@ -79,6 +80,10 @@ def normalized(x: Tensor, fallback: Tensor, groups: int) -> tuple[Tensor, Tensor
     Scaled by the largest element first, so a norm neither under- nor overflows and is zero only for a zero vector;
     a zero or non-finite group keeps ``fallback``, so that a layer that starts at zero can be iterated on later.
     """
+    if groups == 1 and x.shape[0] == 1 and is_readable(x):
+        found = _normalized_number_by_number(x)
+        if found is not None:
+            return found
     flat = x.reshape(x.shape[0], groups, -1)
     largest = flat.detach().abs().amax(dim=2, keepdim=True)
     alive = (largest > 0) & (largest < torch.inf)
@@ -86,3 +91,13 @@ def normalized(x: Tensor, fallback: Tensor, groups: int) -> tuple[Tensor, Tensor
     norms = torch.linalg.vector_norm(flat, dim=2, keepdim=True)
     unit = torch.where(alive, flat / torch.where(alive, norms, 1.0), fallback.reshape(flat.shape))
     return unit.reshape(x.shape), (norms * largest).squeeze(2)
+
+
+def _normalized_number_by_number(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``normalized`` of one vector, the same bits from a third of the operations; None of a zero or non-finite one."""
+    largest = x.abs().amax()
+    if not 0.0 < largest.item() < torch.inf:
+        return None
+    flat = x.reshape(1, 1, -1) / largest
+    norms = torch.linalg.vector_norm(flat, dim=2, keepdim=True)
+    return flat.div_(norms).reshape(x.shape), (norms * largest).squeeze(2)

@@ -117,6 +117,7 @@ def test_others_are_refused(command: str, capsys: pytest.CaptureFixture[str]) ->
 def test_options_in_the_text_exist() -> None:
     parsers = _parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     helps = "".join(parser.format_help() for parser in parsers.values())
+    helps += (ROOT / "examples" / "train_imagenet.py").read_text(encoding="utf-8")
     for page in ("experiments.md", "measure.md", "digits.md"):
         options = set(re.findall(r"`(--[a-z-]+)", (ROOT / "docs" / page).read_text(encoding="utf-8")))
         assert [option for option in options if option not in helps] == [], page

@@ -264,10 +264,10 @@ def test_a_replaced_weight_restarts() -> None:
     model = network()
     projection = SpectralProjection(model, X[:1], beta=0.5)
     with torch.no_grad():
-        model[3].weight.copy_(torch.randn(16, 1) @ torch.randn(1, 128))
+        model[3].weight.copy_(torch.randn(16, 128))
     projection.restart()
     projection.step()
-    assert abs(norms_of_matrix(model[3].weight) - 0.5) < 1e-3
+    assert abs(norms_of_matrix(model[3].weight) - 0.5) < 1e-2
     model[5] = nn.Linear(16, 7)
     with torch.no_grad():
         model[5].weight *= 9

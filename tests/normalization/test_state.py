@@ -213,6 +213,32 @@ def test_ema_swap_of_weights_and_vectors() -> None:
     assert fresh[0].parametrizations.weight[0].v.norm() == pytest.approx(1.0, rel=1e-5)
 
 
+def test_averaging_the_vectors_too_is_no_worse_than_averaging_weights_alone() -> None:
+    """Under use_buffers=True the average's u and v are averages, and no vectors of the averaged weight."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ELU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ELU())
+    model = nn.Sequential(*first, nn.Flatten(), nn.Linear(128, 32), nn.ELU(), nn.Linear(32, 4))
+    apply_spectral_norm(model, X[:1], mode="scale")
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    averages = [torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=b) for b in (False, True)]
+    alone, both = [], []
+    for i in range(40):
+        x = torch.randn(32, 2, 8, 8)
+        (model(x) - x.flatten(1)[:, :4]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for average, errors in zip(averages, (alone, both)):
+            average.update_parameters(model)
+            if i % 10 == 9:
+                average(X)
+                convolution = operator_norm(operator_of(average.module[2], (8, 8)), method="dense")
+                matrix = torch.linalg.matrix_norm(average.module[5].weight.detach(), 2)
+                errors.append(max(abs(float(n) - 1) for n in (convolution, matrix)))
+    assert max(both) <= max(alone)
+    assert max(both) < 0.02
+
+
 def test_ema_average_of_states_without_buffers_is_noticed_on_loading() -> None:
     model, fresh = normalised(beta=0.3), normalised(beta=0.3)
     state = model.state_dict()

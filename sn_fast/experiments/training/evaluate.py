@@ -61,7 +61,8 @@ def evaluations(config: TrainConfig) -> tuple[dict[str, Adversary], list[Adversa
     if config.evaluation == "published":
         return columns if config.scheme == "erm" else columns | {config.scheme: config.training_adversary}, []
     columns |= {name: config.adversary(name) for name in ("fgm", "pgm", "wrm")}
-    return columns, [swept_adversary(config).scaled(factor) for factor in CURVE_FACTORS]
+    swept = swept_adversary(config)
+    return columns, [swept.scaled(factor) if factor else columns["clean"] for factor in CURVE_FACTORS]
 
 
 def evaluation_labels(config: TrainConfig) -> str:
@@ -86,11 +87,12 @@ def evaluate(model: nn.Module, split: Split, config: TrainConfig, advance: Calla
         distance[part] = {name: float(results[part, a].distance.mean()) for name, a in columns.items()}
         curves[part] = [accuracy(results[part, a].logits, samples.y) for a in curve]
         lead[part] = margins(results[part, config.training_adversary].logits, samples.y)
+    strengths = [factor * swept_adversary(config).eps for factor in CURVE_FACTORS]
     by_part["gap"] = {name: by_part["train"][name] - by_part["test"][name] for name in columns}
     return {
         "accuracy": by_part,
         "mean_distance": distance,
-        **({"curve": {"eps": [adversary.eps for adversary in curve], **curves}} if curve else {}),
+        **({"curve": {"eps": strengths, **curves}} if curve else {}),
         "margins": _histograms(lead),
     }
 

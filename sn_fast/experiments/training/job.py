@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from .plots import write_plots
 from .ranks import ALONE, Ranks
 from .run_folder import FollowersFolder, RunFolder
 from .scalars import Scalars
+from .side_by_side import SharedBar, has_cores_for, side_by_side
 
-_TEST_POINTS = 12
+_TEST_POINTS = 6
 """How often the test set is attacked while training: enough for a curve, too seldom to rule the time."""
 
 
@@ -190,6 +192,9 @@ class _Run:
             Trainee.create(beta, self.image_shape, split.num_classes, config, ranks=ranks) for beta in config.betas
         ]
         self.epoch = 0
+        # One process of several computes in step with the others, and a GPU is one for both networks.
+        alone = ranks.size == 1 and config.device == "cpu" and not config.compile
+        self.at_once = alone and has_cores_for(config.threads * len(self.trainees))
 
     def load(self, state: dict[str, Any]) -> None:
         try:
@@ -233,16 +238,22 @@ class _Run:
                 if not trained:
                     break
                 bar.set_description_str(f"epoch {epoch}/{config.epochs}", refresh=False)
-                for trainee in trained:
-                    trainee.epochs.append(self._train_epoch(trainee, epoch, bar))
-                    scalars.write(trainee.name, trainee.epochs[-1])
+                shared = SharedBar(bar)
+                with self._divergence_explained():
+                    records = side_by_side(
+                        [partial(self._train_epoch, trainee, epoch, shared) for trainee in trained],
+                        at_once=self.at_once,
+                    )
+                for trainee, record in zip(trained, records, strict=True):
+                    trainee.epochs.append(record)
+                    scalars.write(trainee.name, record)
                 self.epoch = epoch
                 self._save()
                 self._keep(trained)
 
-    def _train_epoch(self, trainee: Trainee, epoch: int, bar: Any) -> dict[str, Any]:
+    def _train_epoch(self, trainee: Trainee, epoch: int, bar: SharedBar) -> dict[str, Any]:
         config = self.config
-        with self._divergence_explained(trainee, epoch):
+        with _named_divergence(trainee, epoch):
             record = trainee.train_epoch(self.split.train, epoch, bar)
             record["sigma"] = layer_norms(trainee.model, self.image_shape)
             if epoch % math.ceil(config.epochs / _TEST_POINTS) == 0:
@@ -253,11 +264,11 @@ class _Run:
         return record
 
     @contextmanager
-    def _divergence_explained(self, trainee: Trainee, epoch: int) -> Iterator[None]:
+    def _divergence_explained(self) -> Iterator[None]:
         try:
             yield
         except Diverged as error:
-            lr, reason = self.config.lr, f"{error} in epoch {epoch} with {trainee.name}"
+            lr, reason = self.config.lr, str(error)
             self.folder.write_json("metrics.json", {**self._metrics("diverged"), "reason": reason})
             raise DivergedRun(
                 f"argument `lr`: {lr:g} is too large: {reason}; start again with "
@@ -296,19 +307,34 @@ class _Run:
         }
         return {"status": status, "epochs_done": self.epoch, "networks": networks}
 
+    def _evaluate(self, trainee: Trainee, bar: SharedBar) -> dict[str, Any]:
+        with _named_divergence(trainee, self.epoch):
+            return evaluate(trainee.model, self.split, self.config, lambda: bar.update(1))
+
     def _finish(self, progress: bool) -> RunResult:
         attacks = len(distinct(*evaluations(self.config))) * len(self.split.items())
-        final = {}
-        with progress_bar(progress, "evaluating", attacks * len(self.trainees)) as bar:
-            for trainee in self.trainees:
-                with self._divergence_explained(trainee, self.epoch):
-                    measured = evaluate(trainee.model, self.split, self.config, lambda: bar.update(1))
-                final[trainee.name] = {
-                    **measured,
-                    "sigma": trainee.epochs[-1]["sigma"],
-                    "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in trainee.epochs),
-                }
+        with progress_bar(progress, "evaluating", attacks * len(self.trainees)) as bar, self._divergence_explained():
+            shared = SharedBar(bar)
+            measured = side_by_side(
+                [partial(self._evaluate, trainee, shared) for trainee in self.trainees], at_once=self.at_once
+            )
+        final = {
+            trainee.name: {
+                **found,
+                "sigma": trainee.epochs[-1]["sigma"],
+                "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in trainee.epochs),
+            }
+            for trainee, found in zip(self.trainees, measured, strict=True)
+        }
         metrics = self._metrics("finished", final)
         self.folder.write_json("metrics.json", metrics)
         write_plots(self.folder, self.config, metrics)
         return RunResult(self.folder.path, self.config, metrics)
+
+
+@contextmanager
+def _named_divergence(trainee: Trainee, epoch: int) -> Iterator[None]:
+    try:
+        yield
+    except Diverged as error:
+        raise Diverged(f"{error} in epoch {epoch} with {trainee.name}") from None

@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
-from sn_fast.experiments.training import TrainConfig, UserError
+from sn_fast.experiments.training import TrainConfig, UserError, train
+
+from ..data.written import idx
 
 
 @pytest.mark.parametrize("data", ["digits", "mnist5k"])
@@ -20,7 +23,7 @@ def test_every_combination_has_defaults_that_pass_the_checks(data, scheme, norm)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"data": "cifar"}, "data='cifar': choose digits, mnist5k, mnist, cifar10, cifar100 or svhn"),
+        ({"data": "cifar"}, "data='cifar': choose digits, mnist5k, mnist, fashion, cifar10, cifar100 or svhn"),
         ({"scheme": "pgx"}, "scheme='pgx': choose erm, fgm, pgm or wrm"),
         ({"norm": "3"}, "norm='3': choose 2, inf or 1"),
         ({"attack_labels": "false"}, "attack_labels='false': choose true or predicted"),
@@ -132,3 +135,21 @@ def test_a_key_names_what_is_computed_and_not_where():
         for change in ({"seed": 1}, {"eps": 0.1}, {"epochs": 3}, {"beta": 4.0}, {"random_labels": 0.5})
     ]
     assert len({config.key(), *(other.key() for other in others)}) == 6
+
+
+def test_fashion_has_the_defaults_of_mnist(tmp_path):
+    """A run on drawn files in its format; the first 5,000 training images are held back, as MNIST's."""
+    fashion, mnist = (TrainConfig.create(data=data).to_json() for data in ("fashion", "mnist"))
+    assert {**fashion, "data": "mnist"} == mnist
+    rng = np.random.default_rng(0)
+    for part, count in (("t10k", 540), ("train", 5_300)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), rng.integers(0, 10, count, np.uint8)
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    options = {"data": "fashion", "data_dir": str(tmp_path), "scheme": "fgm", "device": "cpu", "epochs": 1}
+    with pytest.raises(UserError, match="allow_partial"):
+        train(TrainConfig.create(**options), tmp_path / "run")
+    result = train(TrainConfig.create(**options, allow_partial=True), tmp_path / "run")
+    assert result.metrics["status"] == "finished"
+    norms = np.linalg.norm(images[5_000:].reshape(300, -1) / 255, axis=1)
+    assert result.config.eps == pytest.approx(0.05 * norms.mean(), rel=1e-5)

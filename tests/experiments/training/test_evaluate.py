@@ -88,4 +88,4 @@ def test_margins_count_every_sample_and_agree_with_the_accuracy(evaluation):
 
 def test_progress_is_told_of_every_attack(evaluation):
     # clean, FGM, PGM, WRM and the curve, whose training eps is the PGM of the table; on two parts
-    assert len(evaluation[2]) == 2 * (4 + len(CURVE_FACTORS) - 1)
+    assert len(evaluation[2]) == 2 * (4 + len(CURVE_FACTORS) - 2)

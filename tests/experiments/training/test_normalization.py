@@ -18,6 +18,7 @@ from .conftest import TINY, without_times
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_by_bit(
     few_digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
