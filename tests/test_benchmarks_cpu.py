@@ -102,8 +102,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert data.read(tmp_path / "t.json") == found
     old = json.loads((tmp_path / "t.json").read_text())
     (tmp_path / "t.json").write_text(json.dumps(old | {"commit": "another"}))
-    data.measure("t", rows, tmp_path, resume=True)
-    assert calls[3:] == ["b", "a"]
+    assert not data.measure("t", rows, tmp_path, resume=True, only="^a")["finished"]
+    assert data.measure("t", rows, tmp_path, resume=True)["finished"]
+    assert calls[3:] == ["a", "b"]
 
 
 def test_paired_times_are_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(tables.TABLES)} (default: all)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that this commit has measured here")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name matches (re.search)")
     parser.add_argument("--quick", action="store_true", help="few turns and short curves: does it run?")
     parser.add_argument("--report", action="store_true", help="only renew the tables of the documents")
     parser.add_argument("--out", type=Path, default=data.FOLDER, help="folder of the results (default: %(default)s)")
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         for name in options.tables or tables.TABLES:
             table = tables.TABLES[name]
-            data.measure(name, table.rows(options.quick), options.out, resume=options.resume, facts=table.facts())
+            rows = table.rows(options.quick)
+            data.measure(name, rows, options.out, resume=options.resume, facts=table.facts(), only=options.rows)
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
     if options.out == data.FOLDER:
         report.write()

@@ -21,17 +21,17 @@ from .data import why_failed
 from .networks import vgg16
 
 _TRUTH = 3e-4  # residual of the true norms, relative
-# (Cin, Cout, kernel, stride, input size): the convolutions of ResNet-18 on 32 x 32 and of ResNet-50 on 224 x 224 that
-# differ; those of 512 channels are left to ``sn-fast norms``, as some of the bounds take minutes for them.
+# (Cin, Cout, kernel, stride, input size): convolutions of ResNet-18 on 32 x 32 images, and of ResNet-50 on images
+# smaller than its own, for which the truth would take minutes; so would some of the bounds for layers of 512 channels.
 _LAYERS = {
     "ResNet-18: 3 to 64, 3x3, 32x32": (3, 64, 3, 1, 32),
     "ResNet-18: 64 to 64, 3x3, 32x32": (64, 64, 3, 1, 32),
     "ResNet-18: 64 to 128, 3x3, stride 2, 32x32": (64, 128, 3, 2, 32),
     "ResNet-18: 128 to 128, 3x3, 16x16": (128, 128, 3, 1, 16),
     "ResNet-18: 128 to 256, 3x3, stride 2, 16x16": (128, 256, 3, 2, 16),
-    "ResNet-50: 3 to 64, 7x7, stride 2, 224x224": (3, 64, 7, 2, 224),
-    "ResNet-50: 256 to 64, 1x1, 56x56": (256, 64, 1, 1, 56),
-    "ResNet-50: 128 to 128, 3x3, stride 2, 56x56": (128, 128, 3, 2, 56),
+    "ResNet-50: 3 to 64, 7x7, stride 2, 64x64": (3, 64, 7, 2, 64),
+    "ResNet-50: 256 to 64, 1x1, 14x14": (256, 64, 1, 1, 14),
+    "ResNet-50: 128 to 128, 3x3, stride 2, 28x28": (128, 128, 3, 2, 28),
 }
 _GRIDS = {64: 32, 128: 16}  # points of Delattre's grid per axis, up to so many channels; 8 above
 _MOST_SPATIAL = 128  # channels (after the stride's polyphase) up to which the spatial iteration is affordable

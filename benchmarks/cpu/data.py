@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,9 +33,20 @@ Rows = Mapping[str, Callable[[], Mapping[str, Any]]]
 
 
 def measure(
-    table: str, rows: Rows, folder: Path, *, resume: bool, facts: Mapping[str, Any] | None = None
+    table: str,
+    rows: Rows,
+    folder: Path,
+    *,
+    resume: bool,
+    facts: Mapping[str, Any] | None = None,
+    only: str = "",
 ) -> dict[str, Any]:
-    """Every row of a table, written as soon as it is there. ``resume``: rows of the same commit are kept."""
+    """Every row of a table, written as soon as it is there.
+
+    Args:
+        resume: keep the rows of the same commit, versions and machine.
+        only: regular expression; no new rows but those whose name it matches (re.search).
+    """
     path = folder / f"{table}.json"
     found = described(table) | {"facts": dict(facts or {}), "finished": False, "rows": {}}
     old = read(path) if resume else {}
@@ -43,7 +55,7 @@ def measure(
     ):
         found["rows"] = {key: row for key, row in old["rows"].items() if key in rows}
     for key, run in rows.items():
-        if key in found["rows"]:
+        if key in found["rows"] or not re.search(only, key):
             continue
         start = time.perf_counter()
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -52,7 +64,7 @@ def measure(
         found["rows"] = {name: found["rows"][name] for name in rows if name in found["rows"]}
         write(path, found)
         print(f"{table}: {key}, {found['rows'][key]['seconds']:.0f} s", flush=True)
-    found["finished"] = True
+    found["finished"] = set(found["rows"]) == set(rows)
     write(path, found)
     return found
 

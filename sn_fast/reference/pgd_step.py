@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .l1_fill import fill_steepest, l1_threshold
 from .linear_map import compute_dtype
-from .samples import Bound, Buffers, amount_of, axpy, clip_, finite, in_parts, inner, norm_of, one_if_zero, spread
+from .samples import BUFFERS, Bound, amount_of, axpy, cast, clip_, finite, in_parts, inner, norm_of, one_if_zero, spread
 
 _SAFE = 1e-12, 1e15  # float32 norms whose squares neither over- nor underflow to an effect
 
@@ -37,19 +37,19 @@ def pgd_step(
     clip the elements of largest |g| that have room in it (``fill_steepest``).
     """
     dtype = compute_dtype(x_adv, grad)
-    result, buffers = torch.empty_like(x_adv), Buffers()
+    result = torch.empty_like(x_adv)
     batch = (x_adv, x, grad, eps_per_sample, alpha_per_sample, active)
     for (out, *parts), clip in in_parts(result, batch, lower, upper, low, high):
         start, centre, g, radii, lengths, moving = parts
-        start, centre = start.to(dtype), centre.to(dtype)
+        start, centre = cast(start, dtype), cast(centre, dtype)
         length, radius = amount_of(alpha, lengths, start), amount_of(eps, radii, start)
-        moved = out if out.dtype == dtype else buffers.get("moved", out, dtype)
+        moved = out if out.dtype == dtype else BUFFERS.get(2, out, dtype)
         if norm == "1-exact" and any(bound is not None for bound in clip):
             ascent = finite(g, out=moved)
             fill_steepest(start, centre, -ascent if targeted else ascent, length, radius, *clip, out=moved)
         else:
             _move(start, g, norm, length if not targeted else -length, out=moved)
-            _into_ball(moved, centre, norm, radius, buffers, out=moved)
+            _into_ball(moved, centre, norm, radius, out=moved)
         clip_(moved, *clip)
         if moving is not None:
             torch.where(spread(moving, start), moved, start, out=moved)
@@ -74,11 +74,11 @@ def project(
     The nearest point for "inf", "2" and "1-exact"; "1" scales x_adv - x down, which is not the nearest point.
     """
     dtype = compute_dtype(x_adv)
-    result, buffers = torch.empty_like(x_adv), Buffers()
+    result = torch.empty_like(x_adv)
     for (out, start, centre, radii), clip in in_parts(result, (x_adv, x, eps_per_sample), lower, upper, low, high):
-        start, centre = start.to(dtype), centre.to(dtype)
-        moved = out if out.dtype == dtype else buffers.get("moved", out, dtype)
-        _into_ball(start, centre, norm, amount_of(eps, radii, start), buffers, out=moved)
+        start, centre = cast(start, dtype), cast(centre, dtype)
+        moved = out if out.dtype == dtype else BUFFERS.get(2, out, dtype)
+        _into_ball(start, centre, norm, amount_of(eps, radii, start), out=moved)
         clip_(moved, *clip)
         if moved is not out:
             out.copy_(moved)
@@ -127,13 +127,13 @@ def _rescale(g: Tensor, norm: str, out: Tensor) -> Tensor:
     return one_if_zero(norm_of(out, norm))
 
 
-def _into_ball(z: Tensor, x: Tensor, norm: str, eps: float | Tensor, buffers: Buffers, out: Tensor) -> None:
+def _into_ball(z: Tensor, x: Tensor, norm: str, eps: float | Tensor, out: Tensor) -> None:
     """out := z projected; ``out`` may be z. Written so that a sample inside keeps its bits: never x + (z - x)."""
     if isinstance(eps, float) and eps == math.inf:
         if out is not z:
             out.copy_(z)
     elif norm == "inf":
-        low, high = buffers.get("low", out), buffers.get("high", out)
+        low, high = BUFFERS.get(0, out), BUFFERS.get(1, out)
         torch.clamp(z, torch.sub(x, eps, out=low), torch.add(x, eps, out=high), out=out)
     elif norm == "1-exact":
         delta = z - x
@@ -142,7 +142,7 @@ def _into_ball(z: Tensor, x: Tensor, norm: str, eps: float | Tensor, buffers: Bu
         torch.where(threshold > 0, shrunk.add_(x), z, out=out)
     else:
         # Not rescaled as a gradient is: in float32, squares of distances within [1e-18, 1e18] are safe.
-        delta = torch.sub(z, x, out=buffers.get("delta", out))
+        delta = torch.sub(z, x, out=BUFFERS.get(0, out))
         distance = norm_of(delta, norm, delta)
         look = out is z and isinstance(eps, float) and z.device.type == "cpu" and z.numel() > 0
         if look and float(distance.max()) <= eps:

@@ -20,6 +20,7 @@ which ``low`` and ``high`` are where these are None: an operator's schema has no
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,18 +34,34 @@ _PART = 262144  # elements of a part: what calls cost is little beside them, and
 _GRAIN = 32768  # elements below which PyTorch gives a thread nothing to do
 
 
-class Buffers:
-    """Memory for intermediate results, by name: made for the first part of a batch, and used again by the others."""
+class Buffers(threading.local):
+    """Memory for intermediate results of a part, which the next part uses again, and so does the next call.
+
+    Each thread keeps one tensor of at most ``_PART`` elements per slot and dtype: the system takes freed memory of this
+    size back, and to get it again costs more than the arithmetic.
+    """
 
     def __init__(self) -> None:
-        self._made: dict[str, Tensor] = {}
+        self._kept: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}  # whole, and the shape last asked for
 
-    def get(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor laid out as ``like``, with anything in it. The first part is the largest."""
-        made = self._made.get(name)
-        if made is None:
-            made = self._made[name] = torch.empty_like(like, dtype=dtype)
-        return made if len(made) == len(like) else made[: len(like)]
+    def get(self, slot: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the size of ``like``, with anything in it; slots 0, 1, ... do not overlap."""
+        dtype, size = dtype or like.dtype, like.numel()
+        if not _GRAIN < size <= _PART or like.device.type != "cpu" or not like.is_contiguous():
+            return torch.empty_like(like, dtype=dtype)
+        whole, shaped = self._kept.get((slot, dtype), (None, None))
+        if shaped is not None and shaped.shape == like.shape:
+            return shaped
+        if whole is None or len(whole) < size:
+            with torch.inference_mode(False):  # a tensor made in inference mode is of no use outside
+                whole = torch.empty(size, dtype=dtype)
+        shaped = whole[:size].view(like.shape)
+        if type(whole) is Tensor:  # and not of a mode that is active now
+            self._kept[slot, dtype] = whole, shaped
+        return shaped
+
+
+BUFFERS = Buffers()
 
 
 def in_parts(
@@ -73,11 +90,16 @@ def _part(bound: Bound, out: Tensor, first: int, size: int) -> Bound:
 
 def finite(grad: Tensor, out: Tensor) -> Tensor:
     """grad with 0 in place of NaN and inf: in ``out``, or grad itself where there is nothing to replace."""
-    grad = grad.to(out.dtype)
+    grad = cast(grad, out.dtype)
     # A look at the sum, which is finite only if all elements are: reading is cheaper than copying.
     if grad.device.type == "cpu" and math.isfinite(float(grad.sum())):
         return grad
     return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=out)
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in this dtype; asking costs less than converting to the same."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def axpy(a: float | Tensor, direction: Tensor, start: Tensor, out: Tensor) -> None:

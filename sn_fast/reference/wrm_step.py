@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .linear_map import compute_dtype
-from .samples import Bound, Buffers, amount_of, axpy, clip_, finite, in_parts
+from .samples import BUFFERS, Bound, amount_of, axpy, cast, clip_, finite, in_parts
 
 
 def wrm_step(
@@ -26,12 +26,12 @@ def wrm_step(
     A non-finite gradient element counts as 0.
     """
     dtype = compute_dtype(x_adv, grad)
-    result, buffers = torch.empty_like(x_adv), Buffers()
+    result = torch.empty_like(x_adv)
     for (out, start, centre, g, radii), clip in in_parts(
         result, (x_adv, x, grad, eps_per_sample), lower, upper, low, high
     ):
-        start, centre = start.to(dtype), centre.to(dtype)
-        moved = out if out.dtype == dtype else buffers.get("moved", out, dtype)
+        start, centre = cast(start, dtype), cast(centre, dtype)
+        moved = out if out.dtype == dtype else BUFFERS.get(2, out, dtype)
         axpy(amount_of(eps, radii, start), finite(g, out=moved), centre, out=moved)
         torch.lerp(start, moved, step, out=moved)
         clip_(moved, *clip)

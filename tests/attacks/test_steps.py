@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -447,6 +448,46 @@ def test_parts_of_a_batch_are_its_samples(
         for whole, parts in zip(*results, strict=True):
             assert whole.stride() == parts.stride()
             torch.testing.assert_close(parts, whole, rtol=0, atol=3e-7)
+
+
+# -- memory that calls share ------------------------------------------------------------------------------------------
+
+LARGE = (20, 3, 32, 32)  # larger than what is made anew in every call
+
+
+def test_results_do_not_share_the_memory_of_intermediate_ones() -> None:
+    x_adv, x, grad = triple(shape=LARGE)
+    for norm in ("Linf", "L2", "L1"):
+        for dtype in (torch.float32, torch.float16):
+            args = [t.to(dtype) for t in (x_adv, x, grad)]
+            first = pgd_step(*args, norm=norm, eps=0.01, alpha=0.1)
+            kept = first.clone()
+            second = pgd_step(args[0], args[1], -args[2], norm=norm, eps=0.01, alpha=0.1)
+            assert torch.equal(first, kept)
+            assert not torch.equal(first, second)
+
+
+def test_steps_in_inference_mode_and_outside() -> None:
+    results = []
+    in_samples.BUFFERS._kept.clear()
+    args = triple(shape=LARGE)
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            results.append([pgd_step(*args, norm=n, eps=0.01, alpha=0.1) for n in ("Linf", "L2")])
+    assert in_samples.BUFFERS._kept
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
+
+
+def test_steps_in_several_threads() -> None:
+    batches = [triple(shape=LARGE) for _ in range(4)]
+
+    def steps(batch: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        return [pgd_step(*batch, norm=n, eps=0.01, alpha=0.1) for n in ("Linf", "L2") for _ in range(20)]
+
+    expected = [steps(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(steps, batches), expected):
+            assert all(torch.equal(a, b) for a, b in zip(found, right))
 
 
 # -- operators --------------------------------------------------------------------------------------------------------
