@@ -14,7 +14,7 @@ PROGRAMS = [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.slow else [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that holds one for figures alone, and a home whose ``data`` has the official files, where they are here."""
+    """A folder that holds one for figures alone, and a home whose ``data`` has the official files, if they are here."""
     home, empty = tmp_path / "home", tmp_path / "empty"
     home.mkdir()
     (empty / "figures").mkdir(parents=True)
