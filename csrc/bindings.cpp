@@ -31,9 +31,7 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-Stream stream_of(Address handle, int device) {
-    return {pointer<std::remove_pointer_t<cudaStream_t>>(handle), device};
-}
+Stream stream_of(Address handle, int device) { return {pointer<std::remove_pointer_t<cudaStream_t>>(handle), device}; }
 
 // -- attacks ---------------------------------------------------------------------------------------------------------
 
@@ -57,8 +55,9 @@ Amount amount_of(const AmountArg& arg) {
 Bound bound_of(const BoundArg& arg) {
     const auto [kind, address, sizes, number] = arg;
     const auto [batch_stride, inner, count, stride] = sizes;
-    return {static_cast<Bound::Kind>(kind), elements_of({address, 0, batch_stride}), Divisor(inner), Divisor(count),
-            stride, static_cast<float>(number)};
+    return {
+        static_cast<Bound::Kind>(kind), elements_of({address, 0, batch_stride}), Divisor(inner), Divisor(count), stride,
+        static_cast<float>(number)};
 }
 
 Stream stream_of(const StreamArg& arg) { return stream_of(std::get<0>(arg), std::get<1>(arg)); }
@@ -87,8 +86,8 @@ void register_attacks(py::module_& m) {
     m.def("wrm_step", [](BatchArg batch, ElementsArg out, ElementsArg x_adv, ElementsArg x, ElementsArg grad,
                          AmountArg eps, float step, BoundArg lower, BoundArg upper, StreamArg stream) {
         const Samples samples = samples_of(batch);
-        wrm_step({samples, elements_of(out), elements_of(x_adv), elements_of(x),
-                  elements_of(grad), amount_of(eps), step, bound_of(lower), bound_of(upper)},
+        wrm_step({samples, elements_of(out), elements_of(x_adv), elements_of(x), elements_of(grad), amount_of(eps),
+                  step, bound_of(lower), bound_of(upper)},
                  stream_of(stream));
     });
     m.def("random_start", [](BatchArg batch, ElementsArg out, ElementsArg x, int norm, AmountArg eps, BoundArg lower,
@@ -101,8 +100,8 @@ void register_attacks(py::module_& m) {
             logical.sizes[logical.digits] = Divisor(size);
             logical.strides[logical.digits++] = stride;
         }
-        random_start({samples, elements_of(out), elements_of(x), amount_of(eps),
-                      bound_of(lower), bound_of(upper), pointer<const std::uint64_t>(seed), logical},
+        random_start({samples, elements_of(out), elements_of(x), amount_of(eps), bound_of(lower), bound_of(upper),
+                      pointer<const std::uint64_t>(seed), logical},
                      static_cast<Norm>(norm), resident_bytes, stream_of(stream));
     });
 #ifdef SN_FAST_EMULATOR
@@ -207,7 +206,8 @@ void register_spectral(py::module_& m) {
             refresh(std::move(r), stream_of(stream));
         });
     m.def("record_struct_sizes", &record_struct_sizes);
-    m.def("record", [](const ContentArg& content, StreamArg stream) { record(content_of(content), stream_of(stream)); });
+    m.def("record",
+          [](const ContentArg& content, StreamArg stream) { record(content_of(content), stream_of(stream)); });
     m.def("lanczos", [](std::array<Address, 3> plan, std::array<int, 2> n_items, std::array<Address, 2> parts,
                         std::array<int, 2> n_parts, int n_iterations, Addresses weights,
                         std::array<std::vector<int>, 2> offsets, std::array<std::int64_t, 2> sizes,

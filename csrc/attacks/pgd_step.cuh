@@ -138,7 +138,7 @@ struct Sample {
         return decode_gradient(read(p.grad, gradient, c, k), p.grad.dtype);
     }
 
-   private:
+private:
     __device__ static Raw read(const Elements& t, const Resident& on_chip, const Chunk& c, long long k) {
         return kResident ? on_chip.get(t.dtype, k) : load(t, c);
     }

@@ -15,9 +15,9 @@ enum class Draw : std::uint32_t { kElements = 0, kRadius = 1 };  // third word o
 
 __device__ inline PhiloxCounter draw_bits(std::uint64_t seed, long long index, Draw draw) {
     const auto i = static_cast<std::uint64_t>(index);
-    return philox({{static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(i >> 32),
-                    static_cast<std::uint32_t>(draw), 0u}},
-                  {{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)}});
+    return philox(
+        {{static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(i >> 32), static_cast<std::uint32_t>(draw), 0u}},
+        {{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)}});
 }
 
 // In (0, 1].

@@ -42,7 +42,9 @@ __device__ inline Chunk chunk_at(const Samples& samples, long long sample, long 
     const long long first = index * kChunk - offset;
     const long long left = samples.size - first;
     return {sample, first, first < 0 ? static_cast<int>(-first) : 0,
-            left >= kChunk ? kChunk : left > 0 ? static_cast<int>(left) : 0};
+            left >= kChunk ? kChunk
+            : left > 0     ? static_cast<int>(left)
+                           : 0};
 }
 
 // The chunk of this thread where every thread has one; sample == count: none left.

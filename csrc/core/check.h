@@ -17,8 +17,8 @@ std::string text(const Parts&... parts) {
 }  // namespace sn_fast
 
 // Throws std::invalid_argument, which Python sees as ValueError: "kernels: <condition> fails: <details>".
-#define SN_CHECK(condition, ...)                                                                                \
-    do {                                                                                                        \
-        if (!(condition))                                                                                       \
+#define SN_CHECK(condition, ...)                                                                                    \
+    do {                                                                                                            \
+        if (!(condition))                                                                                           \
             throw std::invalid_argument(::sn_fast::text("sn_fast kernels: ", #condition, " fails: ", __VA_ARGS__)); \
     } while (false)

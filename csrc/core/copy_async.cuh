@@ -19,8 +19,8 @@ __device__ inline void copy_async(float* to, const float* from, bool wanted) {
 __device__ inline void copy_async(uint4* to, const uint4* from) {
 #ifdef SN_FAST_EMULATOR
     for (int i = 0; i < 4; ++i)
-        emulator::machine().fibre().copies.add(reinterpret_cast<float*>(to) + i, reinterpret_cast<const float*>(from) + i,
-                                             true);
+        emulator::machine().fibre().copies.add(reinterpret_cast<float*>(to) + i,
+                                               reinterpret_cast<const float*>(from) + i, true);
 #else
     const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
     // Through L1: the other half of a 32-byte sector is mostly asked for by the next instruction.

@@ -130,8 +130,8 @@ private:
         char fenced = 0;  // the place of its fences
         bool has_fenced = false;
         std::unique_ptr<Fiber> messenger;  // of the few threads that need one
-        unsigned barriers[2] = {0, 0};  // passed, of its warp and of the block
-        std::vector<void*> seen;        // by atomics since its last fence
+        unsigned barriers[2] = {0, 0};     // passed, of its warp and of the block
+        std::vector<void*> seen;           // by atomics since its last fence
     };
 
     void* place(int thread, int warp, bool whole_block) {

@@ -8,8 +8,8 @@ namespace sn_fast {
 constexpr int kDirectRows = 4;
 constexpr int kDirectPerLane = 4;
 constexpr int kDirectTile = kWarp * kDirectPerLane;  // positions of one warp
-constexpr int kDirectSlots = 16;                      // slots whose positions are kept at a time
-constexpr int kDirectChunk = 16;                      // products that are summed up on their own
+constexpr int kDirectSlots = 16;                     // slots whose positions are kept at a time
+constexpr int kDirectChunk = 16;                     // products that are summed up on their own
 
 struct DirectShared {
     std::int32_t position[kTileWarps][kDirectSlots][kDirectTile];  // input position of (slot, place), or -1
@@ -42,7 +42,7 @@ __device__ void direct_tile(const OperatorMap& g, const WorkItem& item, const T*
             place_position[i] = places[i].position;
         }
         const T* w = opaque(weights + group * g.group_stride + block * kDirectRows * g.row_stride +
-                              item.channel * channel_stride);
+                            item.channel * channel_stride);
         const Slot* slots = slots_at(p.table, p.table[g.tile_slots + 2 * tile]);
         const int count = p.table[g.tile_slots + 2 * tile + 1];
         const Input x = input_of(p, g, group);

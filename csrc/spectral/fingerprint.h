@@ -40,12 +40,12 @@ struct FingerprintParams {
     const WordsUnit* units;
     const std::int32_t* table;
     int n_operators;
-    bool force;              // every weight counts as changed
-    float replaced;          // share of a weight's norm that is no multiple of the old weight, squared
+    bool force;                // every weight counts as changed
+    float replaced;            // share of a weight's norm that is no multiple of the old weight, squared
     unsigned long long* sums;  // one per operator, 0 at the start, as `arrived` and `changes`
     std::int32_t* arrived;
-    std::int32_t* changes;   // Change of every operator, then the number of those that have changed
-    std::int32_t* alarms;    // null, or per operator 1 where its weight was replaced; stays until the host has seen it
+    std::int32_t* changes;  // Change of every operator, then the number of those that have changed
+    std::int32_t* alarms;   // null, or per operator 1 where its weight was replaced; stays until the host has seen it
     const void* weights[kMaxOperators];
     std::int64_t* records[kMaxOperators];  // the hash, then the sampled words; renewed where the weight has changed
 };

@@ -29,9 +29,7 @@ struct Depth {
     __device__ explicit Depth(int slots)
         : inverse((0x80000000u + static_cast<unsigned>(slots) - 1) / static_cast<unsigned>(slots)) {}
 
-    __device__ int channel(int k) const {
-        return static_cast<int>(__umulhi(2 * static_cast<unsigned>(k), inverse));
-    }
+    __device__ int channel(int k) const { return static_cast<int>(__umulhi(2 * static_cast<unsigned>(k), inverse)); }
 };
 
 // T is the type of the weights.
@@ -80,7 +78,7 @@ struct GemmTile {
         // Read once, not in every chunk.
         const int row_stride = g.row_stride, channel_stride = g.channel_stride, inputs = g.inputs;
         const T* weight = opaque(static_cast<const T*>(p.weights[g.op]) + item.group * g.group_stride +
-                                   item.row * row_stride + item.channel * channel_stride);
+                                 item.row * row_stride + item.channel * channel_stride);
         // What this thread loads of a chunk: one depth of it, kLoadsA rows of A and kLoadsB columns of B.
         const auto number = static_cast<unsigned>(thread);  // divided by powers of 2, which is cheaper without a sign
         const int depth_a = number % kDepth, row_a = number / kDepth, last_row = g.rows - item.row - 1;
@@ -95,7 +93,7 @@ struct GemmTile {
             const bool inside = k < depth;
             const int corner = inside ? s.slots[k - channel * slots].weight + channel * channel_stride : 0;
             const T* from = opaque(weight + corner);
-            float(&to)[kTileRows + 8] = s.tiles.a[chunk & (kWeightStages - 1)][depth_a];
+            float (&to)[kTileRows + 8] = s.tiles.a[chunk & (kWeightStages - 1)][depth_a];
             auto place = [&](int i) { return swizzled(row_a + i * kStepA % 8, depth_a) + i * kStepA / 8 * 8; };
             [[maybe_unused]] T a[kLoadsA];
 #pragma unroll
@@ -134,7 +132,7 @@ struct GemmTile {
             }
         };
         auto stage_input = [&](int chunk) {
-            float(&to)[kColumns + 8] = s.tiles.b[chunk & 1][depth_b];
+            float (&to)[kColumns + 8] = s.tiles.b[chunk & 1][depth_b];
 #pragma unroll
             for (int i = 0; i < kLoadsB; ++i) to[column_b + i * kStepB] = x.scaled(b[i]);
         };

@@ -24,13 +24,13 @@ struct HalfStepParams {
     const WorkItem* items;
     const std::int32_t* table;
     int n_items;
-    const float* inputs;      // not yet normalised result of the step before; null: the given vectors are the input
-    const double* norms_in;   // partial square sums of `inputs`
+    const float* inputs;     // not yet normalised result of the step before; null: the given vectors are the input
+    const double* norms_in;  // partial square sums of `inputs`
     double* norms_out;
     float* outputs;
     float* partials;
-    std::int32_t* counters;   // 0 at the start, as `taken`
-    std::int32_t* taken;      // counts the items that blocks have taken
+    std::int32_t* counters;       // 0 at the start, as `taken`
+    std::int32_t* taken;          // counts the items that blocks have taken
     const std::int32_t* changes;  // per operator, 0: there is nothing to do; then how many have changed. Null: all have
     int n_operators;
     const void* weights[kMaxOperators];

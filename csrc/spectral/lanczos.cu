@@ -17,8 +17,8 @@ void lanczos(const Lanczos& l, const Stream& stream) {
 
     const auto orthogonalize = [&](int side, int index) {
         double* norms = side == 1 ? l.diagonal : index > 0 ? l.off_diagonal : nullptr;
-        OrthogonalizeParams params{l.parts[side], l.bases[side],  norms,         l.sums,
-                                   l.sizes[side], index, l.n_iterations, Pass::kMeasure};
+        OrthogonalizeParams params{l.parts[side], l.bases[side], norms,          l.sums,
+                                   l.sizes[side], index,         l.n_iterations, Pass::kMeasure};
         for (Pass pass : {Pass::kMeasure, Pass::kSubtract, Pass::kAgain, Pass::kScale}) {
             if (index == 0 && (pass == Pass::kSubtract || pass == Pass::kAgain)) continue;  // nothing before it
             params.pass = pass;

@@ -35,10 +35,10 @@ struct Lanczos {
     std::int64_t sizes[2];        // of all operators' vectors
     float* bases[2];              // n_iterations vectors each; the first of the start side is given
     float* results[2];
-    double* norms;                // scratch of the half steps
-    double* diagonal;             // [span][n_iterations]
+    double* norms;     // scratch of the half steps
+    double* diagonal;  // [span][n_iterations]
     double* off_diagonal;
-    double* sums;                 // [kLanczosPasses][the more parts of the two sides][n_iterations + 1]
+    double* sums;  // [kLanczosPasses][the more parts of the two sides][n_iterations + 1]
     float* partials;
     std::int32_t* counters;
     int n_counters;

@@ -5,11 +5,11 @@
 
 namespace sn_fast {
 
-constexpr int kDotRows = 4;                          // rows of one warp
-constexpr int kDotTile = kDotRows * kTileWarps;      // rows of one tile
-constexpr int kDotChunk = 1024;                      // elements of the vector kept in shared memory
-constexpr int kAxpyLanes = 8;                        // lanes side by side; each holds 16 bytes of a row
-constexpr int kAxpyRows = kTileThreads / kAxpyLanes; // rows in flight side by side
+constexpr int kDotRows = 4;                           // rows of one warp
+constexpr int kDotTile = kDotRows * kTileWarps;       // rows of one tile
+constexpr int kDotChunk = 1024;                       // elements of the vector kept in shared memory
+constexpr int kAxpyLanes = 8;                         // lanes side by side; each holds 16 bytes of a row
+constexpr int kAxpyRows = kTileThreads / kAxpyLanes;  // rows in flight side by side
 
 struct MatrixShared {
     alignas(16) float x[kDotChunk];

@@ -34,7 +34,7 @@ struct NormalizeBackward {
     const float* x;
     const float* y;
     const std::int64_t* top_group;  // null: one group
-    const OperatorMap* map;           // on the device
+    const OperatorMap* map;         // on the device
     const std::int32_t* table;
     double* inner_partials;  // normalize_backward_blocks(count) of them
     float* partials;

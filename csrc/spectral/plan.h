@@ -15,24 +15,25 @@ constexpr int kAxes = 3;  // spatial axes; missing ones have size 1
 
 // One direction (A or A^T) of one operator. Offsets count elements; those into `table` are marked so.
 struct OperatorMap {
-    std::int32_t op;           // which weight
-    std::int32_t dtype;        // of the weight (Dtype)
+    std::int32_t op;     // which weight
+    std::int32_t dtype;  // of the weight (Dtype)
     std::int32_t groups;
-    std::int32_t rows;         // output channels of one group
-    std::int32_t channels;     // input channels of one group
-    std::int32_t positions;    // output positions of one channel
-    std::int32_t inputs;       // input positions of one channel
-    std::int32_t group_stride, row_stride, channel_stride, tap_stride;  // of the weight
+    std::int32_t rows;       // output channels of one group
+    std::int32_t channels;   // input channels of one group
+    std::int32_t positions;  // output positions of one channel
+    std::int32_t inputs;     // input positions of one channel
+    // Of the weight.
+    std::int32_t group_stride, row_stride, channel_stride, tap_stride;
     std::int32_t size[kAxes];  // output positions along each axis
     std::int32_t slots[kAxes];
-    std::int32_t entry[kAxes];  // in `table`: [size][slots]
-    std::int32_t order;         // in `table`: position of each place of the tiles or -1; -1: as numbered
-    std::int32_t tile_slots;    // in `table`: per tile of positions (its Slots in `table`, their number)
-    std::int32_t tiles;         // tiles of positions
+    std::int32_t entry[kAxes];   // in `table`: [size][slots]
+    std::int32_t order;          // in `table`: position of each place of the tiles or -1; -1: as numbered
+    std::int32_t tile_slots;     // in `table`: per tile of positions (its Slots in `table`, their number)
+    std::int32_t tiles;          // tiles of positions
     std::int32_t input, output;  // first element of the vectors in their buffers
-    std::int32_t norm_in;       // first partial square sum of the input, and their number per group; number 0: unit
+    std::int32_t norm_in;        // first partial square sum of the input, and their number per group; number 0: unit
     std::int32_t norms_in;
-    std::int32_t norm_out;      // likewise of the result
+    std::int32_t norm_out;  // likewise of the result
     std::int32_t norms_out;
 };
 

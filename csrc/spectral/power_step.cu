@@ -53,8 +53,15 @@ void half_step(const PowerStep& step, int half, const Stream& stream) {
 void power_step(const PowerStep& step, const Stream& stream) {
     SN_CHECK(step.targets || !(step.changes || step.copies.sigmas), "copies and choices are of a state in place");
     if (!step.counters_are_zero) zero_counters(step, stream);
-    FinishParams finish{step.slices, {step.results[0], step.results[1]}, {step.norms[0], step.norms[1]},
-                        step.sigmas, step.groups, step.targets, step.changes, step.copies, {}};
+    FinishParams finish{step.slices,
+                        {step.results[0], step.results[1]},
+                        {step.norms[0], step.norms[1]},
+                        step.sigmas,
+                        step.groups,
+                        step.targets,
+                        step.changes,
+                        step.copies,
+                        {}};
     // Where blocks of both fit on the device together; where they do not, early ones were seen to keep later ones waiting.
     const bool early = step.n_items[0] + step.n_items[1] <= parallel_blocks(stream.device);
     for (int h = 0; h < 2; ++h) {

@@ -77,7 +77,7 @@ private:
     __device__ void add_float32(const Left& a, const Right& b) {
         const int row = thread / kThreadsAcross * kRowsPerThread, column = thread % kThreadsAcross * 4;
         float chunk[kSums] = {};  // sums of 16 products: the error grows as the root of depth / 16, not of depth
-#pragma unroll 1  // all at once take too many registers
+#pragma unroll 1                  // all at once take too many registers
         for (int first = 0; first < kDepth; first += 8) {
             const int swapped = swizzled(row, first);
 #pragma unroll
@@ -139,7 +139,7 @@ private:
                 for (int i = 0; i < 2; ++i) split<kParts>(right[k + t + 4 * i][column + 8 * n], b, i);
 #pragma unroll
                 for (int m = 0; m < kMmaRows; ++m) {
-                    float(&sum)[4] = fragment(m, n);
+                    float (&sum)[4] = fragment(m, n);
                     if constexpr (kParts == 1) {
                         mma_tf32(sum, a[m][0], b[0]);
                     } else {  // sums of sums, small products first; low times low is below float32's precision
@@ -187,7 +187,7 @@ private:
     }
 
     __device__ float (&fragment(int m, int n))[4] {
-        return *reinterpret_cast<float(*)[4]>(&sums[(m * kMmaColumns + n) * 4]);
+        return *reinterpret_cast<float (*)[4]>(&sums[(m * kMmaColumns + n) * 4]);
     }
 };
 

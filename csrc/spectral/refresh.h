@@ -18,8 +18,8 @@ struct Content {
 };
 
 struct Refresh {
-    PowerStep step;  // in place; `changes`, `copies` and `counters_are_zero` follow from the rest
-    Copies copies;   // made by the last iteration
+    PowerStep step;                  // in place; `changes`, `copies` and `counters_are_zero` follow from the rest
+    Copies copies;                   // made by the last iteration
     std::optional<Content> content;  // none: everything is iterated. `zeroed` includes the step's counters
     int n_iterations;
 };

@@ -60,8 +60,8 @@ def check_can_be_distributed(module: nn.Module, as_matrix: bool, mapped: bool, o
     label = type(module).__name__
     if not as_matrix or mapped or module._parameters["weight"].ndim != 2:  # type: ignore[union-attr]
         raise ValueError(f"{label} is tensor-parallel; of such layers matrices are normalised (Linear, Embedding)")
-    if options.full or options.bound:
-        option = "gradient='full'" if options.full else "bound=True"
+    if options.full or options.bound or options.tol is not None:
+        option = "gradient='full'" if options.full else "bound=True" if options.bound else f"tol={options.tol:g}"
         raise ValueError(f"{option} needs the whole weight, and {label} is tensor-parallel; leave it out")
 
 

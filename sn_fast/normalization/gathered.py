@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -16,8 +16,15 @@ from .sharding import gatherings, is_sharded, shards_of
 from .tensor_parallel import DistributedSpectralNorm, distributed, refresh_distributed, together
 
 
-def gathered(model: nn.Module, caller: str, members: Sequence[SpectralNorm] | None = None) -> Iterator[list[Pair]]:
+def gathered(
+    model: nn.Module,
+    caller: str,
+    members: Sequence[SpectralNorm] | None = None,
+    parallel: Callable[[list[DistributedSpectralNorm]], object] = refresh_distributed,
+) -> Iterator[list[Pair]]:
     """Gather the sharded weights below ``model``, one FSDP module at a time; yields the layers with their weights.
+
+    ``parallel`` is called with the tensor-parallel layers among them, of whose weights only their own parts are here.
 
     Raises:
         RuntimeError: a rank did not come; or the weights are those of a larger model, which alone can gather them.
@@ -28,8 +35,11 @@ def gathered(model: nn.Module, caller: str, members: Sequence[SpectralNorm] | No
     for _ in gatherings(model, caller):
         pairs = readable(waiting)
         here = {m for m, _ in pairs}
-        waiting = [m for m in waiting if m not in here]
-        if pairs:
+        parts = [m for m in waiting if isinstance(m, DistributedSpectralNorm) and m.is_at_home()]
+        if parts:
+            parallel(parts)
+        waiting = [m for m in waiting if m not in here and m not in parts]
+        if pairs or parts:
             yield pairs
     if waiting:
         raise RuntimeError(
@@ -82,7 +92,12 @@ def update_distributed(model: nn.Module, n_power_iterations: int | None) -> None
     members = distributed(spectral_norms(model))
     if members:
         together(members, "update_spectral_norm(model)")
-        refresh_distributed(members, force=True, n_power_iterations=n_power_iterations)
+        advance_distributed(members, n_power_iterations)
+
+
+def advance_distributed(members: Sequence[DistributedSpectralNorm], n_power_iterations: int | None) -> None:
+    """Advance these, whether or not their weights have moved."""
+    refresh_distributed(members, force=True, n_power_iterations=n_power_iterations)
 
 
 def note_sharded(model: nn.Module) -> list[SpectralNorm]:

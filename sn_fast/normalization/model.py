@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
 from .checks import check_can_be_distributed, check_can_run, check_has_norm, check_not_flat
 from .data_parallel import leave_out, watch_wrappers
-from .gathered import gathered, is_away, refresh_sharded, start_sharded, update_distributed
+from .gathered import advance_distributed, gathered, is_away, refresh_sharded, start_sharded, update_distributed
 from .hooks import check_once_per_forward, observe_input, remove_hooks
 from .mapped import MappedSpectralNorm
 from .options import Gradient, InputSize, Mode, OperatorName, Options
@@ -50,6 +51,7 @@ def spectral_norm(
     reduce: bool = True,
     precision: Precision | None = None,
     bound: bool = False,
+    tol: float | None = None,
     replace: bool = False,
 ) -> ModuleT:
     """Normalise one layer's weight by the norm of its true linear map; equivalent to
@@ -75,6 +77,9 @@ def spectral_norm(
         bound: sigma is a certified upper bound, computed anew at every change of the weight (``operator_norm_bound``,
             which costs far more than a power iteration), so the layer's norm is provably at most beta, rounding of the
             weight included. The power iteration's value is kept in the buffer ``estimate``, for the gradient.
+        tol: at each change of the weight go on until sigma is within about tol * sigma of the norm, such as 1e-2: one
+            iteration more, and at most two rounds of 15 Lanczos steps. On a GPU each change takes as long as all of
+            them, for nothing waits for the device. Below 3e-3 float32 cannot tell (docs/sigma.md).
         replace: if the weight has PyTorch's spectral norm, ``torch.nn.utils.spectral_norm`` or
             ``torch.nn.utils.parametrizations.spectral_norm``, take that off first. The raw weight stays, the same
             Parameter, so an optimizer that holds it goes on. Its u and v stay too where both iterate the same matrix
@@ -88,7 +93,7 @@ def spectral_norm(
             A layer whose own forward or hooks make another map of the weight (weight standardisation, an adapter beside
             it, a scaled output) cannot.
     """
-    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound)
+    options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol)
     with replaced([module] if replace and isinstance(module, nn.Module) else [], name) as theirs:
         parametrization = _register(module, name, input_size, options, _is_large([module], name))
         if module in theirs:
@@ -110,19 +115,20 @@ def apply_spectral_norm(
     reduce: bool = True,
     precision: Precision | None = None,
     bound: bool = False,
+    tol: float | None = None,
     replace: bool = False,
 ) -> ModuleT:
     """Normalise every Linear and (transposed) convolution of a model, as one group that advances in one call.
 
     Args:
-        model: changed in place and returned.
+        model: changed in place and returned. Sharded by FSDP or tensor-parallel: all ranks have to call.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments; the model is run on it once, in
             eval mode and without gradients, to learn every layer's input size (on shapes alone if it is on meta).
             Batch size 1 is enough. A layer used at several sizes is normalised for the size with the largest norm.
         beta: one value, or {regular expression on the layer's name: value}; the first that matches counts.
         include: module classes to normalise; None: Linear and all convolutions.
         exclude: regular expression; layers whose name matches (re.search) are left alone.
-        mode, n_power_iterations, operator, gradient, reduce, precision, bound, replace: see ``spectral_norm``.
+        mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol, replace: see ``spectral_norm``.
 
     Raises:
         ValueError: no layer is left to normalise, a pattern matches none, or none matches a layer; or layers whose map
@@ -153,7 +159,7 @@ def apply_spectral_norm(
                     used_at = sizes.get(name, [])
                     size = size_of_largest_norm(module, used_at)
                     options = Options(
-                        betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound
+                        betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol
                     )
                     parts = module in distributed
                     parametrization = _register(module, "weight", size, options, hashed, used_at, distributed=parts)
@@ -181,6 +187,8 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
     No code needs the call: a layer refreshes itself when the content of its weight has changed, however it was written.
     It is for more iterations at one moment, such as after a new initialisation on a GPU or before an evaluation.
 
+    A sharded model's weights are gathered for it, so all ranks have to call.
+
     Args:
         n_power_iterations: None: each layer's own number.
     """
@@ -188,7 +196,8 @@ def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None
         n_power_iterations = as_int("n_power_iterations", n_power_iterations, minimum=1)
     update(readable(spectral_norms(model)), n_power_iterations)
     update_distributed(model, n_power_iterations)
-    for pairs in gathered(model, "update_spectral_norm(model)"):
+    parallel = partial(advance_distributed, n_power_iterations=n_power_iterations)
+    for pairs in gathered(model, "update_spectral_norm(model)", parallel=parallel):
         update(pairs, n_power_iterations)
 
 
@@ -238,6 +247,8 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
 
 def sigmas(model: nn.Module) -> dict[str, float]:
     """Current sigma of every normalised layer's raw weight, by layer name (a layer with an unknown size is left out).
+
+    Of a sharded model all ranks have to call this where weights have moved since the last forward.
 
     The layer in use has norm min(sigma, beta) under mode "cap" and beta under "scale".
     """

@@ -51,10 +51,10 @@ def compare(
     ``copies``: copy the states for one forward, with ``vectors`` if a backward may follow. ``force``: all are iterated.
     """
     found = []
-    for (_, n, full, precision), batch in batches_of(pairs, n_iterations).items():
+    for (_, n, full, precision, tol), batch in batches_of(pairs, n_iterations).items():
         for first in range(0, len(batch), _MOST):
             part = batch[first : first + _MOST]
-            step = None if full else prepared(part, precision)
+            step = None if full or tol is not None else prepared(part, precision)
             if step is not None and step.records is not None and all(_has_record(m) for m, _ in part):
                 found.append(_compare(step, part, n, copies, vectors, force))
     return found

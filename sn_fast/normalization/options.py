@@ -18,6 +18,14 @@ Gradient = Literal["detached", "full"]
 InputSize = int | Sequence[int] | Literal["any"] | None
 
 
+def check_tol(tol: object) -> None:
+    """Raise unless ``tol`` is None or a tolerance."""
+    if tol is None:
+        return
+    if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 < float(tol) < 1:
+        raise ValueError(f"tol={tol!r} must be a number between 0 and 1, such as 1e-3, or None")
+
+
 @dataclass(frozen=True)
 class Options:
     """See ``sn_fast.spectral_norm``. Raises ValueError or TypeError for what is out of range."""
@@ -30,6 +38,7 @@ class Options:
     reduce: bool = True
     precision: str | None = None
     bound: bool = False
+    tol: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("cap", "scale"):
@@ -48,6 +57,7 @@ class Options:
             raise ValueError("beta=inf must be finite with mode='scale'")
         if self.bound and self.full:
             raise ValueError("bound=True has no gradient='full': the certificate is not differentiated; use 'detached'")
+        check_tol(self.tol)
         object.__setattr__(self, "beta", float(self.beta))
         n = as_int("n_power_iterations", self.n_power_iterations, minimum=1)
         object.__setattr__(self, "n_power_iterations", n)

@@ -16,15 +16,21 @@ from ..ops.prepared_step import PreparedStep, prepare
 from .state import State
 
 Pair: TypeAlias = "tuple[State, Tensor]"  # a parametrization, and the weight that it is given
-Batch: TypeAlias = "tuple[torch.device, int, bool, str]"  # what the members of one call share
+Batch: TypeAlias = "tuple[torch.device, int, bool, str, float | None]"  # what the members of one call share
 
 
-def batches_of(pairs: Iterable[Pair], n_power_iterations: int | None = None) -> dict[Batch, list[Pair]]:
-    """All that share a device, a number of iterations, the kind of gradient and a precision."""
+def batches_of(
+    pairs: Iterable[Pair], n_power_iterations: int | None = None, *, exactly: bool = True
+) -> dict[Batch, list[Pair]]:
+    """All that share a device, a number of iterations, the kind of gradient, a precision and a tolerance.
+
+    ``exactly``: a number that is given is that of all iterations, whatever the layers' tolerances.
+    """
     batches: dict[Batch, list[Pair]] = {}
     for member, weight in pairs:
         o = member.options
-        key = weight.device, n_power_iterations or o.n_power_iterations, o.full, o.product_precision
+        tol = None if n_power_iterations is not None and exactly else o.tol
+        key = weight.device, n_power_iterations or o.n_power_iterations, o.full, o.product_precision, tol
         batches.setdefault(key, []).append((member, weight))
     return batches
 

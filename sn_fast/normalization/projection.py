@@ -21,7 +21,7 @@ from ..reference.geometry import Geometry
 from .after_steps import Handle, after_each_step, parameters_of
 from .checks import check_has_norm
 from .model import check_layers, size_of_largest_norm
-from .options import Mode, OperatorName, Options
+from .options import Mode, OperatorName, Options, check_tol
 from .projected import Projected
 from .selection import betas_of, chosen_layers
 from .shards import (
@@ -91,8 +91,7 @@ class SpectralProjection:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-        if tol is not None and not 0 < tol < 1:
-            raise ValueError(f"tol={tol!r} must be a number between 0 and 1, such as 1e-3, or None")
+        check_tol(tol)
         if cap_singular_values and mode != "cap":
             raise ValueError(f"cap_singular_values=True caps, and mode={mode!r} does not; leave mode out")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -21,6 +21,8 @@ from .checkpoint import Loaded, are_unit, belongs, judge
 from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
 from .state import Snapshot, State, is_wrapped, moment
 
+_SMALL = 1 << 16  # elements of a weight that takes less time to normalise than to come back to the code that does it
+
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
@@ -200,22 +202,25 @@ def restart(pairs: Sequence[Pair], *, marked: bool = False) -> None:
             if not weight.is_meta:
                 us, vs = [member.state("u")], [member.state("v")]
                 operators.restart([member.operand(weight.detach())], us, vs, member.code)
-        advance([(member, weight) for member, weight in pairs if not weight.is_meta], POWER_STEPS, marked=marked)
+        here = [(member, weight) for member, weight in pairs if not weight.is_meta]
+        advance(here, POWER_STEPS, marked=marked, exactly=False)
 
 
-def advance(pairs: Iterable[Pair], n_power_iterations: int | None = None, *, marked: bool = False) -> None:
+def advance(
+    pairs: Iterable[Pair], n_power_iterations: int | None = None, *, marked: bool = False, exactly: bool = True
+) -> None:
     """Advance u, v, sigma, all that share a device, options and a number of iterations in one call.
 
-    ``marked``: the records are those of the weights already.
+    ``marked``: the records are those of the weights already. ``exactly``: see ``batches_of``.
     """
-    batches = batches_of(pairs, n_power_iterations)
+    batches = batches_of(pairs, n_power_iterations, exactly=exactly)
     if not batches:
         return
     with _undisturbed():
-        for (_, n, full, precision), batch in batches.items():
-            step = None if full else prepared(batch, precision)
+        for (_, n, full, precision, tol), batch in batches.items():
+            step = None if full or tol is not None else prepared(batch, precision)
             if step is None:
-                operators.advance(*tensors_of(batch), [c for m, _ in batch for c in m.code], n, precision)
+                operators.advance(*tensors_of(batch), [c for m, _ in batch for c in m.code], n, precision, tol)
             else:
                 step.run(n)
                 note_writes(batch)
@@ -247,9 +252,9 @@ def update(pairs: Iterable[Pair], n_power_iterations: int | None) -> None:
                 _refresh_on_device(there, suspects, force=True, n_power_iterations=n_power_iterations)
         return
     with torch.no_grad():
-        for (device, n, _, precision), batch in batches_of(pairs, n_power_iterations).items():
+        for (device, n, _, precision, tol), batch in batches_of(pairs, n_power_iterations).items():
             records = [_record(m, w) for m, w in batch]
-            operators.update(*tensors_of(batch), records, [c for m, _ in batch for c in m.code], n, precision)
+            operators.update(*tensors_of(batch), records, [c for m, _ in batch for c in m.code], n, precision, tol)
             changed = torch.ones(len(batch), dtype=torch.bool, device=device)
             for i, (member, weight) in enumerate(batch):
                 if member.options.bound:
@@ -260,20 +265,22 @@ def _by_operator(pairs: Sequence[Pair], vectors: bool) -> list[Snapshot]:
     """Refresh by one operator per batch, which compares the weights when it runs."""
     found: dict[State, Snapshot] = {}
     with torch.no_grad():
-        for (_, n, _, precision), batch in batches_of(pairs, None).items():
-            states = _batch_by_operator(batch, vectors, n, precision)
+        for (_, n, _, precision, tol), batch in batches_of(pairs, None).items():
+            states = _batch_by_operator(batch, vectors, n, precision, tol)
             found.update({member: state for (member, _), state in zip(batch, states)})
     return [found[member] for member, _ in pairs]
 
 
-def _batch_by_operator(batch: list[Pair], vectors: bool, n_iterations: int, precision: str) -> list[Snapshot]:
+def _batch_by_operator(
+    batch: list[Pair], vectors: bool, n_iterations: int, precision: str, tol: float | None
+) -> list[Snapshot]:
     weights, us, vs, sigmas, groups, previous = tensors_of(batch)
     records = [_record(m, w) for m, w in batch]
     states = [*sigmas, *us, *vs, *groups, *previous] if vectors or previous else sigmas
     fresh = [torch.empty_like(t) for t in states]
     changed = torch.empty(len(batch), dtype=torch.bool, device=weights[0].device)
     code = [c for m, _ in batch for c in m.code]
-    arguments = code, n_iterations, precision
+    arguments = code, n_iterations, precision, tol
     operators.refresh(weights, us, vs, sigmas, groups, previous, records, fresh, changed, *arguments)
     n = len(batch)
     grouped = iter(fresh[3 * n : 3 * n + len(groups)])
@@ -303,19 +310,23 @@ def _transforms_active() -> bool:
 
 
 def with_ready_weights(pairs: Sequence[Pair], states: Sequence[Snapshot]) -> list[Snapshot]:
-    """The snapshots with the normalised weights, outside autograd, where kernels compute all in one launch.
+    """The snapshots with the normalised weights, outside autograd, where that saves time.
 
-    What is computed is handed out once, so a forward of the model costs one launch and nothing is kept after it.
+    Kernels compute all in one launch; on the host small ones take a fraction of the time that they take one by one
+    between large products, whose code and data push theirs out of the caches. What is computed is handed out once, so
+    nothing is kept after a forward.
     """
     if torch.compiler.is_compiling() or _transforms_active():
         return list(states)
     by_device: dict[torch.device, list[int]] = {}
     for i, (member, weight) in enumerate(pairs):
         if not (member.options.full or member.is_cached) and type(weight) is nn.Parameter:
+            if is_on_host(weight.device) and weight.numel() > _SMALL:
+                continue
             by_device.setdefault(weight.device, []).append(i)
     for device, index in by_device.items():
         # A graph under capture has to contain the launch, and nothing that it makes may be used outside it.
-        if not has_kernels(device) or is_capturing(device):
+        if not (has_kernels(device) or is_on_host(device)) or is_capturing(device):
             continue
         with torch.inference_mode(False), torch.no_grad():
             values = normalize_all(

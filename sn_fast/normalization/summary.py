@@ -19,7 +19,7 @@ from ..reference.geometry import Geometry
 from .gathered import gathered, is_away
 from .model import normalised_modules
 from .parametrization import SpectralNorm
-from .tensor_parallel import distributed, together
+from .tensor_parallel import DistributedSpectralNorm, distributed, together
 
 _HEAD = ("layer", "operator", "sigma", "beta", "mode", "norm in use at most")
 _RIGHT = frozenset({2, 3, 5})
@@ -46,21 +46,22 @@ def spectral_norm_summary(model: nn.Module) -> str:
     }
     away = [p for p in found if is_away(p)]
     rows: dict[SpectralNorm, tuple[str, ...]] = {}
-    parallel = distributed(found)
-    together(parallel, "spectral_norm_summary(model)")
+    together(distributed(found), "spectral_norm_summary(model)")
     with evaluating(model), torch.no_grad():
         for p in chained([p for p in found if p not in away], _gathered(model, away)):
             label, module, name = found[p]
             weight = getattr(module, name)
-            rows[p] = _cells(label, p, weight.full_tensor() if p in parallel else weight)
+            rows[p] = _cells(label, p, weight.full_tensor() if isinstance(p, DistributedSpectralNorm) else weight)
     if not rows:
         return "no layer is normalised by sn_fast"
     return "\n".join(aligned([_HEAD, *(rows[p] for p in found)], _RIGHT))
 
 
 def _gathered(model: nn.Module, away: Sequence[SpectralNorm]) -> Iterator[SpectralNorm]:
-    for pairs in gathered(model, "spectral_norm_summary(model)", away):
-        yield from [p for p in away if any(p is member for member, _ in pairs)]
+    parts: list[DistributedSpectralNorm] = []
+    for pairs in gathered(model, "spectral_norm_summary(model)", away, parallel=parts.extend):
+        yield from [p for p in away if p in parts or any(p is member for member, _ in pairs)]
+        parts.clear()
 
 
 def _cells(name: str, p: SpectralNorm, weight: Tensor) -> tuple[str, ...]:

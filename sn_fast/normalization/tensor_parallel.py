@@ -56,6 +56,11 @@ class DistributedSpectralNorm(SpectralNorm):
         found = self.sharded_dim(weight)
         return found is not None and found[1] != self.matrix_dim
 
+    def is_at_home(self) -> bool:
+        """Whether the weight is placed as in the layer's forward, not sharded further by FSDP."""
+        home = getattr(self.state("u"), "device_mesh", None)
+        return home is not None and getattr(self.raw, "device_mesh", None) == home
+
     def group(self, weight: Any) -> Any:
         found = self.sharded_dim(weight)
         return None if found is None else weight.device_mesh.get_group(found[0])

@@ -14,10 +14,11 @@ from ..reference.geometry import decode
 from .fingerprint import fingerprint, renew_record, same_content, update_record
 from .lanczos import lanczos_start
 from .library import define, is_capturing, kernels_of
-from .power_step import power_step, starts_of
+from .power_step import Vectors, power_step, starts_of
 from .precision import resolved
 from .prepared_step import PreparedStep, prepare
 from .records import is_on_host
+from .settled import settled
 from .singular_vectors import LANCZOS_STEPS, POWER_STEPS, random_starts
 
 # Threads that use one model on the host: a state moves once, and nobody reads it while it moves.
@@ -44,9 +45,10 @@ def advance(
     geometry: Sequence[int],
     n_iterations: int,
     precision: str,
+    tol: float | None = None,
 ) -> None:
-    """``n_iterations`` power iterations, written into the state. Shapes as in ``refresh``."""
-    found = _advanced(weights, us, vs, bool(previous), geometry, n_iterations, precision)
+    """``n_iterations`` power iterations, or more (``settled``), written into the state. Shapes as in ``refresh``."""
+    found = _advanced(weights, us, vs, bool(previous), geometry, n_iterations, precision, tol)
     copy([*us, *vs, *sigmas, *previous, *groups], _in_order(found, geometry, bool(previous)))
 
 
@@ -61,12 +63,37 @@ def _advanced(
     geometry: Sequence[int],
     n_iterations: int,
     precision: str,
+    tol: float | None,
 ) -> Advanced:
-    if full and n_iterations > 1:
-        us, vs, _, _ = power_step(weights, us, vs, geometry, n_iterations - 1, precision)
+    if tol is not None and is_on_host(weights[0].device) and len(weights) > 1:  # each ends by itself
+        each = [
+            _advanced([w], [u], [v], full, layer.encode(), n_iterations, precision, tol)
+            for w, u, v, layer in zip(weights, us, vs, decode(geometry), strict=True)
+        ]
+        u, v, sigma, previous, group = ([x for found in each for x in found[i]] for i in range(5))
+        return u, v, sigma, previous, group
+    if full and (tol is not None or n_iterations > 1):
+        us, vs, _, _ = _iterated(weights, us, vs, geometry, max(1, n_iterations - 1), precision, tol)
     previous = [x.clone() for x in starts_of(us, vs)] if full else []
-    u, v, sigma, group = power_step(weights, us, vs, geometry, 1 if full else n_iterations, precision)
+    if full:
+        n_iterations, tol = 1, None
+    u, v, sigma, group = _iterated(weights, us, vs, geometry, n_iterations, precision, tol)
     return u, v, sigma, previous, group
+
+
+def _iterated(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    geometry: Sequence[int],
+    n_iterations: int,
+    precision: str,
+    tol: float | None,
+) -> Vectors:
+    if tol is None:
+        return power_step(weights, us, vs, geometry, n_iterations, precision)
+    with _exact(weights):
+        return settled(weights, us, vs, geometry, n_iterations, precision, tol)
 
 
 def _in_order(found: Advanced, geometry: Sequence[int], full: bool) -> list[Tensor]:
@@ -88,6 +115,7 @@ def _refresh(
     geometry: Sequence[int],
     n_iterations: int,
     precision: str = "fp32",
+    tol: float | None = None,
 ) -> None:
     """Where a weight differs from its record: advance its state, once, and renew the record; then copy the state.
 
@@ -102,11 +130,13 @@ def _refresh(
         records: copies or fingerprints of the weights that the state belongs to.
         fresh: new tensors for copies of ``sigmas``, or of ``sigmas``, ``us``, ``vs``, ``groups`` and ``previous``.
         changed: (n,) bool, written: whether each weight had changed.
+        n_iterations, tol: see ``settled``.
     """
     with torch.no_grad(), LOCK, _exact(weights):
         weights = [w.detach() for w in weights]
         advance_changed = _refresh_on_host if is_on_host(weights[0].device) else _refresh_on_device
-        advance_changed(weights, us, vs, sigmas, groups, previous, records, changed, geometry, n_iterations, precision)
+        state = us, vs, sigmas, groups, previous
+        advance_changed(weights, *state, records, changed, geometry, n_iterations, precision, tol)
         states = [*sigmas, *us, *vs, *groups, *previous]
         copy(fresh, states[: len(fresh)])
 
@@ -122,11 +152,12 @@ def _update(
     geometry: Sequence[int],
     n_iterations: int,
     precision: str = "fp32",
+    tol: float | None = None,
 ) -> None:
     """Advance every state, whether or not its weight has changed. Arguments as in ``refresh``."""
     with torch.no_grad(), LOCK, _exact(weights):
         weights = [w.detach() for w in weights]
-        advance(weights, us, vs, sigmas, groups, previous, geometry, n_iterations, precision)
+        advance(weights, us, vs, sigmas, groups, previous, geometry, n_iterations, precision, tol)
         for record, weight in zip(records, weights):
             update_record(record, weight)
 
@@ -147,6 +178,7 @@ def _refresh_on_host(
     geometry: Sequence[int],
     n_iterations: int,
     precision: str,
+    tol: float | None,
 ) -> None:
     known = decode(geometry)
     moved = [not same_content(w, r) for w, r in zip(weights, records)]
@@ -164,7 +196,7 @@ def _refresh_on_host(
             if chosen is replaced:
                 restart(ws, u, v, code)
             top = [t for t in (tops[i] for i in index) if t is not None]
-            advance(ws, u, v, s, top, [previous[i] for i in index] if previous else [], code, n, precision)
+            advance(ws, u, v, s, top, [previous[i] for i in index] if previous else [], code, n, precision, tol)
     except BaseException:
         for m, record in zip(moved, records):
             if m:  # the state does not belong to the new weight: the next use has to see a change
@@ -189,8 +221,9 @@ def _refresh_on_device(
     geometry: Sequence[int],
     n_iterations: int,
     precision: str,
+    tol: float | None,
 ) -> None:
-    step = None if previous else _step(weights, us, vs, sigmas, groups, geometry, precision)
+    step = None if previous or tol is not None else _step(weights, us, vs, sigmas, groups, geometry, precision)
     if step is not None:
         changed.copy_(step.refresh(n_iterations, records, copies=False).changes[:-1])
         return
@@ -198,7 +231,7 @@ def _refresh_on_device(
     moved = [(p != r).any() for p, r in zip(prints, records)]
     torch.stack(moved, out=changed)
     found = _in_order(
-        _advanced(weights, us, vs, bool(previous), geometry, n_iterations, precision), geometry, bool(previous)
+        _advanced(weights, us, vs, bool(previous), geometry, n_iterations, precision, tol), geometry, bool(previous)
     )
     with_groups = [m for m, layer in zip(moved, decode(geometry)) if layer.groups > 1]
     flags = [*moved, *moved, *moved, *(moved if previous else []), *with_groups]
@@ -256,14 +289,15 @@ def lists_keep_versions() -> bool:
 refresh = define(
     "refresh(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] sigmas, Tensor(d!)[] groups,"
     " Tensor(e!)[] previous, Tensor(f!)[] records, Tensor(g!)[] fresh, Tensor(h!) changed, int[] geometry,"
-    " int n_iterations, str precision='fp32') -> ()",
+    " int n_iterations, str precision='fp32', float? tol=None) -> ()",
     _refresh,
     lambda *args: None,
 )
 
 update = define(
     "update(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] sigmas, Tensor(d!)[] groups,"
-    " Tensor(e!)[] previous, Tensor(f!)[] records, int[] geometry, int n_iterations, str precision='fp32') -> ()",
+    " Tensor(e!)[] previous, Tensor(f!)[] records, int[] geometry, int n_iterations, str precision='fp32',"
+    " float? tol=None) -> ()",
     _update,
     lambda *args: None,
 )

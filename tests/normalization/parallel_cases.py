@@ -54,7 +54,7 @@ def transformer(dtype: torch.dtype, seed: int = 0) -> nn.Module:
     return Transformer().to(dtype)
 
 
-def parallel(model: nn.Module) -> nn.Module:
+def parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -62,7 +62,7 @@ def parallel(model: nn.Module) -> nn.Module:
     plan: dict[str, Any] = {f"blocks.*.{name}": ColwiseParallel() for name in ("q", "k", "v", "up")}
     plan |= {f"blocks.*.{name}": RowwiseParallel() for name in ("o", "down")}
     plan |= {"words": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())}
-    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    return parallelize_module(model, mesh or init_device_mesh("cpu", (dist.get_world_size(),)), plan)
 
 
 def normalise(model: nn.Module, **options: Any) -> nn.Module:
@@ -175,3 +175,35 @@ def check_refused() -> None:
     assert dict(model.named_parameters()).keys() == before.keys()
     with pytest.raises(RuntimeError, match=r"normalised already.*call it first"):
         parallel(normalise(transformer(torch.float32)))
+
+
+def with_fsdp(rank: int) -> None:
+    """Two by two: tensor-parallel, normalised, and then sharded by fully_shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    data = mesh["data"]
+    model = normalise(parallel(transformer(torch.float64), mesh["tensor"]))
+    for block in model.blocks:
+        fully_shard(block, mesh=data)
+    fully_shard(model, mesh=data)
+    alone = normalise(transformer(torch.float64))
+    optimizers = [torch.optim.SGD(m.parameters(), LR, momentum=0.9) for m in (alone, model)]
+    for i in range(8):
+        wanted = step(alone, optimizers[0], i)
+        x = words(i).chunk(2)[data.get_local_rank()]
+        loss = F.cross_entropy(model(x).flatten(0, 1), x.roll(1, 1).flatten())
+        loss.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        both = loss.detach().clone()
+        dist.all_reduce(both, group=data.get_group())
+        assert_near([float(both) / 2], [wanted], rel=1e-11)
+    assert sn_fast.sigmas(model) == pytest.approx(sn_fast.sigmas(alone), rel=1e-9)
+    ours, theirs = sn_fast.spectral_norm_summary(model), sn_fast.spectral_norm_summary(alone)
+    assert ours.split()[:9] == theirs.split()[:9]
+    sn_fast.update_spectral_norm(model, 3)
+    sn_fast.update_spectral_norm(alone, 3)
+    assert sn_fast.sigmas(model) == pytest.approx(sn_fast.sigmas(alone), rel=1e-9)

@@ -21,8 +21,8 @@ from .sharded_cases import Alone, Case, X, batch, loss_of, made, members, networ
 
 CASE = Case("FSDP2 per block")
 LATE = CASE._replace(after=True)
-BEFORE, AFTER = 3, 3  # steps before and after the checkpoint
-LR = 0.02
+BEFORE, AFTER = 8, 3  # steps before and after the checkpoint
+LR = 0.1  # so large that a state is well behind the weights
 
 
 def global_batch(number: int) -> Tensor:

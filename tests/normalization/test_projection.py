@@ -249,6 +249,17 @@ def test_a_saved_state_goes_on_bit_by_bit() -> None:
     assert all(torch.equal(t, other.state_dict()[k]) for k, t in projection.state_dict().items())
 
 
+def test_names_are_those_of_the_plain_model() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    wanted = SpectralProjection(network(), X[:1]).state_dict()
+    model = network()
+    model[3] = checkpoint_wrapper(model[3])
+    compiled = torch.compile(model, backend="eager")
+    found = SpectralProjection(compiled, X[:1], beta={"^3$": 1.0, ".": 2.0}).state_dict()
+    assert found.keys() == wanted.keys()
+
+
 def test_a_state_of_another_model_is_refused() -> None:
     projection = SpectralProjection(network(), X[:1])
     state = projection.state_dict()

@@ -34,16 +34,16 @@ def needs(how: str) -> None:
         pytest.skip("this torch has no fully_shard")
 
 
-@pytest.mark.parametrize("how", ["FSDP1", "FSDP2 per layer", "FSDP2 root"])
-def test_processes_share_one_state(how: str, tmp_path: Path) -> None:
-    needs(how)
-    run_in_group(workers.sharded, how, folder=tmp_path)
+@pytest.mark.parametrize("hows", [["FSDP1"], ["FSDP2 per layer", "FSDP2 root"]], ids=["FSDP1", "FSDP2"])
+def test_processes_share_one_state(hows: list[str], tmp_path: Path) -> None:
+    needs(hows[0])
+    run_in_group(workers.for_each, workers.sharded, hows, folder=tmp_path)
 
 
-@pytest.mark.parametrize("how", FSDP1 + FSDP2)
-def test_training_is_that_of_one_process(how: str, tmp_path: Path) -> None:
-    needs(how)
-    run_in_group(workers.sharded_as_one, how, folder=tmp_path)
+@pytest.mark.parametrize("hows", [FSDP1, FSDP2], ids=["FSDP1", "FSDP2"])
+def test_training_is_that_of_one_process(hows: list[str], tmp_path: Path) -> None:
+    needs(hows[0])
+    run_in_group(workers.for_each, workers.sharded_as_one, hows, folder=tmp_path)
 
 
 DOUBLE = torch.float64

@@ -21,3 +21,7 @@ pytestmark = [
 
 def test_a_transformer_is_that_of_one_process(tmp_path: Path) -> None:
     run_in_group(parallel_cases.as_one, tmp_path, folder=tmp_path)
+
+
+def test_fully_shard_around_a_tensor_parallel_transformer(tmp_path: Path) -> None:
+    run_in_group(parallel_cases.with_fsdp, folder=tmp_path, size=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -78,6 +79,12 @@ def fsdp2(model: nn.Module, how: str) -> nn.Module:
 
 def shard(model: nn.Module, how: str) -> nn.Module:
     return (fsdp1 if how.startswith("FSDP1") else fsdp2)(model, how)
+
+
+def for_each(rank: int, function: Callable[[int, str], None], hows: list[str]) -> None:
+    """Several cases in one start of the processes."""
+    for how in hows:
+        function(rank, how)
 
 
 def sharded_as_one(rank: int, how: str) -> None:
