@@ -14,10 +14,10 @@ PROGRAMS = [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.slow else [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to run in, and a home whose ``data`` has the official files, where they are here."""
+    """A folder that holds one for figures alone, and a home whose ``data`` has the official files, where they are here."""
     home, empty = tmp_path / "home", tmp_path / "empty"
     home.mkdir()
-    empty.mkdir()
+    (empty / "figures").mkdir(parents=True)
     (home / "data").symlink_to(DATA)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("MPLBACKEND", "agg")
