@@ -69,7 +69,7 @@ def test_what_a_peer_lacks_stays_in_its_table(tmp_path: Path) -> None:
         "| torch | 2 ms (1.5..2.5) | 2.00 | 0.540 to 1.000 | no |",
         "| normflows | RuntimeError |",
         "- normflows, a network: RuntimeError: sizes differ",
-        "- orthogonium: normalisation",
+        "- orthogonium does not offer normalisation",
         "- deel-torchlip: pip install deel-torchlip==1.0.5",
         "Not measured yet: `python -m benchmarks.cpu steps`.",
     ):

@@ -1,4 +1,4 @@
-"""Importing sn_fast changes nothing of the process."""
+"""Importing sn_fast changes nothing of the process, and normalising a model next to nothing."""
 
 import subprocess
 import sys
@@ -26,8 +26,11 @@ start = registered()
 assert len(start) >= 6, start
 import sn_fast
 
-sn_fast.apply_spectral_norm(nn.Sequential(nn.Linear(3, 3)), torch.randn(1, 3))
 assert registered() == start, registered()
+sn_fast.apply_spectral_norm(nn.Sequential(nn.Linear(3, 3)), torch.randn(1, 3))
+# One hook tells the first normalised model when DistributedDataParallel wraps it.
+more = [hook.__module__ for now, then in zip(registered(), start) for key, hook in now.items() if key not in then]
+assert more == ["sn_fast.normalization.data_parallel"], more
 assert methods == [
     nn.Module.__call__, nn.Module._call_impl, nn.Module.__setattr__, torch.optim.Optimizer.step,
     torch.optim.SGD.step, torch.Tensor.__torch_function__, torch.load, torch.save,

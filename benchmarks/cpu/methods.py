@@ -94,7 +94,7 @@ def _sn_fast(**options: Any) -> Apply:
     def apply(model: nn.Module, example: Tensor) -> Normalised:
         accepted = inspect.signature(sn_fast.apply_spectral_norm).parameters
         if "tol" in options and "tol" not in accepted:
-            raise NotOffered("tol= by this version")
+            raise NotOffered("tol= in this version")
         sn_fast.apply_spectral_norm(model, example, **options)
         return _parametrized(model, lambda: sn_fast.update_spectral_norm(model))
 

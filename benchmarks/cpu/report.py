@@ -50,7 +50,7 @@ def _source(name: str, found: Mapping[str, Any]) -> str:
     loads = [row["load"] for row in rows if row["load"] is not None]
     busy = f"load {min(loads):.1f} to {max(loads):.1f}" if loads else "load unknown"
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread"
-    left_out = "" if found["finished"] else "; interrupted, some rows are missing"
+    left_out = "" if found["finished"] else "; some rows are not measured yet"
     return f"*`{name}.json`: {where}, {busy}; {packages}; commit {found['commit']}, {found['date']}{left_out}.*"
 
 
@@ -98,8 +98,10 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
         for name, cell in row["methods"].items():
             if "error" in cell:
                 text = f"- {name}, {key}: {cell['error']}: {cell['message']}"
-            elif reason := cell.get("not_offered") or cell.get("missing"):
-                text = f"- {name}: {reason}"
+            elif "not_offered" in cell:
+                text = f"- {name} does not offer {cell['not_offered']}"
+            elif "missing" in cell:
+                text = f"- {name}: {cell['missing']}"
             else:
                 continue
             if text not in seen:

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..layers.kinds import kind_of, spatial_axes
-from ..layers.linear import as_int, checked_weight, conv_operator
-from ..layers.observe import observed_input_sizes
-from ..ops.precision import Precision
-from ..ops.project_weights import project_weights
-from ..ops.records import is_on_host
-from ..reference.clip import clip_singular_values
-from ..reference.geometry import Geometry
+from ...layers.kinds import kind_of, spatial_axes
+from ...layers.linear import as_int, checked_weight, conv_operator
+from ...layers.observe import observed_input_sizes
+from ...ops.precision import Precision
+from ...ops.project_weights import project_weights
+from ...ops.records import is_on_host
+from ...reference.clip import clip_singular_values
+from ...reference.geometry import Geometry
+from ..checks import check_has_norm
+from ..model import check_layers, size_of_largest_norm
+from ..options import Mode, OperatorName, Options, check_tol
+from ..selection import betas_of, chosen_layers
 from .after_steps import Handle, after_each_step, parameters_of
-from .checks import check_has_norm
-from .model import check_layers, size_of_largest_norm
-from .options import Mode, OperatorName, Options, check_tol
 from .projected import Projected
-from .selection import betas_of, chosen_layers
 from .shards import (
     Part,
     by_groups,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..ops import refresh
-from ..ops.library import is_capturing
-from ..ops.project_weights import as_matrix, iterate
-from ..ops.singular_vectors import POWER_STEPS
-from ..reference.geometry import Geometry
-from ..reference.linear_map import compute_dtype
+from ...ops import refresh
+from ...ops.library import is_capturing
+from ...ops.project_weights import as_matrix, iterate
+from ...ops.singular_vectors import POWER_STEPS
+from ...reference.geometry import Geometry
+from ...reference.linear_map import compute_dtype
 
 
 class Projected:

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.half_step import half_step
-from ..ops.project_weights import State, as_matrix, iterate, repeated, scale
-from ..ops.refresh import copy
-from ..reference.power import normalized
+from ...ops.half_step import half_step
+from ...ops.project_weights import State, as_matrix, iterate, repeated, scale
+from ...ops.refresh import copy
+from ...reference.power import normalized
 from .projected import Projected
 
 Box = tuple[slice, ...]
