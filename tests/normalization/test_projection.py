@@ -317,6 +317,24 @@ def test_a_replaced_layer_is_named(replaced: str, lost: str | None) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("untied", [0, 2])
+@pytest.mark.parametrize("by_load", [False, True])
+def test_an_untied_weight_is_named(untied: int, by_load: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    projection = SpectralProjection(model, torch.zeros(1, 6))
+    projection.step()
+    if by_load:
+        model.load_state_dict(model.state_dict(), assign=True)
+    else:
+        model[untied].weight = nn.Parameter(model[untied].weight.detach().clone())
+    if model[0].weight is model[2].weight:
+        projection.step()
+        return
+    with pytest.raises(RuntimeError, match=r"layers '0' and '2' no longer share one weight"):
+        projection.step()
+
+
 def test_a_wrapped_layer_is_still_there() -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

@@ -48,6 +48,8 @@ class Projected:
         self.clips = clips
         """Whether all its singular values are clipped, not the largest alone."""
         self.is_started = False
+        self.tied: list[tuple[str, nn.Module]] = []
+        """Other layers with this weight."""
 
     @property
     def is_matrix(self) -> bool:

@@ -200,14 +200,20 @@ class SpectralProjection:
             project_sharded(pairs, self.n_power_iterations, self.tol, self._precision)
 
     def _check_layers(self) -> None:
-        """Raise where a layer was replaced: what stands in its place would train without a bound."""
+        """Raise where a layer was replaced, or a weight untied: what stands in its place would have no bound."""
         there = {id(module) for module in self._model.modules()}
         for m in self._members:
-            if id(m.module) not in there:
-                raise RuntimeError(
-                    f"SpectralProjection: layer {m.name!r} is no longer in the model; make a new SpectralProjection "
-                    "after replacing or removing layers, and remove() the handles of this one"
-                )
+            for name, module in [(m.name, m.module), *m.tied]:
+                problem = ""
+                if id(module) not in there:
+                    problem = f"layer {name!r} is no longer in the model"
+                elif module._parameters.get("weight") is not m.weight():
+                    problem = f"layers {m.name!r} and {name!r} no longer share one weight"
+                if problem:
+                    raise RuntimeError(
+                        f"SpectralProjection: {problem}; make a new SpectralProjection, and remove() the handles of "
+                        "this one"
+                    )
 
     def _held(self, member: Projected) -> Tensor | Part:
         """The weight, or the part of it that is here."""
@@ -316,6 +322,8 @@ class SpectralProjection:
                     f"SpectralProjection: layers {twin.name!r} and {name!r} share one weight, but not their "
                     f"{'beta' if same_map else 'convolution or input size'}; exclude one of them"
                 )
+            if twin is not member:
+                twin.tied.append((name, module))
         return list(found.values())
 
 
