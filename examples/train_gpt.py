@@ -5,7 +5,9 @@
 
 Under torchrun the model is sharded by fully_shard (FSDP2), block by block, with activation checkpointing; NCCL on
 GPUs, gloo on CPUs. Every ``--save-every`` steps a checkpoint (torch.distributed.checkpoint) goes to ``--out``; the same
-command continues from the last one, on any number of processes, so torchrun's restarts lose at most one interval.
+command continues from the last one, on any number of processes, so torchrun's restarts lose at most one interval. On
+several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for restarts: without it the processes that torchrun starts anew
+can find the addresses of the old ones in its store, and fail to connect (PyTorch 2.14).
 
 ``--normalize projection`` scales the plain weights back after each step (``sn_fast.SpectralProjection``),
 ``parametrization`` divides them in the forward (``sn_fast.apply_spectral_norm``), ``none`` leaves them alone.
@@ -177,12 +179,17 @@ class Training:
         if self.rank == 0:
             shutil.rmtree(done, ignore_errors=True)
             begun.rename(done)
-            for old in sorted(folder.glob("step-*"))[:-2]:
+            for old in self.saved()[:-2]:
                 shutil.rmtree(old)
         self.wait()
 
+    def saved(self) -> list[Path]:
+        """The folders of checkpoints, the last step's last."""
+        found = Path(self.options.out).glob("step-*") if self.options.out else []
+        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+
     def load(self) -> None:
-        found = sorted(Path(self.options.out).glob("step-*")) if self.options.out else []
+        found = self.saved()
         if not found:
             return
         state = self.state()
@@ -223,8 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> float:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # With keys of their own for each restart: torchrun can keep the store, and in it the addresses of the dead.
+        # Not on several nodes, whose counts of restarts can differ: see the docstring.
         store, rank, size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     try:
         return Training(options).run()

@@ -6,9 +6,9 @@
 
 IMAGENET holds train/CLASS/*.JPEG and val/CLASS/*.JPEG, CIFAR holds cifar-10-batches-py. Run the same command again, or
 let torchrun restart it after a fault: training goes on from the last checkpoint in --out, which is written every
---save-every steps, as a whole or not at all. The number of processes, and --parallel, may then be others. For restarts
-set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without it the processes that torchrun starts anew can find the addresses of
-the old ones in its store, and fail to connect (PyTorch 2.14).
+--save-every steps, as a whole or not at all. The number of processes, and --parallel, may then be others. On several
+nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for restarts: without it the processes that torchrun starts anew can find
+the addresses of the old ones in its store, and fail to connect (PyTorch 2.14).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import runpy
@@ -95,3 +96,11 @@ def test_a_text_and_whole_spectra(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found[-1]["largest norm"] <= 1.5 * 1.002
     with pytest.raises(SystemExit, match="has 1680 bytes; --context 5000 needs more"):
         alone(capsys, "--data", str(text), "--context", "5000")
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (1_000_000, 900, 999_900):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    training = argparse.Namespace(options=argparse.Namespace(out=str(tmp_path)))
+    found = runpy.run_path(str(SCRIPT))["Training"].saved(training)
+    assert [folder.name for folder in found] == ["step-000900", "step-999900", "step-1000000"]

@@ -67,14 +67,18 @@ def measure_cost(
     Raises:
         UserError: the model's output is no tensor, or it cannot be trained on these inputs; names its argument.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x = torch.randn(batch, *input_size, device=device)
+    weight = next((p for p in model.parameters() if p.requires_grad), None)
+    if weight is None:
+        raise UserError("argument `model`: it has no parameter that trains; give one that has")
+    device = weight.device
+    x = torch.randn(batch, *input_size, device=device, dtype=weight.dtype)
     try:
         _step(_Way(copy.deepcopy(model)), x, attack_steps)()
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"argument `input_size`: a training step of the model failed: {first_line(error)}") from error
+        what = f"a training step on a batch of {batch} failed: {first_line(error)}"
+        raise UserError(f"argument `input_size`: {what}") from error
     ways: dict[str, _Way] = {}
     costs: dict[str, Cost] = {}
     for name, (make, computes) in _WAYS.items():

@@ -30,6 +30,11 @@ def clip_singular_values(weight: Tensor, beta: float, passes: int | None = None)
     """
     if weight.shape[0] < weight.shape[1]:
         return clip_singular_values(weight.T, beta, passes).T
+    with torch.autocast(weight.device.type, enabled=False):
+        return _clipped_in_passes(weight, beta, passes)
+
+
+def _clipped_in_passes(weight: Tensor, beta: float, passes: int | None) -> Tensor:
     w = weight.to(compute_dtype(weight))
     finite = w.isfinite().all()
     w = torch.where(finite, w, 0.0)

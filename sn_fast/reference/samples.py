@@ -54,7 +54,7 @@ class Buffers(threading.local):
             return shaped
         if whole is None or len(whole) < size:
             with torch.inference_mode(False):  # a tensor made in inference mode is of no use outside
-                whole = torch.empty(size, dtype=dtype)
+                whole = torch.empty(size, dtype=dtype, device=like.device)  # whatever the default device is
         shaped = whole[:size].view(like.shape)
         if type(whole) is Tensor:  # and not of a mode that is active now
             self._kept[slot, dtype] = whole, shaped

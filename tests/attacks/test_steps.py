@@ -478,6 +478,16 @@ def test_steps_in_inference_mode_and_outside() -> None:
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_default_device_does_not_matter(norm: str) -> None:
+    in_samples.BUFFERS._kept.clear()
+    args = triple(shape=LARGE)
+    with torch.device("meta"):
+        inside = pgd_step(*args, norm=norm, eps=0.01, alpha=0.1)
+    assert torch.equal(inside, pgd_step(*args, norm=norm, eps=0.01, alpha=0.1))
+    assert all(t.device.type == "cpu" for pair in in_samples.BUFFERS._kept.values() for t in pair)
+
+
 def test_steps_in_several_threads() -> None:
     batches = [triple(shape=LARGE) for _ in range(4)]
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sn_fast.cli import main
+from sn_fast.errors import UserError
 from sn_fast.inspection.cost import Cost, cost_table, measure_cost
 
 NETS = """
@@ -72,6 +73,18 @@ def test_the_model_stays_as_it_is() -> None:
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_have_the_dtype_of_the_weights(dtype: torch.dtype) -> None:
+    costs = measure_cost(nn.Linear(6, 3).to(dtype), (6,), batch=2, turns=3)
+    assert all(cost.step is not None for cost in costs)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(6, 3).requires_grad_(False)], ids=["none", "frozen"])
+def test_a_model_that_does_not_train_is_refused(model: nn.Module) -> None:
+    with pytest.raises(UserError, match="argument `model`: it has no parameter that trains; give one that has"):
+        measure_cost(model, (6,), batch=2, turns=3)
+
+
 def test_a_way_that_cannot_be_had_says_why() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
     costs = {cost.name: cost for cost in measure_cost(model, (6,), batch=2, turns=3)}
@@ -88,7 +101,7 @@ def test_a_way_that_cannot_be_had_says_why() -> None:
         (["--turns", "2"], "argument --turns: invalid value 2: must be an integer from 3 to"),
         (["--batch-size", "0"], "argument --batch-size: invalid value 0: must be an integer from 1 to"),
         (["--attack-steps", "-1"], "argument --attack-steps: invalid value -1: must be an integer from 0 to"),
-        (["--input-size", "3x4x4"], "argument --input-size: a training step of the model failed: RuntimeError: "),
+        (["--input-size", "3x4x4"], "argument --input-size: a training step on a batch of 2 failed: RuntimeError: "),
         (["--input-size", "big"], "argument --input-size: invalid value big: give numbers such as 3x224x224"),
     ],
 )

@@ -222,6 +222,11 @@ def test_tied_weights_are_scaled_once() -> None:
     convolutions[1].weight = convolutions[0].weight
     with pytest.raises(ValueError, match=r"layers '0' and '1' share one weight, but not their convolution"):
         SpectralProjection(convolutions, torch.zeros(1, 3, 8, 8))
+    # As matrices one is 3 x 45, the other 5 x 27.
+    convolutions = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ConvTranspose2d(5, 3, 3, padding=1))
+    convolutions[1].weight = convolutions[0].weight
+    with pytest.raises(ValueError, match=r"layers '0' and '1' share one weight, but not their convolution"):
+        SpectralProjection(convolutions, torch.zeros(1, 3, 8, 8), operator="reshape")
 
 
 # -- state ------------------------------------------------------------------------------------------------------------
@@ -269,6 +274,10 @@ def test_a_state_of_another_model_is_refused() -> None:
         projection.load_state_dict({**state, "7.v": state["3.v"]})
     with pytest.raises(ValueError, match=r"state_dict\['3\.v'\] has shape \(16,\), here it is \(128,\)"):
         projection.load_state_dict({**state, "3.v": state["5.v"]})
+    with pytest.raises(TypeError, match=r"state_dict is a list"):
+        projection.load_state_dict([state])
+    with pytest.raises(TypeError, match=r"state_dict\['3\.v'\] is a list"):
+        projection.load_state_dict({**state, "3.v": [0.0]})
 
 
 def test_a_replaced_weight_restarts() -> None:
@@ -279,11 +288,85 @@ def test_a_replaced_weight_restarts() -> None:
     projection.restart()
     projection.step()
     assert abs(norms_of_matrix(model[3].weight) - 0.5) < 1e-2
-    model[5] = nn.Linear(16, 7)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("replaced", "lost"), [("head", "head"), ("inner.0", "inner.0"), ("inner", "inner.0"), ("inner.1", None)]
+)
+def test_a_replaced_layer_is_named(replaced: str, lost: str | None) -> None:
+    model = Nested()
+    projection = SpectralProjection(model, torch.zeros(1, 6))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    projection.attach(optimizer)
+    parent, _, name = replaced.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Sequential(nn.Linear(6, 6)))
+    if lost is None:  # no layer of the projection's
+        optimizer.step()
+        return
+    with pytest.raises(RuntimeError, match=f"layer '{lost}' is no longer in the model; make a new SpectralProjection"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("untied", [0, 2])
+@pytest.mark.parametrize("by_load", [False, True])
+def test_an_untied_weight_is_named(untied: int, by_load: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    projection = SpectralProjection(model, torch.zeros(1, 6))
+    projection.step()
+    if by_load:
+        model.load_state_dict(model.state_dict(), assign=True)
+    else:
+        model[untied].weight = nn.Parameter(model[untied].weight.detach().clone())
+    if model[0].weight is model[2].weight:
+        projection.step()
+        return
+    with pytest.raises(RuntimeError, match=r"layers '0' and '2' no longer share one weight"):
+        projection.step()
+
+
+def test_a_wrapped_layer_is_still_there() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = Nested()
+    projection = SpectralProjection(model, torch.zeros(1, 6))
+    model.inner = checkpoint_wrapper(model.inner)
+    model.head = nn.Sequential(model.head)
     with torch.no_grad():
-        model[5].weight *= 9
-    projection.step()  # of the layer that it was made for
-    assert norms_of_matrix(model[5].weight) > 2
+        model.head[0].weight *= 9
+    projection.step()
+    assert norms_of_matrix(model.head[0].weight) < 1.01
+
+
+@pytest.mark.parametrize("kind", ["linear", "strided", "patches"])
+@pytest.mark.parametrize("cap_singular_values", [False, True])
+def test_state_made_in_inference_mode_serves_outside(kind: str, cap_singular_values: bool) -> None:
+    layer = LAYERS[kind]()
+    with torch.no_grad():
+        layer.weight *= 9
+    with torch.inference_mode():
+        projection = SpectralProjection(
+            nn.Sequential(layer), torch.zeros(1, *shape_of(layer, kind)), cap_singular_values=cap_singular_values
+        )
+        saved = {name: t.clone() for name, t in projection.state_dict().items()}
+    for again in (lambda: None, projection.restart, lambda: projection.load_state_dict(saved), layer.double):
+        with torch.inference_mode():
+            again()
+            projection.step()
+        with torch.no_grad():
+            layer.weight *= 3
+        projection.step()
+        assert abs(float(torch.linalg.matrix_norm(dense(layer, kind).detach(), 2)) - 1) < 0.02
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:

@@ -119,6 +119,20 @@ def test_every_optimizer_is_followed(kind: str) -> None:
     assert not is_within(model, 0.5)[0]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MADE if kind != "no constructor"])  # which PyTorch cannot copy
+def test_a_copy_steps_itself(kind: str) -> None:
+    model = network()
+    projection = SpectralProjection(model, X[:1], beta=0.5)
+    optimizer = MADE[kind](model)
+    projection.attach(optimizer)
+    other, its_optimizer = copy.deepcopy((model, optimizer))
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(other).backward()
+    its_optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not any(map(torch.equal, before, other.parameters()))
+
+
 def test_a_schedulers_step_is_followed() -> None:
     for first in (True, False):
         model = network()

@@ -52,6 +52,18 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(clipped.double(), rounded, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (60, 24), (24, 60)], ids=["square", "tall", "wide"])
+def test_autocast_changes_no_bit(shape: tuple[int, int]) -> None:
+    weight = with_spectrum(*shape, SPECTRA["spread"].double())
+    layer = nn.Linear(*reversed(shape))
+    layer.weight = nn.Parameter(weight.clone())
+    with torch.autocast("cpu", torch.bfloat16):
+        clipped = clip_singular_values(weight, 1.0)
+        SpectralProjection(nn.Sequential(layer), torch.zeros(1, shape[1]), cap_singular_values=True)
+    assert torch.equal(clipped, clip_singular_values(weight, 1.0))
+    assert torch.linalg.matrix_norm(layer.weight - truth(weight, 1.0), 2) < 1e-3
+
+
 def test_no_decomposition_runs_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, wanted = torch.randn(8, 8), None
     wanted = clip_singular_values(weight, 1.0)

@@ -41,13 +41,17 @@ class Samples:
 
         ``drop_last`` leaves out a last batch of fewer than ``size`` samples, as the published training does.
         """
-        state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(int(state[0])))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
         if drop_last:
             order = order[: len(self) - len(self) % size]
         for index in order.to(self.y.device).split(size):
             if len(index):  # an empty set splits into one empty part
                 yield self.x[index], self.y[index]
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed, of 64 bits, for a tuple of numbers >= 0."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def no_samples(like: Samples) -> Samples:

@@ -16,7 +16,7 @@ import torch
 from ...errors import OptionError
 from ...running import MOST_THREADS
 from ..data import published_options
-from ..networks import network_names
+from ..networks import network_names, normalized_layers
 from .adversary import Adversary
 from .defaults import DEFAULTS
 
@@ -176,6 +176,8 @@ class TrainConfig:
         _check("beta", self.beta, self.beta > 0, "must be a number > 0")
         comparable = self.single or self.beta < math.inf
         _check("beta", self.beta, comparable, "the comparison is with inf; give a finite number, or choose single")
+        capped = self.beta == math.inf or self.arch == "demo" or bool(normalized_layers(self.arch))
+        _check("arch", self.arch, capped, "it caps no layer; choose a name with _sn, or single and beta inf")
 
     def data_options(self) -> dict[str, Any]:
         """Arguments of ``load_data`` besides the name: everything that decides which samples a run has."""

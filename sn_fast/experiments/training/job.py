@@ -194,6 +194,7 @@ class _Run:
         self.epoch = 0
         # One process of several computes in step with the others, and a GPU is one for both networks.
         alone = ranks.size == 1 and config.device == "cpu" and not config.compile
+        alone = alone and not any(trainee.draws for trainee in self.trainees)  # in an order that would be chance
         self.at_once = alone and has_cores_for(config.threads * len(self.trainees))
 
     def load(self, state: dict[str, Any]) -> None:

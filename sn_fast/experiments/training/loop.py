@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ... import SpectralProjection
 from ...errors import UserError
 from ..data import Samples
+from ..data.samples import seed_of
 from ..networks import build_network, demo_network, normalized_layers, parameter_groups
 from .config import TrainConfig
 from .errors import Diverged
@@ -81,15 +82,18 @@ class Trainee:
             cap = math.inf if projects else beta
             model: nn.Module = demo_network(image_shape, cap, config.seed, num_classes, config.gradient)
         else:
-            model = build_network(
-                config.arch,
-                in_channels=channels,
-                num_classes=num_classes,
-                beta=math.inf if projects else beta,
-                image_size=size,
-                seed=config.seed,
-                spectral_norm={"gradient": config.gradient},
-            )
+            try:
+                model = build_network(
+                    config.arch,
+                    in_channels=channels,
+                    num_classes=num_classes,
+                    beta=math.inf if projects else beta,
+                    image_size=size,
+                    seed=config.seed,
+                    spectral_norm={"gradient": config.gradient},
+                )
+            except ValueError as error:  # images that are too small for it
+                raise UserError(f"argument `arch`: {config.arch}: {error}; choose another one") from None
         model = model.to(device or config.device)
         example = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
         projection = SpectralProjection(model, example, beta=beta, **layers) if projects else None
@@ -158,18 +162,35 @@ class Trainee:
         correct = seen = 0
         self.model.train()
         batches = samples.shuffled_batches(config.batch_size, config.seed, epoch, drop_last=config.drop_last)
-        for i, (x, y) in enumerate(batches):
-            step = self.train_step(x, y, config.learning_rate(epoch - 1, first_step + i))
-            summed_loss += step.loss * len(y)
-            correct += step.correct
-            seen += len(y)
-            state = f"loss {summed_loss / seen:.3f}, {accuracy_name} {correct / seen:.1%}"
-            bar.set_postfix_str(f"{self.name}: {state}", refresh=False)
-            bar.update(1)
+        with self._randomness_of(epoch):
+            for i, (x, y) in enumerate(batches):
+                step = self.train_step(x, y, config.learning_rate(epoch - 1, first_step + i))
+                summed_loss += step.loss * len(y)
+                correct += step.correct
+                seen += len(y)
+                state = f"loss {summed_loss / seen:.3f}, {accuracy_name} {correct / seen:.1%}"
+                bar.set_postfix_str(f"{self.name}: {state}", refresh=False)
+                bar.update(1)
         seconds = time.perf_counter() - start
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise Diverged("a weight became infinite or nan")
         return {"epoch": epoch, "loss": summed_loss / seen, "train_accuracy": correct / seen, "seconds": seconds}
+
+    @property
+    def draws(self) -> bool:
+        """Whether its layers draw random numbers (dropout), from the one random state that a process has."""
+        return any(isinstance(module, nn.modules.dropout._DropoutNd) for module in self.model.modules())
+
+    @contextmanager
+    def _randomness_of(self, epoch: int) -> Iterator[None]:
+        """Random numbers that depend on (seed, epoch, rank) alone, as the samples' order does on the first two."""
+        if not self.draws:
+            yield
+            return
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
+            torch.manual_seed(seed_of(self.config.seed, epoch, self.ranks.rank))
+            yield
 
     def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
         dtype = self.config.autocast_dtype

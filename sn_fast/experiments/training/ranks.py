@@ -93,6 +93,20 @@ def is_of_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def store_of_attempt() -> tuple[dist.Store, int, int]:
+    """Where the processes of torchrun meet, this one's rank, and their number.
+
+    torchrun can keep its store for the processes that it starts anew, and in it the addresses of those that have died.
+    On one node each attempt has keys of its own. Nodes can differ in how many restarts they count, so on several the
+    keys stay, and torchrun has to open a new store: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is not None and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    return store, rank, size
+
+
 @contextmanager
 def ranks_of_torchrun(device: str) -> Iterator[Ranks]:
     """The processes that torchrun has started, as a group for as long as this context lasts.
@@ -105,7 +119,8 @@ def ranks_of_torchrun(device: str) -> Iterator[Ranks]:
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    store, rank, size = store_of_attempt()
+    dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

@@ -48,7 +48,9 @@ class _Wrapped:
         own, before = vars(optimizer).get("step"), optimizer.step
 
         @functools.wraps(before)
-        def step(_: Any, *args: Any, **kwargs: Any) -> Any:
+        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not optimizer and own is None and hasattr(type(this), "step"):
+                return type(this).step(this, *args, **kwargs)  # a copy steps itself, and has to be attached anew
             result = before(*args, **kwargs)
             if self._active:
                 call()

@@ -48,6 +48,8 @@ class Projected:
         self.clips = clips
         """Whether all its singular values are clipped, not the largest alone."""
         self.is_started = False
+        self.tied: list[tuple[str, nn.Module]] = []
+        """Other layers with this weight."""
 
     @property
     def is_matrix(self) -> bool:
@@ -90,7 +92,8 @@ class Projected:
         if self.v.device == weight.device and self.v.dtype == dtype:
             return
         self.refuse_capture(weight)
-        self.u, self.v, self.sigma = (t.to(weight.device, dtype) for t in (self.u, self.v, self.sigma))
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be written outside
+            self.u, self.v, self.sigma = (t.to(weight.device, dtype) for t in (self.u, self.v, self.sigma))
 
     def state(self) -> dict[str, Tensor]:
         return {"v": self.v, "sigma": self.sigma}
@@ -116,5 +119,6 @@ class Projected:
         if self.is_started and self.v.device == state[1].device and self.v.dtype == state[1].dtype:
             refresh.copy([self.u, self.v, self.sigma], state)
         else:
-            self.u, self.v, self.sigma = (t.clone() for t in state)  # of their own, not views of one result
+            with torch.inference_mode(False):
+                self.u, self.v, self.sigma = (t.clone() for t in state)  # of their own, not views of one result
         self.is_started = True

@@ -167,6 +167,7 @@ class SpectralProjection:
     @torch.no_grad()
     def _step(self, members: Sequence[Projected]) -> None:
         if not torch.compiler.is_compiling():
+            self._check_layers()
             reshard(self._model)
         whole: list[tuple[Projected, Tensor]] = []
         sharded: list[tuple[Projected, Part]] = []
@@ -197,6 +198,22 @@ class SpectralProjection:
             )
         for pairs in by_groups(sharded):
             project_sharded(pairs, self.n_power_iterations, self.tol, self._precision)
+
+    def _check_layers(self) -> None:
+        """Raise where a layer was replaced, or a weight untied: what stands in its place would have no bound."""
+        there = {id(module) for module in self._model.modules()}
+        for m in self._members:
+            for name, module in [(m.name, m.module), *m.tied]:
+                problem = ""
+                if id(module) not in there:
+                    problem = f"layer {name!r} is no longer in the model"
+                elif module._parameters.get("weight") is not m.weight():
+                    problem = f"layers {m.name!r} and {name!r} no longer share one weight"
+                if problem:
+                    raise RuntimeError(
+                        f"SpectralProjection: {problem}; make a new SpectralProjection, and remove() the handles of "
+                        "this one"
+                    )
 
     def _held(self, member: Projected) -> Tensor | Part:
         """The weight, or the part of it that is here."""
@@ -251,14 +268,19 @@ class SpectralProjection:
         """Take over what ``state_dict`` returned, on any number of ranks.
 
         Raises:
-            ValueError: a tensor is missing, unexpected, or of another shape.
+            ValueError: a tensor is missing, unexpected, or of another shape. TypeError: it is no dict of tensors.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}; give what state_dict() returned")
         wanted = {f"{m.name}.{key}": shape for m in self._members for key, shape in m.state_shapes().items()}
         missing, unexpected = wanted.keys() - state_dict.keys(), state_dict.keys() - wanted.keys()
         if missing or unexpected:
             what = f"has no {min(missing)!r}" if missing else f"has {min(unexpected)!r}, which is of no layer here"
             raise ValueError(f"state_dict {what}: it is of another model, or of other include, exclude or operator")
         for key, shape in wanted.items():
+            if not isinstance(state_dict[key], Tensor):
+                kind = type(state_dict[key]).__name__
+                raise TypeError(f"state_dict[{key!r}] is a {kind}; give what state_dict() returned")
             if tuple(state_dict[key].shape) != shape:
                 raise ValueError(
                     f"state_dict[{key!r}] has shape {tuple(state_dict[key].shape)}, here it is {shape}: the layer or "
@@ -294,11 +316,14 @@ class SpectralProjection:
             rows = kind.matrix_dim if kind is not None else 0
             member = Projected(name, module, shape, geometry, rows, o.beta, o.cap, clips and _is_matrix(geometry))
             twin = found.setdefault(id(weight), member)
-            if (twin.geometry, twin.beta) != (geometry, o.beta):
+            same_map = twin.geometry == geometry and (twin.rows == member.rows or len(shape) == 2)
+            if not same_map or twin.beta != o.beta:
                 raise ValueError(
                     f"SpectralProjection: layers {twin.name!r} and {name!r} share one weight, but not their "
-                    f"{'beta' if twin.geometry == geometry else 'convolution or input size'}; exclude one of them"
+                    f"{'beta' if same_map else 'convolution or input size'}; exclude one of them"
                 )
+            if twin is not member:
+                twin.tied.append((name, module))
         return list(found.values())
 
 

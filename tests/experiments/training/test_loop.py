@@ -7,7 +7,7 @@ import torch
 
 from sn_fast import sigmas
 from sn_fast.experiments.data.samples import Samples, load_split
-from sn_fast.experiments.training import TrainConfig
+from sn_fast.experiments.training import TrainConfig, UserError
 from sn_fast.experiments.training.adversary import Adversary
 from sn_fast.experiments.training.errors import Diverged
 from sn_fast.experiments.training.loop import Trainee
@@ -93,3 +93,26 @@ def test_weights_that_the_last_step_broke_are_noticed(samples):
     trainee.optimizer.register_step_post_hook(lambda *_: trainee.model.fc.bias.data.fill_(math.inf))
     with pytest.raises(Diverged, match="a weight became infinite or nan"):
         trainee.train_epoch(samples, 1, Bar())
+
+
+def test_dropout_depends_on_seed_and_epoch_alone(samples):
+    """So that runs can be repeated and resumed, whatever else has drawn random numbers."""
+    some = Samples(samples.x[:16], samples.y[:16])
+    losses = {}
+    for seed, first in ((0, 1), (0, 2), (1, 1)):
+        options = config(arch="alexnet_dropout", single=True, beta=math.inf, scheme="erm", batch_size=16, seed=seed)
+        trainee = Trainee.create(math.inf, IMAGE, 10, options)
+        before = torch.get_rng_state()
+        weights = {k: t.clone() for k, t in trainee.model.state_dict().items()}
+        for epoch in (first, 2, first):
+            trainee.model.load_state_dict(weights)
+            losses.setdefault((seed, epoch), set()).add(trainee.train_epoch(some, epoch, Bar())["loss"])
+            assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(5)
+    assert {len(found) for found in losses.values()} == {1}
+    assert len(losses) == len(set.union(*losses.values())) == 4
+
+
+def test_images_too_small_for_the_network_are_refused():
+    with pytest.raises(UserError, match=r"argument `arch`: elunet_sn: image_size: 8 x 8 is too small; layer 'conv2'"):
+        Trainee.create(2.0, IMAGE, 10, config(arch="elunet_sn"))

@@ -14,7 +14,7 @@ import torch
 
 from sn_fast.experiments.data import samples
 from sn_fast.experiments.training import TrainConfig, UserError, resume, train
-from sn_fast.experiments.training.ranks import Ranks, ranks_of_torchrun
+from sn_fast.experiments.training.ranks import Ranks, ranks_of_torchrun, store_of_attempt
 
 from ...process_groups import run_in_group
 from .conftest import FEW, TINY
@@ -78,6 +78,35 @@ def _stopped_after_an_epoch(run: Any, trained: Any) -> None:
 def test_without_torchrun_the_message_says_how_to_start() -> None:
     with pytest.raises(UserError, match="start the program with torchrun"), ranks_of_torchrun("cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_found"),
+    [
+        ({"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "1"}, False),
+        ({"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}, True),
+        ({"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}, True),  # the other node may count 0
+        ({}, True),
+    ],
+)
+def test_a_restart_does_not_find_the_addresses_of_the_dead(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], is_found: bool
+) -> None:
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "RANK": "1", "WORLD_SIZE": "2"}
+    for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if environment:
+        monkeypatch.setenv("GROUP_WORLD_SIZE", environment["GROUP_WORLD_SIZE"])
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    store, rank, size = store_of_attempt()
+    assert (rank, size) == (1, 2)
+    store.set("address", "of a process")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert store_of_attempt()[0].check(["address"]) == is_found
 
 
 @pytest.mark.slow
