@@ -101,6 +101,8 @@ def _say_once(p: State, u: Tensor, v: Tensor, load: object) -> None:
 def are_unit(p: State) -> bool:
     """Whether u and v are unit vectors, in each group."""
     for x in (p.u, p.v):
+        if not x.numel():  # never started
+            return False
         _, lengths = normalized(x[None].to(compute_dtype(x)), x[None].to(compute_dtype(x)), p.known_geometry.groups)
         if not bool((lengths - 1).abs().amax() <= _MISMATCH):
             return False

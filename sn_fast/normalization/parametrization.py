@@ -46,11 +46,18 @@ class SpectralNorm(State):
     # -- start --------------------------------------------------------------------------------------------------------
 
     def start(self, input_size: tuple[int, ...] | None) -> None:
-        """Fix the geometry, and find u, v, sigma of the current weight."""
+        """Fix the geometry, and find u, v, sigma of the current weight.
+
+        Of a weight from outside (functional_call) the geometry alone is kept: the own one starts at its first use.
+        """
         with LOCK, torch.no_grad():
             weight = self.incoming()
             self.set_geometry(self.geometry_for(input_size), weight)
-            restart([(self, weight)])
+            if self.is_own(weight):
+                restart([(self, weight)])
+            else:
+                with torch._C._DisableFuncTorch():
+                    self.allocate(weight)
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -190,7 +197,8 @@ class SpectralNorm(State):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         transient = {"freezes": 0, "_frozen": None, "current": None, "_kept": None}
-        twin.__dict__.update(copy.deepcopy({**self.__dict__, **transient}, memo))
+        with torch.inference_mode(False):  # a state that was made there could not be written
+            twin.__dict__.update(copy.deepcopy({**self.__dict__, **transient}, memo))
         return twin
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
@@ -207,7 +215,7 @@ class SpectralNorm(State):
         return self.current.to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralNorm:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             record, own = self.record, self._own[0] if self._own else None
             before: Tensor | None = None  # the operand that the state belongs to
             away = own is not None and not own.is_meta and not self.is_here(own)  # a shard: no record can follow it

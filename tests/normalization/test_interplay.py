@@ -1,0 +1,163 @@
+"""Weights that hooks put in place within a forward, first forwards inside transforms, inference mode, tied weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sn_fast import apply_spectral_norm, sigmas, spectral_norm
+
+from .test_hunt import norm_of
+
+
+def large(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(8)
+    return module
+
+
+def two_layers(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    return apply_spectral_norm(large(model), torch.randn(1, 8))
+
+
+def norm_of_convolution(weight: Tensor, n: int) -> float:
+    columns = torch.eye(weight.shape[1] * n * n, dtype=torch.float64).reshape(-1, weight.shape[1], n, n)
+    return norm_of(F.conv2d(columns, weight.detach().double(), padding=1).flatten(1))
+
+
+# -- another weight between the model's check and the layer's use ------------------------------------------------------
+
+
+def _another_parameter(layer: nn.Linear, new: Tensor) -> None:
+    holder = layer.parametrizations.weight
+    parameter = nn.Parameter(new.clone())
+    for _ in range(holder.original._version - parameter._version):  # the count of writes tells nothing
+        parameter.data = parameter.data
+        torch.autograd.graph.increment_version(parameter)
+    assert parameter._version == holder.original._version
+    holder.original = parameter
+
+
+def _other_data(layer: nn.Linear, new: Tensor) -> None:
+    layer.parametrizations.weight.original.data = new.clone()
+
+
+def _moved_data(layer: nn.Linear, new: Tensor) -> None:
+    _other_data(layer, torch.empty(0))
+    _other_data(layer, new)
+
+
+def _written(layer: nn.Linear, new: Tensor) -> None:
+    with torch.no_grad():
+        layer.parametrizations.weight.original.copy_(new)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("put", [_another_parameter, _other_data, _moved_data, _written])
+def test_a_hook_puts_another_weight_in_place_within_the_forward(
+    put: Callable[[nn.Linear, Tensor], None], grad: bool
+) -> None:
+    model, x = two_layers(), torch.randn(3, 8)
+    new = 10 * torch.randn(8, 8)
+    model[2].register_forward_pre_hook(lambda layer, args: put(layer, new))
+    with torch.set_grad_enabled(grad):
+        y = model(x)
+    hidden = torch.relu(model[0](x))
+    torch.testing.assert_close(y, F.linear(hidden, new / norm_of(new), model[2].bias), rtol=1e-4, atol=1e-4)
+
+
+# -- the first forward of a convolution of unknown size ----------------------------------------------------------------
+
+
+def _plainly(layer: nn.Module, given: dict[str, Tensor], x: Tensor) -> None:
+    functional_call(layer, given, (x,))
+
+
+def _in_a_gradient(layer: nn.Module, given: dict[str, Tensor], x: Tensor) -> None:
+    torch.func.grad(lambda p: functional_call(layer, p, (x,)).square().sum())(given)
+
+
+def _in_a_jvp(layer: nn.Module, given: dict[str, Tensor], x: Tensor) -> None:
+    tangents = {name: torch.randn_like(t) for name, t in given.items()}
+    torch.func.jvp(lambda p: functional_call(layer, p, (x,)), (given,), (tangents,))
+
+
+def _in_vmap(layer: nn.Module, given: dict[str, Tensor], x: Tensor) -> None:
+    stacked = {name: torch.stack([t, 2 * t]) for name, t in given.items()}
+    torch.func.vmap(lambda p: functional_call(layer, p, (x,)))(stacked)
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("factor", [1, 3])
+@pytest.mark.parametrize("use", [_plainly, _in_a_gradient, _in_a_jvp, _in_vmap])
+def test_the_first_forward_may_be_a_functional_one(use: Callable[..., None], factor: int, buffers: bool) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(large(nn.Conv2d(2, 3, 3, padding=1)))
+    x = torch.randn(2, 2, 6, 6)
+    given = {name: p if factor == 1 else factor * p.detach() for name, p in layer.named_parameters()}
+    if buffers and use is _plainly:
+        given.update(layer.named_buffers())
+    raw = layer.parametrizations.weight.original
+    use(layer, given, x)
+    assert sigmas(layer)[""] == pytest.approx(norm_of_convolution(raw, 6), rel=5e-3)
+    layer(x).square().mean().backward()
+    assert norm_of_convolution(layer.weight, 6) == pytest.approx(1, rel=5e-3)
+    assert raw.grad is not None
+    assert raw.grad.isfinite().all()
+
+
+def test_the_first_forward_of_another_weight_normalises_that_one() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(large(nn.Conv2d(2, 3, 3, padding=1, bias=False)))
+    x, weight = torch.randn(2, 2, 6, 6), torch.randn(3, 2, 3, 3)
+    y = functional_call(layer, {"parametrizations.weight.original": weight}, (x,))
+    torch.testing.assert_close(y, F.conv2d(x, weight / norm_of_convolution(weight, 6), padding=1), rtol=1e-3, atol=1e-3)
+
+
+# -- inference mode ----------------------------------------------------------------------------------------------------
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    return model.double().float()
+
+
+def _loaded(model: nn.Module) -> nn.Module:
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    return model
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("change", [_copied, _converted, _loaded])
+@pytest.mark.parametrize("options", [{}, {"gradient": "full"}, {"bound": True}, {"mode": "scale"}])
+def test_models_changed_in_inference_mode_go_on(
+    change: Callable[[nn.Module], nn.Module], used: bool, options: dict
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    model = apply_spectral_norm(large(nn.Sequential(nn.Linear(8, 8))), x[:1], **options)
+    want = model(x).detach()
+    with torch.inference_mode():
+        model = change(model)
+        if used:
+            model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want)
+        layer = model[0]
+        layer.parametrizations.weight.original = nn.Parameter(torch.randn(8, 8) * 5)
+        assert norm_of(layer.weight) == pytest.approx(1, rel=5e-3)
+    layer.bias = nn.Parameter(torch.zeros(8))
+    model(x).square().sum().backward()  # the state can be written and saved for a backward
+    assert layer.parametrizations.weight.original.grad.isfinite().all()
