@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..layers.kinds import spatial_axes
 from ..layers.linear import chain
+from ..layers.observe import input_of
 from . import recompute
 from .gathered import note_sharded
 from .parametrization import SpectralNorm, spectral_norms
@@ -65,8 +66,8 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], output: object) -> N
 
 def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a convolution: give its parametrization the spatial size of the input."""
-    x = args[0] if args else kwargs.get("input")
-    if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
+    x = input_of(args, kwargs)
+    if x is not None and parametrize.is_parametrized(module, "weight"):
         n = spatial_axes(module)
         for parametrization in chain(module, "weight"):
             if isinstance(parametrization, SpectralNorm):

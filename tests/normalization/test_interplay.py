@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sn_fast import apply_spectral_norm, sigmas, spectral_norm
+from sn_fast import apply_spectral_norm, remove_spectral_norm, sigmas, spectral_norm
 
 from .test_hunt import norm_of
 
@@ -161,3 +161,121 @@ def test_models_changed_in_inference_mode_go_on(
     layer.bias = nn.Parameter(torch.zeros(8))
     model(x).square().sum().backward()  # the state can be written and saved for a backward
     assert layer.parametrizations.weight.original.grad.isfinite().all()
+
+
+# -- layers that are not called, or called otherwise -------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Calls ``seen``; ``late`` in training alone; reads the weight of ``read`` without a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.late, self.read = (nn.Conv2d(2, 2, 3, padding=1, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.seen(F.conv2d(x, self.read.weight, padding=1))
+        return self.late(x) if self.training else x
+
+
+@pytest.mark.parametrize(("exclude", "names"), [(None, ["late", "read"]), ("read", ["late"]), ("read|late", [])])
+def test_convolutions_that_the_example_does_not_call_are_named(
+    exclude: str | None, names: list[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.manual_seed(0)
+    model, x = large(Branches()), torch.randn(1, 2, 6, 6)
+    apply_spectral_norm(model, x, exclude=exclude)
+    said = [str(w.message) for w in recwarn if "does not call" in str(w.message)]
+    assert [all(repr(n) in text for n in names) for text in said] == [True] * bool(names)
+    if exclude:  # the remedy that the message gives
+        spectral_norm(model.read, input_size=6)
+    model(x)
+    for name in {"seen", *names} - {"read"} | ({"read"} if exclude else set()):
+        assert norm_of_convolution(getattr(model, name).weight, 6) == pytest.approx(1, rel=1e-2)
+
+
+def _conv_named_x() -> nn.Conv2d:
+    class Renamed(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    return Renamed(2, 3, 3, padding=1)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (_conv_named_x, lambda layer, x: layer(x=x)),
+        (_conv_named_x, lambda layer, x: layer(x)),
+        (lambda: nn.Conv2d(2, 3, 3, padding=1), lambda layer, x: layer(input=x)),
+        (lambda: nn.ConvTranspose2d(2, 3, 3, padding=1), lambda layer, x: layer(output_size=[6, 6], input=x)),
+    ],
+)
+def test_the_input_of_a_convolution_may_be_any_argument(make: Callable, call: Callable, whole: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = large(make()), torch.randn(1, 2, 6, 6)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(self.layer, x)
+
+    model = apply_spectral_norm(Model(), x) if whole else Model()
+    if not whole:
+        spectral_norm(layer)
+    model(x)
+    w = layer.weight.flip(2, 3).transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+    assert norm_of_convolution(w, 6) == pytest.approx(1, rel=1e-2)
+
+
+# -- removal from tied weights -----------------------------------------------------------------------------------------
+
+
+def tied(size: float, first: dict | None, second: dict | None) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight.copy_(size * torch.randn(8, 8) / norm_of(torch.randn(8, 8)))
+    model[2].weight = model[0].weight
+    for layer, options in ((model[0], first), (model[2], second)):
+        if options is not None:
+            spectral_norm(layer, **options)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("size", "first", "second", "fits"),
+    [
+        (9, {}, None, False),
+        (9, None, {}, False),
+        (9, {}, {"beta": 2}, False),
+        (9, {"mode": "scale"}, {"mode": "scale", "beta": 3}, False),
+        (9, {}, {}, True),
+        (9, {}, {"mode": "scale"}, True),
+        (0.1, {}, None, True),
+        (0.1, {"beta": 2}, {}, True),
+        (0.1, {"mode": "scale"}, {}, False),
+    ],
+)
+def test_removal_changes_no_layer_that_shares_the_weight(
+    size: float, first: dict | None, second: dict | None, fits: bool
+) -> None:
+    model, x = tied(size, first, second), torch.arange(8)
+    before = model(x).detach()
+    if fits:
+        remove_spectral_norm(model)
+    else:
+        with pytest.raises(ValueError, match=r"are one parameter.* untie them first"):
+            remove_spectral_norm(model)
+        torch.testing.assert_close(model(x), before)
+        layer = model[0]
+        home = layer.parametrizations.weight if hasattr(layer, "parametrizations") else layer
+        name = "original" if home is not layer else "weight"
+        setattr(home, name, nn.Parameter(getattr(home, name).detach().clone()))  # the remedy that the message gives
+        remove_spectral_norm(model)
+    assert not sigmas(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
