@@ -114,8 +114,8 @@ def check_none_shares(model: nn.Module, found: Iterable[tuple[str, nn.Module, st
             with torch.no_grad():
                 here, there = getattr(module, name), raw
                 if home in removed:  # then its own removal leaves it as it is
-                    other, *normalised = removed[home]
-                    there = getattr(*normalised)
+                    other, twin, parameter_name = removed[home]
+                    there = getattr(twin, parameter_name)
                 if torch.linalg.vector_norm(here - there) <= _SAME_WEIGHT * torch.linalg.vector_norm(there):
                     continue
             raise ValueError(

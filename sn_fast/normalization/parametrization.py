@@ -28,7 +28,7 @@ from .certify import certify_operand
 from .foreign import normalize_foreign
 from .recompute import note_made
 from .refresh import LOCK, advance, readable, refresh_model, restart, settle_loaded, snapshots, with_ready_weights
-from .state import Snapshot, State, is_current, is_exporting
+from .state import Snapshot, State, is_current, is_exporting, within_functional_call
 
 
 class SpectralNorm(State):
@@ -133,7 +133,17 @@ class SpectralNorm(State):
         return self._shaped(normalize_reference(operand, self.sigma, options.beta, options.cap), weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Assigning to the weight sets the raw weight."""
+        """Assigning to the weight sets the raw weight.
+
+        Raises:
+            ValueError: by ``torch.func.functional_call``, which would put the normalised weight back in its place.
+        """
+        if self._home is not None and not torch.compiler.is_compiling() and within_functional_call():
+            name = self._home[1]
+            raise ValueError(
+                f"functional_call gives {self.label()} a {name!r}, which is made from its raw weight; give the raw "
+                f"one, under the name 'parametrizations.{name}.original' that named_parameters() has for it"
+            )
         return weight
 
     # -- frozen -------------------------------------------------------------------------------------------------------
@@ -280,6 +290,12 @@ class SpectralNorm(State):
                 settle_loaded(self, weight)
         else:
             restart([(self, weight)])
+
+    def __prepare_scriptable__(self) -> SpectralNorm:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {self.label()}, which is normalised before each use; use "
+            "torch.jit.trace, torch.export or torch.compile, or script a copy after sn_fast.remove_spectral_norm(copy)"
+        )
 
     def extra_repr(self) -> str:
         size = "unknown" if self.geometry is None else f"{tuple(self.v.shape)} -> {tuple(self.u.shape)}"

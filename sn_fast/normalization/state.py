@@ -173,14 +173,14 @@ class State(nn.Module):
             return False
         if not compiling and "original" in found.__dict__:
             # A plain attribute, made from parameters of another name: a pruned weight, a view of FSDP1's.
-            return not is_wrapped(found.__dict__["original"]) and not _within_functional_call()
+            return not is_wrapped(found.__dict__["original"]) and not within_functional_call()
         if raw is None:
             return False
         if weight is not raw and found._modules["0"] is self:
             return False
         if self._own and raw is self._own[0]:
             return True
-        if compiling or not isinstance(raw, nn.Parameter) or _within_functional_call():
+        if compiling or not isinstance(raw, nn.Parameter) or within_functional_call():
             return False
         if not exporting:  # there it is a fake
             self._own = (raw,)
@@ -195,7 +195,7 @@ class State(nn.Module):
                     same = False
         if same:
             return True
-        if compiling or _within_functional_call():
+        if compiling or within_functional_call():
             return False
         if [None if b is None else b.shape for b in kept] != [None if b is None else b.shape for b in there.values()]:
             self.record = None  # the state was started on others, which functional_call has taken away again
@@ -439,7 +439,7 @@ def is_wrapped(t: Tensor) -> bool:
 _FUNCTIONAL_CALL = stateless._functional_call.__code__
 
 
-def _within_functional_call() -> bool:
+def within_functional_call() -> bool:
     """Whether torch.func.functional_call is under way in this thread; it swaps parameters, so no attribute tells."""
     frame: Any = sys._getframe(1)
     while frame is not None:

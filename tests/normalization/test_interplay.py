@@ -279,3 +279,56 @@ def test_removal_changes_no_layer_that_shares_the_weight(
         remove_spectral_norm(model)
     assert not sigmas(model)
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+
+
+# -- what cannot be done is said, and changes nothing ------------------------------------------------------------------
+
+
+class Same(nn.Module):
+    """A parametrization that changes nothing."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def _script(model: nn.Sequential, new: Tensor) -> None:
+    torch.jit.script(model)
+
+
+def _call_with_the_weight(model: nn.Sequential, new: Tensor) -> None:
+    functional_call(model, {"0.bias": torch.zeros(8), "2.weight": new, "2.bias": torch.ones(8)}, (torch.ones(1, 8),))
+
+
+def _assign_a_parameter(model: nn.Sequential, new: Tensor) -> None:
+    model[2].weight = nn.Parameter(new)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize(
+    ("act", "error", "says"),
+    [
+        (_script, RuntimeError, r"torch\.jit\.script cannot compile layer '0'.*remove_spectral_norm"),
+        (_call_with_the_weight, ValueError, r"layer '2' .*'parametrizations\.weight\.original'"),
+        (_assign_a_parameter, KeyError, r"parametrizations\.weight\.original; assign the nn\.Parameter to that"),
+    ],
+)
+def test_refusals_name_the_remedy_and_leave_the_model_as_it_was(
+    act: Callable[[nn.Sequential, Tensor], None], error: type[Exception], says: str, below: bool
+) -> None:
+    model, x = two_layers(), torch.randn(3, 8)
+    if below:
+        torch.nn.utils.parametrize.register_parametrization(model[2], "weight", Same())
+    before, y = copy.deepcopy(model.state_dict()), model(x).detach()
+    with pytest.raises(error, match=says):
+        act(model, torch.randn(8, 8))
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model(x), y)
+    with torch.no_grad():  # a plain tensor is the raw weight, as everywhere in PyTorch
+        model[2].weight = 3 * torch.eye(8)
+    torch.testing.assert_close(model[2].weight, torch.eye(8), rtol=1e-4, atol=1e-4)
