@@ -13,7 +13,7 @@ from ..layers.linear import chain
 from ..layers.observe import input_of
 from . import recompute
 from .gathered import note_sharded
-from .parametrization import SpectralNorm, spectral_norms
+from .parametrization import SpectralNorm, spectral_norms, untraced
 from .refresh import readable, snapshots, with_ready_weights
 from .sharding import is_sharded
 from .tensor_parallel import distributed, refresh_distributed
@@ -69,9 +69,14 @@ def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     x = input_of(args, kwargs)
     if x is not None and parametrize.is_parametrized(module, "weight"):
         n = spatial_axes(module)
+        if torch.jit.is_tracing():  # there sizes are tensors
+            with untraced():
+                size = tuple(x.shape[-n:])
+        else:
+            size = tuple(x.shape[-n:])
         for parametrization in chain(module, "weight"):
             if isinstance(parametrization, SpectralNorm):
-                parametrization.observe(tuple(x.shape[-n:]))
+                parametrization.observe(size)
 
 
 def remove_hooks(module: nn.Module) -> None:

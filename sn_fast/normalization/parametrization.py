@@ -122,7 +122,7 @@ class SpectralNorm(State):
         """In operations that torch.jit.trace and torch.export can save; sigma is the constant that it is now."""
         own = self._own[0] if self.is_plain and self._own else None
         if own is not None and self.record is not None:
-            with _untraced(), _disable_current_modes(), torch.no_grad():
+            with untraced(), _disable_current_modes(), torch.no_grad():
                 moved = self.has_moved(own)
             if moved:
                 raise RuntimeError(
@@ -158,9 +158,11 @@ class SpectralNorm(State):
     def observe(self, size: tuple[int, ...]) -> None:
         """Called with the spatial size of each forward's input: start at the first, warn at one not normalised for."""
         if self.geometry is None:
-            if torch.compiler.is_compiling():
+            tracing = torch.jit.is_tracing()
+            if tracing or torch.compiler.is_compiling():
                 raise RuntimeError(
-                    "spectral_norm: the input size of a convolution is not known yet inside torch.compile; "
+                    "spectral_norm: the input size of a convolution is not known yet inside "
+                    f"torch.{'jit.trace' if tracing else 'compile'}; "
                     "give input_size=..., use apply_spectral_norm(model, example_input), or run one eager forward first"
                 )
             with LOCK:
@@ -344,7 +346,7 @@ def refresh(model: nn.Module) -> None:
 
 
 @contextmanager
-def _untraced() -> Iterator[None]:
+def untraced() -> Iterator[None]:
     """Within this context torch.jit.trace records nothing."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]

@@ -349,7 +349,8 @@ class State(nn.Module):
 
     @property
     def known_geometry(self) -> Geometry:
-        assert self.geometry is not None
+        if self.geometry is None:
+            raise AttributeError("the input size is not known yet")  # which hasattr() of torch.jit.trace takes
         return self.geometry
 
     def buffer(self, name: str) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -332,3 +333,21 @@ def test_refusals_name_the_remedy_and_leave_the_model_as_it_was(
     with torch.no_grad():  # a plain tensor is the raw weight, as everywhere in PyTorch
         model[2].weight = 3 * torch.eye(8)
     torch.testing.assert_close(model[2].weight, torch.eye(8), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*")
+@pytest.mark.parametrize("size", [None, 6, 4, "any"])
+def test_tracing_takes_sizes_as_numbers(size: int | str | None, recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(spectral_norm(large(nn.Conv2d(2, 3, 3, padding=1)), input_size=size))
+    x = torch.randn(1, 2, 6, 6)
+    if size is None:
+        with pytest.raises(
+            RuntimeError, match=r"not known yet inside torch\.jit\.trace; give input_size=.*eager forward"
+        ):
+            torch.jit.trace(model, x)
+        model(x)  # the remedy that the message gives
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(2 * x), model(2 * x))
+    said = [str(w.message) for w in recwarn if "torch.jit" not in str(w.message)]
+    assert [re.search(r"used at \(6, 6\)", text) is not None for text in said] == [True] * (size == 4)
