@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sn_fast import apply_spectral_norm, remove_spectral_norm, sigmas, spectral_norm
+from sn_fast.normalization.recompute import keep_no_copies
 
 from .test_hunt import norm_of
 
@@ -351,3 +352,56 @@ def test_tracing_takes_sizes_as_numbers(size: int | str | None, recwarn: pytest.
     torch.testing.assert_close(traced(2 * x), model(2 * x))
     said = [str(w.message) for w in recwarn if "torch.jit" not in str(w.message)]
     assert [re.search(r"used at \(6, 6\)", text) is not None for text in said] == [True] * (size == 4)
+
+
+# -- normalised weights that the backward makes again ------------------------------------------------------------------
+
+
+def _as_views(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w.view(4, 16).view(8, 8)) + x @ w[:, ::1].T + (x @ w.T[:, 2:] @ w[2:]) * w.exp().mean()
+
+
+def _as_complex(x: Tensor, w: Tensor) -> Tensor:
+    z, c = torch.view_as_complex(w.view(8, 4, 2)), torch.view_as_complex(x.view(-1, 4, 2))
+    return (c @ z.T).abs() + (c @ z.conj().T).imag
+
+
+def _as_negative(x: Tensor, w: Tensor) -> Tensor:
+    minus = torch.view_as_complex(w.view(8, 4, 2)).conj().imag  # with a lazy minus
+    return x[:, :4].exp() * (x[:, :4] @ minus[:4]) + (x[:, :4] * minus[0]).square()
+
+
+def _written_in_place(x: Tensor, w: Tensor) -> Tensor:
+    w[0] = 0
+    w[:, 1] *= 3
+    return F.linear(x, w)
+
+
+class Made(nn.Module):
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.use = nn.Parameter(torch.randn(8, 8)), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.weight)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("options", [{}, {"mode": "scale"}, {"beta": 100.0}, {"gradient": "full"}])
+@pytest.mark.parametrize("use", [F.linear, _as_views, _as_complex, _as_negative, _written_in_place])
+def test_gradients_with_weights_made_again_are_those_with_kept_ones(
+    use: Callable[[Tensor, Tensor], Tensor], options: dict, twice: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(Made(use), **options)
+    found = []
+    for module in (layer, copy.deepcopy(layer)):
+        if found:
+            module.parametrizations.weight[0].sharded = True
+            keep_no_copies(module)
+        x = torch.linspace(-1, 1, 24).reshape(3, 8).requires_grad_()
+        wanted = [x, *module.parameters()]
+        grads = torch.autograd.grad(module(x).square().sum(), wanted, create_graph=twice)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), wanted) if twice else grads)
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
