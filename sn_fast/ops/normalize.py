@@ -15,7 +15,7 @@ from ..reference import normalize as _reference
 from ..reference.eager import is_readable
 from ..reference.geometry import Geometry, decode
 from .layout import Layout
-from .library import define, dtype_code, stream_of
+from .library import define, dtype_code, has_kernels, stream_of
 from .plan import GradientPlan
 from .precision import PRECISIONS, resolved
 from .records import is_dense
@@ -230,7 +230,7 @@ class _Normalize(torch.autograd.Function):
         ctx.geometry, ctx.beta, ctx.cap, ctx.precision = geometry, beta, cap, precision
         if ready:
             return ready[0]
-        if is_readable(weight, sigma):
+        if is_readable(weight, sigma) and not has_kernels(weight.device):
             return _reference.normalize(weight, sigma, beta, cap)
         return _normalize([weight], [sigma], [beta], [cap])[0]
 
@@ -243,7 +243,7 @@ class _Normalize(torch.autograd.Function):
             value = _reference.rayleigh(weight, u, v, group, *decode(ctx.geometry))
             output = _reference.normalize(weight, value, beta, cap)
             (grad_weight,) = torch.autograd.grad(output, weight, grad, create_graph=True)
-        elif is_readable(grad, weight):
+        elif is_readable(grad, weight) and not has_kernels(weight.device):
             grad_weight = _reference.normalize_backward(grad, weight, sigma, u, v, group, ctx.geometry, beta, cap)
         else:
             grad_weight = _normalize_backward(grad, weight, sigma, u, v, group, ctx.geometry, beta, cap, ctx.precision)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sn_fast import apply_spectral_norm
+from sn_fast.normalization import refresh
 from sn_fast.normalization.state import Snapshot
 
 from ..normalization.models import X, network
@@ -109,12 +110,18 @@ def test_layers_of_every_kind_in_one_call() -> None:
         assert_close(found, gradients(twin), 1e-5)
 
 
-def test_without_kernels_each_layer_computes_its_own() -> None:
-    """What is computed before it is needed takes memory, and there is no launch to save."""
+def test_without_kernels_small_weights_are_normalised_together_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed before it is needed takes memory, and without a launch to save only small weights gain time."""
+    on_host = X.device.type == "cpu"
     model = normalised()
     with Calls() as calls, plain_pytorch():
         model(X)
-    assert calls.normalize == [1, 1, 1, 1]
+    assert calls.normalize == ([4] if on_host else [1, 1, 1, 1])
+    assert kept(model) == 0
+    monkeypatch.setattr(refresh, "_SMALL", 0)
+    with Calls() as calls, plain_pytorch():
+        model(X)
+    assert calls.normalize == ([] if on_host else [1, 1, 1, 1])  # on the host each layer its own, past the operator
     assert kept(model) == 0
 
 

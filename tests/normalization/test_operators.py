@@ -70,7 +70,7 @@ class Arguments:
 
     def list(self) -> list[Any]:
         state = (self.us, self.vs, self.sigmas, self.groups, self.previous)
-        return [self.weights, *state, self.records, self.changed, self.geometry, self.n, "fp32"]
+        return [self.weights, *state, self.records, self.changed, self.geometry, self.n, "fp32", None]
 
     def of(self, i: int) -> list[Tensor]:
         """The state of one layer, its record too."""
