@@ -29,8 +29,8 @@ def observed_input_sizes(
 
     def watch(name: str, n: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(iter((*args, *kwargs.values())), None)
-            sizes.setdefault(name, []).append(tuple(x.shape[-n:]) if n and isinstance(x, Tensor) else ())
+            x = input_of(args, kwargs)
+            sizes.setdefault(name, []).append(tuple(x.shape[-n:]) if n and x is not None else ())
 
         return hook
 
@@ -45,6 +45,14 @@ def observed_input_sizes(
         for handle in handles:
             handle.remove()
     return sizes
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The input among the arguments of a layer's forward, which may give it another name than ``input``."""
+    found = args[0] if args else kwargs.get("input")
+    if found is None and not args:
+        found = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    return found if isinstance(found, Tensor) else None
 
 
 def check_is_no_shape(example_input: object) -> None:

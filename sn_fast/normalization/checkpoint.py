@@ -16,7 +16,7 @@ from ..ops.library import kernels_of
 from ..ops.precision import resolved
 from ..ops.records import REPLACED
 from ..reference.linear_map import compute_dtype, matvec, rmatvec
-from ..reference.power import normalized
+from ..reference.power import normalized, sigma_through_last_iteration
 from .state import State
 
 # Vectors and a sigma that fit each other worse than this do not belong to the stored weight; products of bfloat16
@@ -103,6 +103,8 @@ def are_unit(p: State) -> bool:
     if p.u.is_meta:
         return True
     for x in (p.u, p.v):
+        if not x.numel():  # never started
+            return False
         _, lengths = normalized(x[None].to(compute_dtype(x)), x[None].to(compute_dtype(x)), p.known_geometry.groups)
         if not bool((lengths - 1).abs().amax() <= _MISMATCH):
             return False
@@ -118,8 +120,8 @@ def misfit(p: State, weight: Tensor, *, with_sigma: bool = True) -> float:
     """How far the state is from |A^T u - sigma v| = 0 (|A v - sigma u| for a matrix), as a share.
 
     An iteration leaves it at zero, converged or not. NaN and vectors that are no units give inf; an average of
-    checkpoints is far off, for the averages of u and v are no vectors of the averaged weight. ``with_sigma=False``: of
-    u and v alone.
+    checkpoints is far off, for the averages of u and v are no vectors of the averaged weight. So do a sigma below zero,
+    and a group that does not attain it. ``with_sigma=False``: of u and v alone.
     """
     with torch.no_grad():
         if not are_unit(p):
@@ -135,8 +137,22 @@ def misfit(p: State, weight: Tensor, *, with_sigma: bool = True) -> float:
         # A group that hardly counts has vectors that rounding moves.
         away = away * (norms[0] > _MISMATCH * sigma)
         off = (norms.amax() - sigma).abs()
-        share = float(torch.where(off > 0, off / sigma, 0.0).maximum(away.amax() / 2))
+        if with_sigma:
+            if not (sigma >= 0 and _attains(p, norms[0])):
+                return math.inf
+            if p.options.full:  # the gradient is that of the iteration from there
+                previous = p.state(p.previous_name)
+                off = off.maximum((sigma_through_last_iteration(operand, previous, geometry) - sigma).abs())
+        share = float(torch.where(off == 0, 0.0, off / sigma).maximum(away.amax() / 2))
         return math.inf if math.isnan(share) else share
+
+
+def _attains(p: State, norms: Tensor) -> bool:
+    """Whether the group that is stored is one with the largest of the groups' norms."""
+    group = p.buffer("top_group")
+    if group is None:
+        return True
+    return 0 <= int(group) < len(norms) and bool(norms[int(group)] >= (1 - _MISMATCH) * norms.amax())
 
 
 def judge(p: State, weight: Tensor, *, with_sigma: bool = True) -> Loaded:

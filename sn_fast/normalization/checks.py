@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..layers.linear import raw_weight
+from ..layers.linear import chain, raw_weight
 from .options import Options
-from .sharding import Shard, is_sharded, modules_in_flat_parameters
+from .sharding import Shard, is_sharded, modules_in_flat_parameters, own_name
+
+_SAME_WEIGHT = 1e-2  # of its norm: by less differ normalised weights whose sigmas were iterated apart
 
 # Older ways to compute a weight before each forward: the entries that tell, what it is, and how it is undone.
 _COMPUTED = (
@@ -89,3 +92,34 @@ def check_has_norm(module: nn.Module, name: str) -> None:
             f"{label} cannot be normalised: weight has dtype {weight.dtype}; real floating-point weights are "
             "supported, torch.nn.utils.parametrizations.spectral_norm takes complex ones"
         )
+
+
+def check_none_shares(model: nn.Module, found: Iterable[tuple[str, nn.Module, str]]) -> None:
+    """Raise where a normalised weight, in the place of its raw one, would change another layer that has that too.
+
+    ``found``: (path, module, name of the parameter) of the weights below ``model`` whose normalisation is removed.
+    """
+    places: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, home in model.named_modules():
+        for key, parameter in home._parameters.items():
+            places.setdefault(id(parameter), []).append((f"{own_name(path)}.{key}".lstrip("."), home))
+    removed: dict[nn.Module, tuple[str, nn.Module, str]] = {}
+    for path, module, name in found:
+        removed[chain(module, name)] = f"{path}.{name}".lstrip("."), module, name
+    for holder, (label, module, name) in removed.items():
+        raw = holder._parameters.get("original")
+        for other, home in places[id(raw)] if raw is not None else ():
+            if home is holder:
+                continue
+            with torch.no_grad():
+                here, there = getattr(module, name), raw
+                if home in removed:  # then its own removal leaves it as it is
+                    other, twin, parameter_name = removed[home]
+                    there = getattr(twin, parameter_name)
+                if torch.linalg.vector_norm(here - there) <= _SAME_WEIGHT * torch.linalg.vector_norm(there):
+                    continue
+            raise ValueError(
+                f"remove_spectral_norm: {label!r} and {other!r} are one parameter, and the normalised weight in its "
+                "place would change the other layer; untie them first: give one layer an nn.Parameter of its own, a "
+                "copy of the raw weight"
+            )

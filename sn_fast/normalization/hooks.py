@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..layers.kinds import spatial_axes
 from ..layers.linear import chain
+from ..layers.observe import input_of
 from . import recompute
 from .gathered import note_sharded
-from .parametrization import SpectralNorm, spectral_norms
+from .parametrization import SpectralNorm, spectral_norms, untraced
 from .refresh import readable, snapshots, with_ready_weights
 from .sharding import is_sharded
 from .tensor_parallel import distributed, refresh_distributed
@@ -65,12 +66,17 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], output: object) -> N
 
 def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a convolution: give its parametrization the spatial size of the input."""
-    x = args[0] if args else kwargs.get("input")
-    if isinstance(x, Tensor) and parametrize.is_parametrized(module, "weight"):
+    x = input_of(args, kwargs)
+    if x is not None and parametrize.is_parametrized(module, "weight"):
         n = spatial_axes(module)
+        if torch.jit.is_tracing():  # there sizes are tensors
+            with untraced():
+                size = tuple(x.shape[-n:])
+        else:
+            size = tuple(x.shape[-n:])
         for parametrization in chain(module, "weight"):
             if isinstance(parametrization, SpectralNorm):
-                parametrization.observe(tuple(x.shape[-n:]))
+                parametrization.observe(size)
 
 
 def remove_hooks(module: nn.Module) -> None:

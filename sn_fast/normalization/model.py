@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from ..errors import users_stacklevel
 from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size
 from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
 from ..layers.observe import observed_input_sizes
 from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
-from .checks import check_can_be_distributed, check_can_run, check_has_norm, check_not_flat
+from .checks import check_can_be_distributed, check_can_run, check_has_norm, check_none_shares, check_not_flat
 from .data_parallel import leave_out, watch_wrappers
 from .gathered import advance_distributed, gathered, is_away, refresh_sharded, start_sharded, update_distributed
 from .hooks import check_once_per_forward, observe_input, remove_hooks
@@ -148,6 +150,7 @@ def apply_spectral_norm(
         if operator == "conv" and (convolutions or not shards):  # a sharded model's forward would gather it for nothing
             sizes = observed_input_sizes(model, convolutions, example_input)
             reshard(model)
+            _warn_of_uncalled([n for n in convolutions if n not in sizes])
         with whole_on_meta(shards):
             if operator == "conv":
                 used = {n: (m, size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}
@@ -179,6 +182,18 @@ def apply_spectral_norm(
     check_once_per_forward(model)
     leave_out(model)
     return model
+
+
+def _warn_of_uncalled(names: Sequence[str]) -> None:
+    if names:
+        many = len(names) > 1
+        warnings.warn(
+            f"sn_fast: the model's forward on example_input, in eval mode, does not call layer{'s' * many} "
+            f"{', '.join(map(repr, names))}: {'each' if many else 'it'} is normalised from the first call of its own "
+            "on, at the size of that input. If the model uses its weight without a call, leave it out with exclude= "
+            "and normalise it by spectral_norm(layer, input_size=...)",
+            stacklevel=users_stacklevel(),
+        )
 
 
 def update_spectral_norm(model: nn.Module, n_power_iterations: int | None = None) -> None:
@@ -221,7 +236,8 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
     """Remove the normalisation from a layer, or from every layer of a model; the normalised weight stays in place.
 
     Raises:
-        ValueError: nothing here is normalised by sn_fast, or another parametrization sits on the same weight.
+        ValueError: nothing here is normalised by sn_fast; another parametrization sits on the same weight; or a layer
+            below ``module_or_model`` shares the raw weight, and would change with it.
     """
     found = list(normalised_modules(module_or_model))
     if not found:
@@ -237,6 +253,7 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
                 f"remove_spectral_norm: {name!r} of layer {path!r} is sharded; save the model's state dict, load it "
                 "into a normalised model that is not sharded, and remove the normalisation there"
             )
+    check_none_shares(module_or_model, found)
     for _, module, name in found:
         _remove(module, name, keep_raw=False)
     for module in module_or_model.modules():

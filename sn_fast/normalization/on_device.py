@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.library import is_capturing, stream_of
+from ..ops.library import is_capturing
 from ..ops.power_step import MAX_OPERATORS
 from ..ops.prepared_step import PreparedStep
 from .certify import certified
 from .prepared import Pair, batches_of, note_writes, prepared
-from .state import Snapshot, State, version_of
+from .state import Snapshot, State, moment
 
 _REPLACED = 2  # csrc/spectral/fingerprint.h: Change
 _MOST = MAX_OPERATORS  # layers of one call
@@ -72,7 +72,6 @@ def _compare(step: PreparedStep, batch: list[Pair], n: int, copies: bool, vector
     _tell(step)
     changed = found.changes[:-1] != 0 if any(m.options.bound for m, _ in batch) else found.changes
     snapshots = []
-    stream = stream_of(batch[0][1].device)
     for i, (member, weight) in enumerate(batch):
         member.saw(weight)
         member.note_vectors()
@@ -86,7 +85,7 @@ def _compare(step: PreparedStep, batch: list[Pair], n: int, copies: bool, vector
         if vectors:
             u, v = found.us[i], found.vs[i]
             group = found.groups[i] if member.known_geometry.groups > 1 else None
-        snapshots.append(Snapshot(sigma, estimate, u, v, group, None, (version_of(weight), *stream), []))
+        snapshots.append(Snapshot(sigma, estimate, u, v, group, None, moment(weight), []))
     return Compared(batch, found.changes, snapshots, alarmed)
 
 

@@ -28,7 +28,7 @@ from .certify import certify_operand
 from .foreign import normalize_foreign
 from .recompute import note_made
 from .refresh import LOCK, advance, readable, refresh_model, restart, settle_loaded, snapshots, with_ready_weights
-from .state import Snapshot, State, is_current, is_exporting
+from .state import Snapshot, State, is_current, is_exporting, within_functional_call
 
 
 class SpectralNorm(State):
@@ -46,11 +46,18 @@ class SpectralNorm(State):
     # -- start --------------------------------------------------------------------------------------------------------
 
     def start(self, input_size: tuple[int, ...] | None) -> None:
-        """Fix the geometry, and find u, v, sigma of the current weight."""
+        """Fix the geometry, and find u, v, sigma of the current weight.
+
+        Of a weight from outside (functional_call) the geometry alone is kept: the own one starts at its first use.
+        """
         with LOCK, torch.no_grad():
             weight = self.incoming()
             self.set_geometry(self.geometry_for(input_size), weight)
-            restart([(self, weight)])
+            if self.is_own(weight):
+                restart([(self, weight)])
+            else:
+                with torch._C._DisableFuncTorch():
+                    self.allocate(weight)
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -115,7 +122,7 @@ class SpectralNorm(State):
         """In operations that torch.jit.trace and torch.export can save; sigma is the constant that it is now."""
         own = self._own[0] if self.is_plain and self._own else None
         if own is not None and self.record is not None:
-            with _untraced(), _disable_current_modes(), torch.no_grad():
+            with untraced(), _disable_current_modes(), torch.no_grad():
                 moved = self.has_moved(own)
             if moved:
                 raise RuntimeError(
@@ -126,7 +133,17 @@ class SpectralNorm(State):
         return self._shaped(normalize_reference(operand, self.sigma, options.beta, options.cap), weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Assigning to the weight sets the raw weight."""
+        """Assigning to the weight sets the raw weight.
+
+        Raises:
+            ValueError: by ``torch.func.functional_call``, which would put the normalised weight back in its place.
+        """
+        if self._home is not None and not torch.compiler.is_compiling() and within_functional_call():
+            name = self._home[1]
+            raise ValueError(
+                f"functional_call gives {self.label()} a {name!r}, which is made from its raw weight; give the raw "
+                f"one, under the name 'parametrizations.{name}.original' that named_parameters() has for it"
+            )
         return weight
 
     # -- frozen -------------------------------------------------------------------------------------------------------
@@ -141,9 +158,11 @@ class SpectralNorm(State):
     def observe(self, size: tuple[int, ...]) -> None:
         """Called with the spatial size of each forward's input: start at the first, warn at one not normalised for."""
         if self.geometry is None:
-            if torch.compiler.is_compiling():
+            tracing = torch.jit.is_tracing()
+            if tracing or torch.compiler.is_compiling():
                 raise RuntimeError(
-                    "spectral_norm: the input size of a convolution is not known yet inside torch.compile; "
+                    "spectral_norm: the input size of a convolution is not known yet inside "
+                    f"torch.{'jit.trace' if tracing else 'compile'}; "
                     "give input_size=..., use apply_spectral_norm(model, example_input), or run one eager forward first"
                 )
             with LOCK:
@@ -190,7 +209,8 @@ class SpectralNorm(State):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         transient = {"freezes": 0, "_frozen": None, "current": None, "_kept": None}
-        twin.__dict__.update(copy.deepcopy({**self.__dict__, **transient}, memo))
+        with torch.inference_mode(False):  # a state that was made there could not be written
+            twin.__dict__.update(copy.deepcopy({**self.__dict__, **transient}, memo))
         return twin
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
@@ -207,7 +227,7 @@ class SpectralNorm(State):
         return self.current.to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralNorm:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             record, own = self.record, self._own[0] if self._own else None
             before: Tensor | None = None  # the operand that the state belongs to
             away = own is not None and not own.is_meta and not self.is_here(own)  # a shard: no record can follow it
@@ -273,6 +293,12 @@ class SpectralNorm(State):
         else:
             restart([(self, weight)])
 
+    def __prepare_scriptable__(self) -> SpectralNorm:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {self.label()}, which is normalised before each use; use "
+            "torch.jit.trace, torch.export or torch.compile, or script a copy after sn_fast.remove_spectral_norm(copy)"
+        )
+
     def extra_repr(self) -> str:
         size = "unknown" if self.geometry is None else f"{tuple(self.v.shape)} -> {tuple(self.u.shape)}"
         return f"{size}, beta={self.options.beta:g}, mode={self.options.mode!r}, gradient={self.options.gradient!r}"
@@ -320,7 +346,7 @@ def refresh(model: nn.Module) -> None:
 
 
 @contextmanager
-def _untraced() -> Iterator[None]:
+def untraced() -> Iterator[None]:
     """Within this context torch.jit.trace records nothing."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]

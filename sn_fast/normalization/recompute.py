@@ -31,12 +31,17 @@ class _Forward(saved_tensors_hooks):
     """
 
     def __init__(self) -> None:
-        self.made: dict[int | None, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self.made: dict[int | None, tuple[Tensor, int, Callable[[], Tensor]]] = {}  # with the weight's version
         super().__init__(self._pack, _unpack)
 
     def _pack(self, t: Tensor) -> Any:
         found = self.made.get(_address(t))
-        return t if found is None else _Kept(found[1], t.size(), t.stride(), t.storage_offset())
+        if found is None:
+            return t
+        weight, version, make = found
+        if t.dtype != weight.dtype or t.is_neg() or t._version != version:  # a complex view, say, or written in place
+            return t
+        return _Kept(make, t.size(), t.stride(), t.storage_offset())
 
 
 def _address(t: Tensor) -> int | None:
@@ -63,7 +68,7 @@ def note_made(weight: Tensor, make: Callable[[], Tensor]) -> None:
     """``weight`` is a normalised weight that ``make()`` can make again, from the one gathered by then."""
     forwards = _threads.forwards
     if forwards and forwards[-1] is not None and weight.numel():
-        forwards[-1].made[_address(weight)] = weight, make
+        forwards[-1].made[_address(weight)] = weight, weight._version, make
 
 
 def keep_no_copies(module: nn.Module) -> None:

@@ -57,12 +57,17 @@ def share_class(module: nn.Module, name: str) -> None:
 
 
 def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """Of nn.Module, with the remedy where ``parallelize_module`` comes after the normalisation."""
+    """Of nn.Module, with the remedies where a parameter is put, or distributed, after the normalisation."""
     lists: Any = module._modules.get("parametrizations")
     if is_dtensor(param) and lists is not None and (name in lists._modules or name.startswith("parametrizations.")):
         raise RuntimeError(
             f"{type(module).__name__} is normalised already, and parallelize_module distributes plain layers alone: "
             "call it first, and sn_fast.apply_spectral_norm(model, example_input) then"
+        )
+    if param is not None and lists is not None and name in lists._modules:
+        raise KeyError(
+            f"attribute {name!r} already exists: {type(module).__name__} makes it from "
+            f"parametrizations.{name}.original; assign the nn.Parameter to that, or a tensor to {name!r}"
         )
     nn.Module.register_parameter(module, name, param)
 

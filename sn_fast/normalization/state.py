@@ -38,7 +38,7 @@ class Snapshot(NamedTuple):
     v: Tensor | None
     group: Tensor | None
     previous: Tensor | None
-    moment: tuple[int, ...]  # the weight's version, and the stream on which the tensors are made
+    moment: tuple[int, ...]  # which weight in which version, and the stream on which the tensors are made
     ready: list[Tensor]
 
     def to(self, device: torch.device) -> Snapshot:
@@ -173,14 +173,14 @@ class State(nn.Module):
             return False
         if not compiling and "original" in found.__dict__:
             # A plain attribute, made from parameters of another name: a pruned weight, a view of FSDP1's.
-            return not is_wrapped(found.__dict__["original"]) and not _within_functional_call()
+            return not is_wrapped(found.__dict__["original"]) and not within_functional_call()
         if raw is None:
             return False
         if weight is not raw and found._modules["0"] is self:
             return False
         if self._own and raw is self._own[0]:
             return True
-        if compiling or not isinstance(raw, nn.Parameter) or _within_functional_call():
+        if compiling or not isinstance(raw, nn.Parameter) or within_functional_call():
             return False
         if not exporting:  # there it is a fake
             self._own = (raw,)
@@ -195,13 +195,20 @@ class State(nn.Module):
                     same = False
         if same:
             return True
-        if compiling or _within_functional_call():
+        if compiling or within_functional_call():
             return False
+        if [None if b is None else b.shape for b in kept] != [None if b is None else b.shape for b in there.values()]:
+            self.record = None  # the state was started on others, which functional_call has taken away again
         self.keep_buffers()
         return True
 
     def keep_buffers(self) -> None:
         """Note that the buffers at hand are the module's own."""
+        if not torch.compiler.is_compiling():
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.is_inference():  # loaded by assignment: nothing else could write to it
+                    with torch.inference_mode(False):
+                        self._buffers[name] = buffer.clone()
         self._own_buffers = tuple(self._buffers.values())
 
     def is_here(self, weight: Tensor) -> bool:
@@ -342,7 +349,8 @@ class State(nn.Module):
 
     @property
     def known_geometry(self) -> Geometry:
-        assert self.geometry is not None
+        if self.geometry is None:
+            raise AttributeError("the input size is not known yet")  # which hasattr() of torch.jit.trace takes
         return self.geometry
 
     def buffer(self, name: str) -> Tensor | None:
@@ -372,7 +380,8 @@ class State(nn.Module):
         names = "sigma", "estimate", "u", "v", "top_group", self.previous_name
         buffers = [self._buffers.get(name) for name in names]
         now = moment(weight)
-        versions = [None if b is None else b._version for b in buffers], now[1:]  # with the stream
+        stream = now[-2:]
+        versions = [None if b is None else b._version for b in buffers], stream
         kept = self._kept
         if kept is None or kept.versions != versions or any(a is not b for a, b in zip(kept.buffers, buffers)):
             kept = None
@@ -401,13 +410,17 @@ def is_exporting() -> bool:
 
 
 def is_current(snapshot: Snapshot, weight: Tensor) -> bool:
-    """Whether a weight is, as far as its version tells, still the one of the snapshot, and in use on its stream."""
+    """Whether a weight is, as far as its version and place tell, still the snapshot's, and in use on its stream."""
     return torch.compiler.is_compiling() or snapshot.moment == moment(weight)
 
 
 def moment(weight: Tensor) -> tuple[int, ...]:
-    """A weight's version, and the current stream: on another one nothing waits for what is made on this."""
-    return () if torch.compiler.is_compiling() else (version_of(weight), *stream_of(weight.device))
+    """Which tensor in which version, where it lies, and the current stream: on another one nothing waits for this."""
+    if torch.compiler.is_compiling():
+        return ()
+    plain = type(weight) in (nn.Parameter, Tensor) and not is_wrapped(weight)
+    place = weight.data_ptr() if plain else 0  # another one after .data = ..., which counts as no write
+    return (version_of(weight), id(weight), place, *stream_of(weight.device))
 
 
 def version_of(weight: Tensor) -> int:
@@ -427,7 +440,7 @@ def is_wrapped(t: Tensor) -> bool:
 _FUNCTIONAL_CALL = stateless._functional_call.__code__
 
 
-def _within_functional_call() -> bool:
+def within_functional_call() -> bool:
     """Whether torch.func.functional_call is under way in this thread; it swaps parameters, so no attribute tells."""
     frame: Any = sys._getframe(1)
     while frame is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sn_fast
 
@@ -277,3 +278,39 @@ def test_plain_network_of_the_checkpoint_tests_loads_into_a_normalised_one() -> 
     for m in model.modules():
         if isinstance(m, nn.Linear):
             assert norm_of(m, (m.in_features,)) == pytest.approx(1.0, rel=6e-3)
+
+
+def _norm_of_grouped(weight: Tensor) -> Tensor:
+    columns = torch.eye(4 * 16, dtype=torch.float64).reshape(-1, 4, 4, 4)
+    images = torch.nn.functional.conv2d(columns, weight, padding=1, groups=2)
+    return torch.linalg.matrix_norm(images.flatten(1), 2)
+
+
+def _grouped(seed: int, options: dict) -> nn.Conv2d:
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    with torch.no_grad():
+        layer.weight.mul_(20)
+        layer.weight[2 * seed : 2 * seed + 2].mul_(2)  # the group of the largest norm
+    sn_fast.spectral_norm(layer, input_size=4, **options)
+    sn_fast.update_spectral_norm(layer, 100)
+    return layer
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "scale"}, {"gradient": "full"}, {"bound": True}], ids=str)
+def test_an_entry_that_does_not_fit_is_not_taken_on_trust(options: dict) -> None:
+    source, layer = _grouped(0, options), _grouped(1, options)
+    state, other = copy.deepcopy(source.state_dict()), copy.deepcopy(layer.state_dict())
+    truth = state["parametrizations.weight.original"].double().requires_grad_()
+    wanted, probe = truth / _norm_of_grouped(truth), torch.randn(truth.shape)
+    (wanted_grad,) = torch.autograd.grad((wanted * probe).sum(), truth)
+    raw = layer.parametrizations.weight.original
+    for key in [key for key in state if key.startswith("parametrizations.weight.0.")]:
+        numbers = [math.nan, math.inf, 0.0, 1.0, -1.0] if state[key].is_floating_point() else [-1, 1, 7]
+        for entry in (other[key], -state[key], *(torch.full_like(state[key], number) for number in numbers)):
+            layer.load_state_dict(other)
+            layer.load_state_dict({**state, key: entry})
+            weight = layer.weight
+            (grad,) = torch.autograd.grad((weight * probe).sum(), raw)
+            torch.testing.assert_close(weight.double(), wanted, rtol=0.03, atol=0.0)
+            assert float((grad - wanted_grad).abs().max() / wanted_grad.abs().max()) < 0.08, (key, entry)
