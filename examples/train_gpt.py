@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,6 @@ def main(arguments: Sequence[str] | None = None) -> float:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # at once: while Python ends, a thread of gloo can abort the process (CPython before 3.14)

@@ -292,4 +292,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: while Python ends, a thread of gloo can abort the process (CPython before 3.14)

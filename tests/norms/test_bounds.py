@@ -95,7 +95,7 @@ def test_no_bound_is_below_the_dense_norm_of_wild_geometries(case: Case) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000)
+@settings(max_examples=6_000)
 @given(case=cases(), dtype=st.sampled_from(DTYPES))
 def test_no_bound_is_below_the_dense_norm_often(case: Case, dtype: torch.dtype) -> None:
     op = hard_operator(case, dtype)
