@@ -53,18 +53,13 @@ def _other_data(layer: nn.Linear, new: Tensor) -> None:
     layer.parametrizations.weight.original.data = new.clone()
 
 
-def _moved_data(layer: nn.Linear, new: Tensor) -> None:
-    _other_data(layer, torch.empty(0))
-    _other_data(layer, new)
-
-
 def _written(layer: nn.Linear, new: Tensor) -> None:
     with torch.no_grad():
         layer.parametrizations.weight.original.copy_(new)
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("put", [_another_parameter, _other_data, _moved_data, _written])
+@pytest.mark.parametrize("put", [_another_parameter, _other_data, _written])
 def test_a_hook_puts_another_weight_in_place_within_the_forward(
     put: Callable[[nn.Linear, Tensor], None], grad: bool
 ) -> None:
