@@ -10,17 +10,14 @@ from typing import Any
 from ..errors import UserError
 from ..inspection.cost import cost_table, measure_cost
 from ..layers.describe import times
-from ..running import memory_limited, torch_threads
 from .model import (
     add_input_size,
     add_model_arguments,
-    check_model_arguments,
     device_of,
-    input_size_of,
-    loaded_model,
+    model_to_measure,
     threads_of,
 )
-from .output import others_on_stderr, write
+from .output import write
 from .parser import options_for
 
 _MOST_BATCH, _MOST_STEPS, _MOST_TURNS = 1 << 20, 10_000, 10_000
@@ -75,12 +72,7 @@ def _run(options: argparse.Namespace) -> None:
         if not least <= value <= most:
             option = name.replace("_", "-")
             raise UserError(f"argument --{option}: invalid value {value}: must be an integer from {least} to {most}")
-    check_model_arguments(options)
-    input_size = input_size_of(options.input_size)
-    with torch_threads(threads), memory_limited(device), others_on_stderr():
-        model = loaded_model(options, device)
-        if model.run is not None and options.input_size is None:
-            input_size = model.run.input_size
+    with model_to_measure(options, device, threads) as (model, input_size):
         costs = measure_cost(
             model.module,
             input_size,

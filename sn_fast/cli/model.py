@@ -6,6 +6,8 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,8 @@ from torch import nn
 from ..errors import UserError, failures_explained
 from ..inspection import load_checkpoint, load_model
 from ..inspection.weights import check_values
-from ..running import MOST_THREADS
+from ..running import MOST_THREADS, memory_limited, torch_threads
+from .output import others_on_stderr
 from .runs import CHECKPOINT, RunNetwork, load_run, run_folder
 
 _DEFAULT_SIZE = "3x224x224"
@@ -118,6 +121,20 @@ def loaded_model(options: argparse.Namespace, device: torch.device) -> Model:
     check_values(model.module)
     with failures_explained(f"argument --device: moving the model to {device} failed"):
         return model._replace(module=model.module.to(device))
+
+
+@contextmanager
+def model_to_measure(
+    options: argparse.Namespace, device: torch.device, threads: int
+) -> Iterator[tuple[Model, tuple[int, ...]]]:
+    """The model and the size of its inputs, where it may be run: what others' code prints goes to stderr."""
+    check_model_arguments(options)
+    input_size = input_size_of(options.input_size)
+    with torch_threads(threads), memory_limited(device), others_on_stderr():
+        model = loaded_model(options, device)
+        if model.run is not None and options.input_size is None:
+            input_size = model.run.input_size
+        yield model, input_size
 
 
 def _run_of(options: argparse.Namespace) -> Path | None:

@@ -12,17 +12,14 @@ from ..inspection import inspect_model, plot, table
 from ..inspection.plot import check_plot
 from ..inspection.table import document
 from ..layers.describe import times
-from ..running import memory_limited, torch_threads
 from .model import (
     add_input_size,
     add_model_arguments,
-    check_model_arguments,
     device_of,
-    input_size_of,
-    loaded_model,
+    model_to_measure,
     threads_of,
 )
-from .output import others_on_stderr, write
+from .output import write
 from .parser import options_for
 
 _DEFAULT_TOL = 3e-3
@@ -82,12 +79,7 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"argument --tol: invalid value {options.tol:g}: must be a number between 0 and 1")
     if options.plot is not None:
         check_plot(options.plot)
-    check_model_arguments(options)
-    input_size = input_size_of(options.input_size)
-    with torch_threads(threads), memory_limited(device), others_on_stderr():
-        model = loaded_model(options, device)
-        if model.run is not None and options.input_size is None:
-            input_size = model.run.input_size
+    with model_to_measure(options, device, threads) as (model, input_size):
         inspection = inspect_model(
             model.module,
             input_size,

@@ -58,3 +58,14 @@ class Recorder:
         self.inputs.append(x.detach().clone())
         self.logits.append(logits.detach())
         return logits
+
+
+NORMS = ("Linf", "L2", "L1", "L1-exact")
+CANONICAL = {"Linf": "inf", "L2": "2", "L1": "1", "L1-exact": "1-exact"}
+BATCH = (4, 3, 6, 5)
+
+
+def triple(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    """x_adv, well inside every ball used here, then x and a gradient."""
+    x = torch.rand(shape, dtype=torch.float64)
+    return tuple(t.to(dtype) for t in (x + 1e-3 * torch.randn_like(x), x, torch.randn_like(x)))  # type: ignore

@@ -236,6 +236,13 @@ def impatient() -> Iterator[None]:
     meeting.PATIENCE = patience
 
 
+def check_rank_0_alone_is_refused(model: nn.Module) -> None:
+    with impatient():
+        for call in (sn_fast.sigmas, sn_fast.update_spectral_norm):
+            with pytest.raises(RuntimeError, match=r"on rank 0: rank 1 did not call it within 0.5 s"):
+                call(model)
+
+
 def outside(rank: int, cases: Sequence[Case]) -> None:
     """What is done outside a forward: by all ranks together right, by one alone right or an error, and no hang."""
     warnings.simplefilter("ignore")
@@ -277,10 +284,7 @@ def check_outside(case: Case, rank: int, lr: float = 0.02) -> None:
     if rank == 0:
         if case.how.startswith("FSDP2"):
             assert any(name.endswith("sigma") for name in model.state_dict())
-        with impatient():
-            for call in (sn_fast.sigmas, sn_fast.update_spectral_norm):
-                with pytest.raises(RuntimeError, match=r"on rank 0: rank 1 did not call it within 0.5 s"):
-                    call(model)
+        check_rank_0_alone_is_refused(model)
     dist.barrier()
     step(3)
     ours, theirs = both(sn_fast.sigmas)
