@@ -17,7 +17,7 @@ from ..layers.operators import LinearOperator, leaves_of, unscaled
 from ..layers.weighted import LayerOperator, as_int, layer_operator
 from ..ops.lanczos import lanczos_start
 from ..reference.linear_map import compute_dtype
-from .flat import FlatOperator, Triple, dense_matrices, flattened, unit
+from .flat import FlatOperator, Triple, combine, dense_matrices, flattened, inner_products, unit
 
 Method = Literal["power", "lanczos", "block", "dense"]
 
@@ -273,12 +273,8 @@ def _lanczos(problem: FlatOperator, limit: int, tol: float, starts: Tensor, look
 
 def ritz_rotation(images: Tensor) -> Tensor:
     """Coefficients (G, j, j) of the right singular vectors of A restricted to the basis, largest first."""
-    gram = torch.einsum("jgm,kgm->gjk", images, images).double()
+    gram = inner_products(images, images).double()
     return torch.linalg.eigh(gram).eigenvectors.flip(-1).to(images.dtype)
-
-
-def combine(rotation: Tensor, vectors: Tensor) -> Tensor:
-    return torch.einsum("gjk,jgn->kgn", rotation, vectors)
 
 
 def _orthogonal_direction(residual: Tensor, basis: Tensor, floor: Tensor) -> Tensor | None:
@@ -289,7 +285,7 @@ def _orthogonal_direction(residual: Tensor, basis: Tensor, floor: Tensor) -> Ten
     direction = residual[None]
     for _ in range(2):
         direction, _ = unit(direction)
-        direction = direction - combine(torch.einsum("jgn,kgn->gjk", basis, direction), basis)
+        direction = direction - combine(inner_products(basis, direction), basis)
     direction, norm = unit(direction)
     alive &= norm[0] > 0.1
     return torch.where(alive[:, None], direction, 0.0) if bool(alive.any()) else None

@@ -128,6 +128,16 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return units.reshape(x.shape), norms.reshape(x.shape[:-1])
 
 
+def inner_products(x: Tensor, y: Tensor) -> Tensor:
+    """(G, j, k) of vectors x (j, G, n) and y (k, G, n)."""
+    return x.transpose(0, 1) @ y.permute(1, 2, 0)
+
+
+def combine(rotation: Tensor, vectors: Tensor) -> Tensor:
+    """Sums (k, G, n) of vectors (j, G, n) with coefficients (G, j, k)."""
+    return (rotation.mT @ vectors.transpose(0, 1)).transpose(0, 1)
+
+
 def dense_matrices(problem: FlatOperator, what: str, remedy: str) -> Tensor:
     """The matrices (G, m, n) of the groups; raises where they are too large, naming ``what`` wants them."""
     if problem.groups * problem.m * problem.n > DENSE_LIMIT:

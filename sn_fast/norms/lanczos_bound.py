@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..layers.operators import LinearOperator
-from .flat import flattened
+from .flat import combine, flattened, inner_products
 
 _ROUNDING = 1e-9  # of float64 Lanczos with full reorthogonalisation, generously
 
@@ -40,12 +40,12 @@ def lanczos_bound(
         direction = back(images[-1:])
         before = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         for _ in range(2):
-            direction = direction - torch.einsum("jgn,jgk->kgn", basis, torch.einsum("jgn,kgn->jgk", basis, direction))
+            direction = direction - combine(inner_products(basis, direction), basis)
         after = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         direction = torch.where(after > 1e-13 * before, direction / after, 0.0)
         basis = torch.cat([basis, direction])
         images = torch.cat([images, there(direction)])
-    gram = torch.einsum("jgm,kgm->gjk", images, images)
+    gram = inner_products(images, images)
     estimate = float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp(min=0).sqrt())
     # After n steps the Krylov space is everything that the start reaches: with probability 1 the top vector is in it.
     root = 0.0 if steps == n else log / (2 * steps - 1)

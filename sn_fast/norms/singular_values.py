@@ -13,12 +13,11 @@ from .estimate import (
     ConvergenceWarning,
     check_operator,
     check_tolerance,
-    combine,
     orthonormal,
     ritz_rotation,
     without_autocast,
 )
-from .flat import DENSE_LIMIT, FlatOperator, dense_matrices, flattened, unit
+from .flat import DENSE_LIMIT, FlatOperator, combine, dense_matrices, flattened, inner_products, unit
 
 _SMALL = 1 << 20  # elements of a matrix whose SVD is sooner done than an iteration
 _SPARE = 4  # vectors beyond k: they speed up the last of the k
@@ -100,8 +99,8 @@ def _block_lanczos(
         done = (off <= 0.1 * tol * largest)[:, :, None]
         direction, _ = unit(torch.where(done, problem.random(block, generator), residual))
         for _ in range(2):
-            direction = orthonormal(direction - combine(torch.einsum("jgn,kgn->gjk", basis, direction), basis))
-        overlap = torch.einsum("jgn,kgn->kgj", basis, direction).norm(dim=2, keepdim=True)
+            direction = orthonormal(direction - combine(inner_products(basis, direction), basis))
+        overlap = inner_products(direction, basis).norm(dim=2).mT[..., None]
         direction = torch.where(overlap < _ORTHOGONAL, direction, 0.0)  # where nothing new was left
         basis = torch.cat([basis, direction])
         images = torch.cat([images, problem.matvec(direction)])

@@ -16,7 +16,7 @@ from .adversary import Adversary
 from .config import TrainConfig
 from .errors import Diverged
 
-CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """eps of the robustness curve, in units of the eps trained with."""
 _BATCH_SIZE = 250
 _BINS = 40

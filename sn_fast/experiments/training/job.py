@@ -32,6 +32,8 @@ from .side_by_side import SharedBar, has_cores_for, side_by_side
 
 _TEST_POINTS = 6
 """How often the test set is attacked while training: enough for a curve, too seldom to rule the time."""
+_NORM_POINTS = 60
+"""How often the layers' norms are measured while training, besides the first and the last epoch."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,8 @@ class _Run:
         config = self.config
         with _named_divergence(trainee, epoch):
             record = trainee.train_epoch(self.split.train, epoch, bar)
-            record["sigma"] = layer_norms(trainee.model, self.image_shape)
+            if epoch == 1 or epoch % math.ceil(config.epochs / _NORM_POINTS) == 0:
+                record["sigma"] = layer_norms(trainee.model, self.image_shape)
             if epoch % math.ceil(config.epochs / _TEST_POINTS) == 0:
                 labels = evaluation_labels(config)
                 result = attacked(trainee.model, self.split.test, config.training_adversary, labels=labels)
@@ -319,6 +322,9 @@ class _Run:
             measured = side_by_side(
                 [partial(self._evaluate, trainee, shared) for trainee in self.trainees], at_once=self.at_once
             )
+        for trainee in self.trainees:
+            if "sigma" not in trainee.epochs[-1]:
+                trainee.epochs[-1]["sigma"] = layer_norms(trainee.model, self.image_shape)
         final = {
             trainee.name: {
                 **found,

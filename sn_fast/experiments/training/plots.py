@@ -89,12 +89,12 @@ def margins(config: TrainConfig, networks: Networks) -> Figure:
 
 
 def sigma(config: TrainConfig, networks: Networks) -> Figure:
-    """True spectral norm of each layer's weight in use, epoch by epoch."""
+    """True spectral norm of each layer's weight in use, at the epochs that have it measured."""
     figure, panels = figures.panels(len(networks), width=4.8, sharey=True)
     layers = list(next(iter(networks.values()))["epochs"][0]["sigma"])
     named = len(layers) <= _MOST_NAMED
     for axes, (_, network) in zip(panels, _numbered(networks)):
-        epochs = network["epochs"]
+        epochs = [record for record in network["epochs"] if "sigma" in record]
         for i, layer in enumerate(layers):
             colour = figures.depth_colours()(i / max(1, len(layers) - 1))
             style = {"color": figures.colour(i), "linestyle": figures.line(i), "label": layer}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sn_fast.experiments.training import Interrupted, TrainConfig, UserError, resume, table, train
+from sn_fast.experiments.training import Interrupted, TrainConfig, UserError, job, resume, table, train
 from sn_fast.experiments.training.loop import Trainee
 
 from .conftest import TINY, without_times
@@ -67,6 +67,22 @@ def test_a_run_leaves_everything_it_promises(tiny_run, scheme):
             width, height = png_size(result.path / name)
             assert width > 900
             assert height > 500
+
+
+def test_the_last_epoch_has_its_norms_where_others_have_none(tiny_run, monkeypatch):
+    every_epoch = tiny_run("every").metrics["networks"]
+    monkeypatch.setattr(job, "_NORM_POINTS", 2)
+    sparse = tiny_run("sparse")
+    for network in sparse.metrics["networks"].values():
+        assert ["sigma" in record for record in network["epochs"]] == [True, True, True]
+    monkeypatch.setattr(job, "_NORM_POINTS", 1)
+    sparser = tiny_run("sparser", epochs=7, stop_accuracy=0.05)  # stops after five
+    for name, network in every_epoch.items():
+        assert network["final"]["sigma"] == sparse.metrics["networks"][name]["final"]["sigma"]
+        measured = [record["epoch"] for record in sparser.metrics["networks"][name]["epochs"] if "sigma" in record]
+        assert measured == [1, len(sparser.metrics["networks"][name]["epochs"])]
+    again = resume(sparser.path)
+    assert without_times(again.metrics) == without_times(sparser.metrics)
 
 
 @pytest.mark.parametrize("options", [{"norm": "inf"}, {"norm": "1"}, {"beta": float("inf"), "single": True}])
