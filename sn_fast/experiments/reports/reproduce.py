@@ -135,9 +135,9 @@ def reproduce(
     """Compute what is missing of a grid of runs, and analyse it. Runs are kept in ``folder``/runs.
 
     Args:
-        parts: of ``PARTS``: "table" (accuracy over beta beside the published), "curves" (robustness in l2 and l_inf, and
-            training), "margins" (margins, gradient norms, norm gain, perturbed images), "random-labels" (runs of their
-            own with random labels), "norms" (of the layers), "bounds" (capacities beside the measured gaps).
+        parts: of ``PARTS``: "table" (accuracy over beta beside the published), "curves" (robustness in l2 and l_inf,
+            and training), "margins" (margins, gradient norms, norm gain, perturbed images), "random-labels" (runs of
+            their own with random labels), "norms" (of the layers), "bounds" (capacities beside the measured gaps).
         only_report: compute nothing; report what there is.
         jobs, progress, retry_failed, report: as of ``compute``.
 
