@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,10 +27,11 @@ from sn_fast.experiments.analysis import (  # noqa: E402
     capacities,
     margin_distributions,
     random_label_fitting,
+    robustness_curves,
     sample_size_sweep,
     write_analysis,
 )
-from sn_fast.experiments.data import Samples, load_data  # noqa: E402
+from sn_fast.experiments.data import Samples, Split, load_data  # noqa: E402
 from sn_fast.experiments.figures import beta_label  # noqa: E402
 from sn_fast.experiments.reproduction import Outcome, Store  # noqa: E402
 from sn_fast.experiments.training import TrainedNetwork, trained_networks  # noqa: E402
@@ -52,7 +54,7 @@ class Runs:
                     self.folders[outcome.config.key()] = store.folder(outcome.config)
                     self.outcomes.append(outcome)
         self.outcomes.sort(key=lambda run: (run.config.scheme, run.config.arch, -run.config.beta, run.config.seed))
-        self._samples: dict[str, Samples] = {}
+        self._splits: dict[str, Split] = {}
 
     def chosen(self, where: Callable[[Outcome], bool]) -> list[Outcome]:
         """In the exact arithmetic: the published one changes what is learned, not what a network can learn."""
@@ -62,21 +64,41 @@ class Runs:
         (network,) = trained_networks(self.folders[run.config.key()]).values()
         return network
 
-    def samples(self, run: Outcome) -> Samples:
-        """The first training images, with the labels trained on."""
+    def split(self, run: Outcome) -> Split:
+        """The data of a run."""
         options = run.config.data_options() | {"root": self.data[run.config.data]}
         if not (run.config.random_labels or run.config.train_size):
             options["seed"] = 0  # all images: the seed decides nothing
         key = repr((run.config.data, options))
-        if key not in self._samples:
-            train = load_data(run.config.data, **options).train
-            self._samples[key] = Samples(train.x[:IMAGES], train.y[:IMAGES])
-        return self._samples[key]
+        if key not in self._splits:
+            self._splits[key] = load_data(run.config.data, **options)
+        return self._splits[key]
+
+    def samples(self, run: Outcome) -> Samples:
+        """The first training images, with the labels trained on."""
+        return first(self.split(run).train)
 
     def capacities(self, members: list[Outcome]) -> Capacities:
         """Each network on the images and labels that it was trained on."""
         found = [capacities([(run, self.network(run))], self.samples(run)) for run in members]
         return Capacities(tuple(network for part in found for network in part.networks))
+
+
+def first(samples: Samples) -> Samples:
+    return Samples(samples.x[:IMAGES], samples.y[:IMAGES])
+
+
+def robustness(runs: Runs, members: list[Outcome]) -> Analysis:
+    """Of each seed a panel, under PGM in l2 and l_inf."""
+    networks: dict[str, dict[str, nn.Module]] = {}
+    for run in members:
+        of_seed = networks.setdefault(f"{run.config.scheme.upper()}, seed {run.config.seed}", {})
+        of_seed[beta_label(run.config.beta)] = runs.network(run).model
+    split = runs.split(members[0])
+    config = members[0].config.with_strength(split.mean_norm)
+    linf = replace(config, norm="inf", eps=None).with_strength(split.mean_norm)
+    attacks = {"PGM": config.adversary("pgm"), "PGM, ℓ∞": linf.adversary("pgm")}
+    return robustness_curves(networks, first(split.test), attacks, factors=(0, 1, 2))
 
 
 def analyses(runs: Runs) -> dict[str, Analysis]:
@@ -95,6 +117,9 @@ def analyses(runs: Runs) -> dict[str, Analysis]:
         members = [run for run in relu if run.config.train_size == size]
         if members:
             found[f"capacities-mnist-{size}"] = runs.capacities(members)
+    members = [run for run in relu if (run.config.train_size, run.config.scheme) == (2000, "fgm")]
+    if members:
+        found["robustness-mnist-2000"] = robustness(runs, members)
     found["capacities-cifar10"] = runs.capacities(few)
     erm = [run for run in few if run.config.scheme == "erm"]
     panels = {

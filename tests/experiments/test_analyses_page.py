@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -73,6 +74,19 @@ def sizes() -> str:
             rows.append([scheme.upper(), row["network"], size, row["runs"], train, test + spread, percent(row["gap"])])
             assert not row["notes"]
     return markdown("scheme | cap | images | seeds | training | test | gap", rows)
+
+
+def robustness_of_seeds() -> str:
+    cells: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in rows_of("robustness-mnist-2000"):
+        cells.setdefault((row["attack"], float(row["eps"])), {}).setdefault(row["network"], []).append(
+            100 * float(row["accuracy"])
+        )
+    strengths = [(attack, eps) for attack, eps in sorted(cells) if attack == "PGM" or eps > 0]
+    caps = list(cells["PGM", 0.0])
+    rows = [[cap, *(f"{mean(cells[of][cap]):.1f} ± {stdev(cells[of][cap]):.1f}" for of in strengths)] for cap in caps]
+    assert {len(values) for by_cap in cells.values() for values in by_cap.values()} == {3}
+    return markdown("cap | clean | PGM | PGM, 2 ε | PGM ℓ∞ | PGM ℓ∞, 2 ε", rows)
 
 
 def groups() -> Iterator[tuple[str, str, list[dict[str, str]]]]:
