@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import numpy as np
 import pytest
 
 from sn_fast.errors import OptionError
@@ -119,6 +120,9 @@ def test_sweep_of_sample_sizes():
     assert rows[0]["gap"] == pytest.approx(0.35)
     assert (rows[0]["runs"], rows[0]["notes"]) == (2, "seed 2: diverged: nan")
     check_figure(sweep)
+    _, gap = sweep.figure().axes
+    data, *_ = gap.containers[0].lines
+    assert data.get_xydata() == pytest.approx(np.array([[1000, 35.0], [4000, 35.0], [55_000, 35.0]]))
 
 
 @pytest.mark.parametrize(
