@@ -119,7 +119,7 @@ def capacities() -> str:
     return markdown(head, rows)
 
 
-@pytest.mark.parametrize("table", [random_labels, robustness, capacities])
+@pytest.mark.parametrize("table", [random_labels, robustness, robustness_of_seeds, sizes, capacities])
 def test_a_table_is_that_of_the_data(table) -> None:
     assert table() in PAGE
 
