@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..errors import users_stacklevel
-from ..layers.kinds import kind_of, nominal_size, spatial_axes, whole_window_size
-from ..layers.linear import as_int, chain, checked_weight, operator_of, per_axis, raw_weight, why_not_divisible
+from ..layers.kinds import spatial_axes
+from ..layers.linear import as_int, chain
 from ..layers.observe import observed_input_sizes
-from ..norms.estimate import operator_norm
 from ..ops.precision import Precision
-from .checks import check_can_be_distributed, check_can_run, check_has_norm, check_none_shares, check_not_flat
-from .data_parallel import leave_out, watch_wrappers
+from .checks import check_can_run, check_none_shares, check_not_flat
+from .data_parallel import leave_out
 from .gathered import advance_distributed, gathered, is_away, refresh_sharded, start_sharded, update_distributed
-from .hooks import check_once_per_forward, observe_input, remove_hooks
-from .mapped import MappedSpectralNorm
+from .hooks import check_once_per_forward, remove_hooks
 from .options import Gradient, InputSize, Mode, OperatorName, Options
-from .parametrization import SpectralNorm, freeze, refresh, spectral_norms
+from .parametrization import SpectralNorm, freeze, refresh, spectral_norms, start_together
 from .refresh import readable, update
-from .replacing import own_class, replaced
+from .registration import Registered, are_large, check_layers, register, size_of_largest_norm, unregister
+from .replacing import replaced
 from .selection import betas_of, chosen_layers
 from .sharding import own_name, reshard, shards_of, tensor_parallel_shards, whole_on_meta
-from .shared_class import share_class
-from .tensor_parallel import DistributedSpectralNorm
 
-_LARGEST_COPIES = 1 << 30  # bytes of weights that are kept twice; those of larger models are hashed
-_TRIAL_SIZES = (8, 16, 32, 64, 128, 256)  # at which the operator of a layer is looked at before its size is known
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -97,9 +90,14 @@ def spectral_norm(
     """
     options = Options(beta, mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol)
     with replaced([module] if replace and isinstance(module, nn.Module) else [], name) as theirs:
-        parametrization = _register(module, name, input_size, options, _is_large([module], name))
+        made = register(module, name, input_size, options, hashed=are_large([module], name))
+        try:
+            _start([made])
+        except BaseException:
+            unregister(module, name, keep_raw=True)
+            raise
         if module in theirs:
-            theirs[module].hand_over(parametrization)
+            theirs[module].hand_over(made.parametrization)
     return module
 
 
@@ -152,36 +150,56 @@ def apply_spectral_norm(
             reshard(model)
             _warn_of_uncalled([n for n in convolutions if n not in sizes])
         with whole_on_meta(shards):
+            mapped: dict[str, bool] = {}
             if operator == "conv":
                 used = {n: (m, size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}
-                check_layers(used, mapped=not bound)
-            hashed = bool(shards) or _is_large(layers.values())
+                mapped = check_layers(used, mapped=not bound)
+            hashed = bool(shards) or are_large(layers.values())
             done: list[nn.Module] = []
+            made: list[Registered] = []
+            layer: str | None = None  # at fault
             try:
-                for name, module in layers.items():
-                    used_at = sizes.get(name, [])
+                for layer, module in layers.items():
+                    used_at = sizes.get(layer, [])
                     size = size_of_largest_norm(module, used_at)
                     options = Options(
-                        betas[name], mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol
+                        betas[layer], mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol
                     )
-                    parts = module in distributed
-                    parametrization = _register(module, "weight", size, options, hashed, used_at, distributed=parts)
-                    parametrization.path = name
+                    made.append(
+                        register(
+                            module,
+                            "weight",
+                            size,
+                            options,
+                            hashed=hashed,
+                            used_at=used_at,
+                            distributed=module in distributed,
+                            mapped=mapped.get(layer),
+                        )
+                    )
                     done.append(module)
+                    made[-1].parametrization.path = layer
+                layer = None
+                _start(made)
+                for module, (parametrization, _, _) in zip(done, made, strict=True):
                     if module in theirs:
                         theirs[module].hand_over(parametrization)
             except BaseException as error:
                 for module in done:
-                    _remove(module, "weight", keep_raw=True)
-                if type(error) in (ValueError, TypeError):
-                    calls = re.sub(r"\(module\b", lambda _: f"(model.get_submodule({name!r})", str(error))
-                    raise type(error)(f"layer {name!r}: {calls}") from error
+                    unregister(module, "weight", keep_raw=True)
+                if type(error) in (ValueError, TypeError) and layer is not None:
+                    calls = re.sub(r"\(module\b", lambda _: f"(model.get_submodule({layer!r})", str(error))
+                    raise type(error)(f"layer {layer!r}: {calls}") from error
                 raise
     if shards:
         start_sharded(model)
     check_once_per_forward(model)
     leave_out(model)
     return model
+
+
+def _start(made: Sequence[Registered]) -> None:
+    start_together([(parametrization, size) for parametrization, size, is_ready in made if is_ready])
 
 
 def _warn_of_uncalled(names: Sequence[str]) -> None:
@@ -255,7 +273,7 @@ def remove_spectral_norm(module_or_model: ModuleT) -> ModuleT:
             )
     check_none_shares(module_or_model, found)
     for _, module, name in found:
-        _remove(module, name, keep_raw=False)
+        unregister(module, name, keep_raw=False)
     for module in module_or_model.modules():
         if not spectral_norms(module):
             remove_hooks(module)
@@ -275,133 +293,6 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     return {name: float(m.sigma) for name, m in found if not m.sigma.is_meta}
 
 
-def _register(
-    module: nn.Module,
-    name: str,
-    input_size: InputSize,
-    options: Options,
-    hashed: bool = False,
-    used_at: Iterable[tuple[int, ...]] = (),
-    *,
-    distributed: bool = False,
-) -> SpectralNorm:
-    check_has_norm(module, name)
-    weight = checked_weight(module, name, parametrized=True, on_meta=True)
-    kind = kind_of(module) if name == "weight" else None
-    as_matrix = options.operator == "reshape" or kind is None or not kind.axes
-    if as_matrix and options.operator == "conv" and weight.ndim != 2:
-        raise ValueError(
-            f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}; its operator is not known: "
-            "use operator='reshape' or a supported layer"
-        )
-    size = None if as_matrix else _input_size(module, weight.ndim - 2, input_size)
-    every_size = not as_matrix and input_size == "any" and _depends_on_size(module)
-    own = kind.why_not_exact(module) if kind is not None and input_size == "any" else None
-    if own is not None:
-        raise ValueError(f"input_size='any': {own}, so its map is known at one input size at a time; give that")
-    if every_size:
-        options = dataclasses.replace(options, bound=True)
-    mapped = False
-    if options.operator == "conv" and kind is not None:
-        reason = _why_not_divisible(module, size, mapped=not options.bound)
-        mapped = reason is None and _why_not_divisible(module, size, mapped=False) is not None
-        if reason is not None:
-            raise ValueError(f"{type(module).__name__} cannot be normalised by its weight: {reason}")
-    if size is not None:
-        operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
-    known = kind_of(module)
-    rows = known.matrix_dim if known is not None else 0
-    if distributed:
-        check_can_be_distributed(module, as_matrix, mapped, options)
-    cls = DistributedSpectralNorm if distributed else MappedSpectralNorm if mapped else SpectralNorm
-    parametrization = cls(options, as_matrix=as_matrix, matrix_dim=rows, every_size=every_size, hashed=hashed)
-    parametrization.train(module.training)
-    parametrization.sizes.update(used_at)
-    first = not parametrize.is_parametrized(module)
-    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    if first:
-        share_class(module, name)
-    parametrization.attach(module, name)
-    watch_wrappers()
-    try:
-        if as_matrix or size is not None:
-            parametrization.start(size)
-    except BaseException:
-        _remove(module, name, keep_raw=True)
-        raise
-    if not as_matrix:
-        module.register_forward_pre_hook(observe_input, with_kwargs=True)
-    return parametrization
-
-
-def _is_large(modules: Iterable[nn.Module], name: str = "weight") -> bool:
-    """Whether copies of these weights, to compare with, would take too much memory."""
-    weights = (raw_weight(module, name) for module in modules)
-    sizes = (w.nbytes for w in weights if isinstance(w, Tensor) and not nn.parameter.is_lazy(w))
-    return sum(sizes) > _LARGEST_COPIES
-
-
-def check_layers(layers: Mapping[str, tuple[nn.Module, tuple[int, ...] | None]], *, mapped: bool) -> None:
-    """Raise where dividing the weights does not divide the layers' maps, naming all such layers."""
-    reasons = {name: _why_not_divisible(module, size, mapped=mapped) for name, (module, size) in layers.items()}
-    refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    if refused:
-        names = ", ".join(map(repr, refused))
-        pattern = "^({})$".format("|".join(map(re.escape, refused)))
-        many = len(refused) > 1
-        raise ValueError(
-            f"layer{'s' * many} {names} cannot be normalised by {'their weights' if many else 'its weight'}: "
-            f"{next(iter(refused.values()))}{' (the first; the others are alike)' * many}. "
-            f"Leave {'them' if many else 'it'} alone with exclude={pattern!r}"
-        )
-
-
-def _why_not_divisible(module: nn.Module, size: Sequence[int] | None, *, mapped: bool) -> str | None:
-    weight = raw_weight(module)
-    kind = kind_of(module)
-    if kind is None or not isinstance(weight, nn.Parameter) or is_lazy(weight):
-        return None
-    axes = spatial_axes(module)
-    sizes = [size] if size is not None or not axes else [(n,) * axes for n in _TRIAL_SIZES]
-    reason = None
-    for trial in sizes:
-        reason = why_not_divisible(module, weight, trial, mapped=mapped)
-        if reason is None:
-            break
-    return reason
-
-
-def _input_size(module: nn.Module, n: int, input_size: InputSize) -> tuple[int, ...] | None:
-    if input_size is None:
-        return None
-    if not isinstance(input_size, str):
-        return per_axis("input_size", input_size, n, minimum=1)
-    if input_size != "any":
-        raise ValueError(f"input_size={input_size!r}: give a spatial size such as (32, 32), None or 'any'")
-    return nominal_size(module)
-
-
-def _depends_on_size(module: nn.Module) -> bool:
-    """Whether the norm of a convolution can differ between input sizes."""
-    return any(size is None for size in whole_window_size(module))
-
-
-def size_of_largest_norm(module: nn.Module, sizes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """Of the sizes at which a layer is used, the one with the largest norm."""
-    distinct = list(dict.fromkeys(sizes))
-    if len(distinct) <= 1:
-        return distinct[0] if distinct else None
-    kind = kind_of(module)
-    weight = raw_weight(module)
-    nothing_to_measure = isinstance(weight, Tensor) and weight.is_meta
-    if nothing_to_measure or (
-        getattr(module, "padding_mode", "zeros") == "zeros" and not (kind is not None and kind.of_user)
-    ):
-        return tuple(map(max, zip(*distinct)))  # the norm grows with the size
-    norms = [operator_norm(operator_of(module, size), method="lanczos", tol=1e-3) for size in distinct]
-    return distinct[max(range(len(norms)), key=lambda i: float(norms[i]))]
-
-
 def normalised_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(path, module, parameter name) of every normalised weight below ``model``."""
     for path, module in model.named_modules():
@@ -418,13 +309,3 @@ def _parametrizations(model: nn.Module) -> Iterator[tuple[str, SpectralNorm]]:
         for p in chain(module, name):
             if isinstance(p, SpectralNorm):
                 yield (path if name == "weight" else f"{path}.{name}".lstrip(".")), p
-
-
-def _remove(module: nn.Module, name: str, *, keep_raw: bool) -> None:
-    if keep_raw and len(chain(module, name)) > 1:  # undo a registration on top of others
-        chain(module, name).pop(-1)
-        remove_hooks(module)
-        return
-    own_class(module)
-    parametrize.remove_parametrizations(module, name, leave_parametrized=not keep_raw)
-    remove_hooks(module)

@@ -37,27 +37,14 @@ class SpectralNorm(State):
     is_replica = False
     path = ""
     """Of the layer in the model that ``apply_spectral_norm`` was given."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._frozen: Tensor | None = None
-        self._warned = False
+    _frozen: Tensor | None
+    _warned = False
 
     # -- start --------------------------------------------------------------------------------------------------------
 
     def start(self, input_size: tuple[int, ...] | None) -> None:
-        """Fix the geometry, and find u, v, sigma of the current weight.
-
-        Of a weight from outside (functional_call) the geometry alone is kept: the own one starts at its first use.
-        """
-        with LOCK, torch.no_grad():
-            weight = self.incoming()
-            self.set_geometry(self.geometry_for(input_size), weight)
-            if self.is_own(weight):
-                restart([(self, weight)])
-            else:
-                with torch._C._DisableFuncTorch():
-                    self.allocate(weight)
+        """See ``start_together``."""
+        start_together([(self, input_size)])
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -208,6 +195,7 @@ class SpectralNorm(State):
         refresh_model([self])  # a copy carries no pending change
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
+        memo.update({id(frozen): frozen for frozen in (self.options, self.geometry, self.layer_geometry)})
         transient = {"freezes": 0, "_frozen": None, "current": None, "_kept": None}
         with torch.inference_mode(False):  # a state that was made there could not be written
             twin.__dict__.update(copy.deepcopy({**self.__dict__, **transient}, memo))
@@ -302,6 +290,24 @@ class SpectralNorm(State):
     def extra_repr(self) -> str:
         size = "unknown" if self.geometry is None else f"{tuple(self.v.shape)} -> {tuple(self.u.shape)}"
         return f"{size}, beta={self.options.beta:g}, mode={self.options.mode!r}, gradient={self.options.gradient!r}"
+
+
+def start_together(members: Sequence[tuple[SpectralNorm, tuple[int, ...] | None]]) -> None:
+    """Fix the geometries, for these input sizes, and find u, v, sigma of the current weights, in one call.
+
+    Of a weight from outside (functional_call) the geometry alone is kept: the own one starts at its first use.
+    """
+    with LOCK, torch.no_grad():
+        own = []
+        for member, input_size in members:
+            weight = member.incoming()
+            member.set_geometry(member.geometry_for(input_size), weight)
+            if member.is_own(weight):
+                own.append((member, weight))
+            else:
+                with torch._C._DisableFuncTorch():
+                    member.allocate(weight)
+        restart(own)
 
 
 def spectral_norms(model: nn.Module) -> list[SpectralNorm]:

@@ -199,10 +199,14 @@ def restart(pairs: Sequence[Pair], *, marked: bool = False) -> None:
     with _undisturbed():
         for member, weight in pairs:
             member.allocate(weight)
-            if not weight.is_meta:
-                us, vs = [member.state("u")], [member.state("v")]
-                operators.restart([member.operand(weight.detach())], us, vs, member.code)
         here = [(member, weight) for member, weight in pairs if not weight.is_meta]
+        # On a host all at once, on a device one by one: there each takes memory for all of its steps.
+        on_host = [pair for pair in here if is_on_host(pair[1].device)]
+        for batch in (on_host, *([pair] for pair in here if not is_on_host(pair[1].device))):
+            if batch:
+                weights = [member.operand(weight.detach()) for member, weight in batch]
+                us, vs = ([member.state(side) for member, _ in batch] for side in ("u", "v"))
+                operators.restart(weights, us, vs, [c for member, _ in batch for c in member.code])
         advance(here, POWER_STEPS, marked=marked, exactly=False)
 
 

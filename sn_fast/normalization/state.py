@@ -65,37 +65,40 @@ class State(nn.Module):
     sigma: Tensor
     estimate: Tensor
 
+    # Where an instance has no others; nn.Module takes its time over every assignment.
+    sharded: bool = False  # by FSDP, which gathers the weight for the layer's own forward
+    # A state was loaded beside a weight that cannot be read, with sigma or without: it is judged at the next use.
+    loaded: bool | None = None
+    geometry: Geometry | None = None  # what is iterated; None until the input size is known
+    layer_geometry: Geometry | None = None  # the layer's own, before the exact reductions
+    code: Sequence[int] = ()
+    bound_code: Sequence[int] = ()  # all geometries that a certified sigma holds for, encoded
+    shape: torch.Size | None = None  # of the weight
+    record: Tensor | None
+    current: Snapshot | None  # of the forward of the whole model that is under way
+    freezes: int
+    inherits: bool = False  # another process may have written weight and state, which are as good as loaded ones
+    _kept: _Kept | None = None
+    _settings: tuple[object, ...] = ()
+    _vectors: tuple[int, int] | None = None  # the versions of u and v that an iteration has left
+    _seen: tuple[object, ...] = ()  # which tensor in which version the record is of: a hint, no proof
+    _home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
+    # In a tuple: no parameter of ours either, and no weak reference, which would forbid torch.utils.swap_tensors.
+    _own: tuple[Tensor, ...] = ()
+    _own_buffers: tuple[Tensor | None, ...] = ()  # to tell the buffers from those that functional_call puts there
+
     def __init__(
         self, options: Options, *, as_matrix: bool, matrix_dim: int, every_size: bool, hashed: bool = False
     ) -> None:
         super().__init__()
+        # What compiled code looks at is always there.
+        self.__dict__.update(record=None, current=None, freezes=0, _frozen=None)
         self.options = options
         self.as_matrix = as_matrix
         self.matrix_dim = matrix_dim
         self.every_size = every_size  # sigma bounds the norm for every input size
         self.hashed = hashed  # keep a fingerprint of the weight in place of a copy
-        self.sharded = False  # by FSDP, which gathers the weight for the layer's own forward
-        # A state was loaded beside a weight that cannot be read, with sigma or without: it is judged at the next use.
-        self.loaded: bool | None = None
-        self.geometry: Geometry | None = None  # what is iterated; None until the input size is known
-        self.layer_geometry: Geometry | None = None  # the layer's own, before the exact reductions
-        self.code: list[int] = []
         self.sizes: set[tuple[int, ...]] = set()  # input sizes known to have no larger norm
-        self.bound_code: list[int] = []  # all geometries that a certified sigma holds for, encoded
-        self.shape: torch.Size | None = None  # of the weight
-        self.record: Tensor | None = None
-        self.current: Snapshot | None = None  # of the forward of the whole model that is under way
-        self.freezes = 0
-        self.inherits = False  # another process may have written weight and state, which are as good as loaded ones
-        self._kept: _Kept | None = None
-        self._settings: tuple[object, ...] = ()
-        self._vectors: tuple[int, int] | None = None  # the versions of u and v that an iteration has left
-        self._seen: tuple[object, ...] = ()  # which tensor in which version the record is of: a hint, no proof
-        self._home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
-        # In a tuple: no parameter of ours either, and no weak reference, which would forbid torch.utils.swap_tensors.
-        self._own: tuple[Tensor, ...] = ()
-        # The buffers, to tell them from those that functional_call puts there.
-        self._own_buffers: tuple[Tensor | None, ...] = ()
         for name in ("u", "v", "sigma", *(["estimate"] if options.bound else [])):
             self.register_buffer(name, torch.empty(0))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +12,14 @@ from torch import Tensor
 from .eager import is_readable
 from .geometry import Geometry, decode
 from .linear_map import compute_dtype, matvec, rmatvec
+
+# Norms of vectors whose squares neither over- nor underflow, but for elements that do not count.
+_LEAST, _LARGEST = 1e-10, 1e15
+
+Operator: TypeAlias = "tuple[Tensor, Tensor, Tensor, Geometry]"
+"""Weight, u, v and geometry."""
+Advanced: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor]"
+"""u, v, sigma and the group that attains it."""
 
 
 def power_step(
@@ -37,16 +47,50 @@ def power_step(
     Returns:
         Lists of u, v (as given), sigma (scalar, float32 at least) and the group that attains sigma (scalar int64).
     """
-    advanced = [
-        _power_step(w, u, v, g, n_iterations) for w, u, v, g in zip(weights, us, vs, decode(geometry), strict=True)
-    ]
+    operators = list(zip(weights, us, vs, decode(geometry), strict=True))
+    listed = [i for i, (w, u, v, g) in enumerate(operators) if g.groups == 1 and is_readable(w, u, v)]
+    found: dict[int, Advanced] = {}
+    if len(listed) > 1 and n_iterations > 0:
+        together = _power_steps([operators[i] for i in listed], n_iterations)
+        found = {i: result for i, result in zip(listed, together) if result is not None}
+    advanced = [found.get(i) or _power_step(*operator, n_iterations) for i, operator in enumerate(operators)]
     u, v, sigma, group = (list(column) for column in zip(*advanced)) if advanced else ([], [], [], [])
     return u, v, sigma, group
 
 
-def _power_step(
-    weight: Tensor, u: Tensor, v: Tensor, geometry: Geometry, n_iterations: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _power_steps(operators: Sequence[Operator], n_iterations: int) -> list[Advanced | None]:
+    """``_power_step`` of many operators without groups, the same bits, their norms and quotients in one call each.
+
+    None for those with a zero or not finite vector, or one far from 1.
+    """
+    dtypes = [compute_dtype(w, u) for w, u, _, _ in operators]
+    cast = [w.to(dtype) for (w, _, _, _), dtype in zip(operators, dtypes)]
+    geometries = [g for _, _, _, g in operators]
+    x = [(v if g.axes else u)[None].to(dtype) for (_, u, v, g), dtype in zip(operators, dtypes)]
+    alive = [True] * len(operators)
+    for _ in range(n_iterations):
+        y = [(matvec if g.axes else rmatvec)(a, w, g) for a, w, g in zip(x, cast, geometries)]
+        y, _ = _units(y, alive)
+        x = [(rmatvec if g.axes else matvec)(a, w, g) for a, w, g in zip(y, cast, geometries)]
+        x, norms = _units(x, alive)
+    found: list[Advanced | None] = []
+    for (_, u, v, g), start, image, sigma, is_alive in zip(operators, x, y, norms, alive):
+        new_u, new_v = (image, start) if g.axes else (start, image)
+        result = new_u[0].to(u.dtype), new_v[0].to(v.dtype), sigma, sigma.new_zeros((), dtype=torch.int64)
+        found.append(result if is_alive else None)
+    return found
+
+
+def _units(vectors: list[Tensor], alive: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    """Each vector (1, C, *size) divided by its norm, and the norms; those that cannot be are marked in ``alive``."""
+    vectors = [x.contiguous() for x in vectors]
+    norms = torch._foreach_norm(vectors)
+    for i, norm in enumerate(norms):
+        alive[i] &= _LEAST < norm.item() < _LARGEST
+    return list(torch._foreach_div(vectors, norms)), list(norms)
+
+
+def _power_step(weight: Tensor, u: Tensor, v: Tensor, geometry: Geometry, n_iterations: int) -> Advanced:
     dtype = compute_dtype(weight, u)
     weight, x, y = weight.to(dtype), v[None].to(dtype), u[None].to(dtype)
     for _ in range(n_iterations):
@@ -77,7 +121,7 @@ def sigma_through_last_iteration(weight: Tensor, start: Tensor, geometry: Geomet
 def normalized(x: Tensor, fallback: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Each group of channels of ``x`` (N, C, *size) divided by its norm, and the norms (N, groups).
 
-    Scaled by the largest element first, so a norm neither under- nor overflows and is zero only for a zero vector;
+    Scaled by a power of two first, so a norm neither under- nor overflows and is zero only for a zero vector;
     a zero or non-finite group keeps ``fallback``, so that a layer that starts at zero can be iterated on later.
     """
     if groups == 1 and x.shape[0] == 1 and is_readable(x):
@@ -87,17 +131,19 @@ def normalized(x: Tensor, fallback: Tensor, groups: int) -> tuple[Tensor, Tensor
     flat = x.reshape(x.shape[0], groups, -1)
     largest = flat.detach().abs().amax(dim=2, keepdim=True)
     alive = (largest > 0) & (largest < torch.inf)
-    flat = flat / torch.where(largest > 0, largest, 1.0)
+    limit = -math.log2(torch.finfo(x.dtype).tiny)
+    exponent = torch.log2(torch.where(alive, largest, 1.0)).floor().clamp(-limit, limit)
+    scale = torch.exp2(exponent)
+    flat = flat / scale
     norms = torch.linalg.vector_norm(flat, dim=2, keepdim=True)
     unit = torch.where(alive, flat / torch.where(alive, norms, 1.0), fallback.reshape(flat.shape))
-    return unit.reshape(x.shape), (norms * largest).squeeze(2)
+    return unit.reshape(x.shape), (norms * scale).squeeze(2)
 
 
 def _normalized_number_by_number(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``normalized`` of one vector, the same bits from a third of the operations; None of a zero or non-finite one."""
-    largest = x.abs().amax()
-    if not 0.0 < largest.item() < torch.inf:
-        return None
-    flat = x.reshape(1, 1, -1) / largest
+    """``normalized`` of one vector, the same bits from a third of the operations; None of one that is far from 1."""
+    flat = x.reshape(1, 1, -1)
     norms = torch.linalg.vector_norm(flat, dim=2, keepdim=True)
-    return flat.div_(norms).reshape(x.shape), (norms * largest).squeeze(2)
+    if not _LEAST < norms.item() < _LARGEST:
+        return None
+    return (flat / norms).reshape(x.shape), norms.squeeze(2)

@@ -20,10 +20,13 @@ from sn_fast import (
     frozen_sigma,
     operator_norm,
     operator_of,
+    remove_spectral_norm,
     sigmas,
     spectral_norm,
     update_spectral_norm,
 )
+from sn_fast.normalization import registration
+from sn_fast.ops import refresh
 
 from ..on_device import DEVICE
 
@@ -263,22 +266,27 @@ def test_a_replaced_layer_is_not_kept_alive() -> None:
     assert whole() is None
 
 
-def test_a_failing_start_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sn_fast.ops import refresh
+@pytest.mark.parametrize(("place", "name", "good"), [(refresh, "lanczos_start", 0), (registration, "share_class", 1)])
+def test_a_failing_start_leaves_the_layer_as_it_was(place, name: str, good: int, monkeypatch) -> None:
+    real, calls = getattr(place, name), []
 
-    real, calls = refresh.lanczos_start, []
-
-    def fails_at_the_second(*args) -> tuple[list[Tensor], list[Tensor]]:
+    def fails(*args: object) -> object:
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) > good:
             raise RuntimeError("out of memory")
         return real(*args)
 
-    monkeypatch.setattr(refresh, "lanczos_start", fails_at_the_second)
     model = network()
     expected = model(X)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        apply_spectral_norm(model, X[:1], beta=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            apply_spectral_norm(model, X[:1], beta=0.1)
+        calls.clear()
+        for _ in range(good):
+            remove_spectral_norm(spectral_norm(model[4]))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            spectral_norm(model[4])
     assert all(type(m).__name__ in ("Conv2d", "ReLU", "Flatten", "Linear") for m in model)
     assert torch.equal(model(X), expected)
 

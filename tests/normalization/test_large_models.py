@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sn_fast import apply_spectral_norm
-from sn_fast.normalization import model as model_level
+from sn_fast.normalization import registration
 
 from ..on_device import DEVICE
 from .models import X, network, normalised, states, step, true_norms, unchanged
@@ -18,7 +18,7 @@ from .models import X, network, normalised, states, step, true_norms, unchanged
 
 @pytest.fixture(autouse=True)
 def _hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_level, "_LARGEST_COPIES", 0)
+    monkeypatch.setattr(registration, "_LARGEST_COPIES", 0)
 
 
 def records(model: nn.Module) -> list[torch.Tensor]:

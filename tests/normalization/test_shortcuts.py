@@ -11,7 +11,7 @@ from sn_fast.reference.eager import is_readable
 from sn_fast.reference.geometry import Geometry
 from sn_fast.reference.linear_map import rmatvec, weight_gradient
 from sn_fast.reference.normalize import normalize_backward
-from sn_fast.reference.power import normalized
+from sn_fast.reference.power import normalized, power_step
 
 from .test_writes import Passing
 
@@ -28,7 +28,8 @@ def watched(function, *args):
 def assert_same_bits(one: Tensor, other: Tensor) -> None:
     assert one.shape == other.shape
     assert one.dtype == other.dtype
-    assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    one, other = (x.reshape(-1).contiguous() for x in (one, other))
+    assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -39,6 +40,42 @@ def test_unit_vectors(scale: float, dtype: torch.dtype) -> None:
         with torch.no_grad():
             for a, b in zip(normalized(x, fallback, 1), watched(normalized, x, fallback, 1), strict=True):
                 assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_the_largest_and_smallest_numbers(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    for value in (info.max, info.max / 3, info.tiny, 3 * info.tiny, info.tiny / 8, info.smallest_normal / 1024):
+        x = torch.zeros(1, 3, 4, dtype=dtype)
+        x[0, 1, 2] = value
+        unit, norm = normalized(x, torch.zeros_like(x), 1)
+        assert norm.item() == x[0, 1, 2].item()
+        torch.testing.assert_close(unit, (x != 0).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("n_iterations", [1, 3])
+def test_power_iteration_of_many(n_iterations: int, dtype: torch.dtype) -> None:
+    """Operators advanced together have the bits that they have alone: also beside one that is zero, huge or grouped."""
+    operators: list[tuple[Tensor, Geometry]] = [(torch.randn(5, 7), Geometry()), (torch.randn(9, 3), Geometry())]
+    conv, other = conv_case()
+    operators += [(other, conv), (torch.zeros(5, 7), Geometry()), (1e30 * torch.randn(5, 7), Geometry())]
+    operators += [(torch.full((5, 7), torch.nan), Geometry()), (1e-20 * torch.randn(4, 4), Geometry())]
+    grouped = torch.randn(4, 2, 3, 3)
+    operators += [(grouped, ConvOperator(grouped, (5, 5), groups=2).geometry)]
+    transposed = torch.randn(4, 2, 3, 3)
+    geometry = ConvOperator(transposed, (5, 5), stride=2, transposed=True).geometry
+    operators += [(transposed, geometry), (other.to(memory_format=torch.channels_last), conv)]
+    weights = [w.to(dtype) for w, _ in operators]
+    precise = torch.promote_types(dtype, torch.float32)
+    us = [torch.randn(g.out_shape(w.shape), dtype=precise) for w, g in operators]
+    vs = [torch.randn(g.in_shape(w.shape), dtype=precise) for w, g in operators]
+    codes = [g.encode() for _, g in operators]
+    together = power_step(weights, us, vs, [c for code in codes for c in code], n_iterations)
+    for i, code in enumerate(codes):
+        alone = power_step(weights[i : i + 1], us[i : i + 1], vs[i : i + 1], code, n_iterations)
+        for ours, theirs in zip(together, alone, strict=True):
+            assert_same_bits(ours[i], theirs[0])
 
 
 @pytest.mark.parametrize("cap", [True, False])

@@ -19,8 +19,8 @@ from ...ops.records import is_on_host
 from ...reference.clip import clip_singular_values
 from ...reference.geometry import Geometry
 from ..checks import check_has_norm
-from ..model import check_layers, size_of_largest_norm
 from ..options import Mode, OperatorName, Options, check_tol
+from ..registration import check_layers, size_of_largest_norm
 from ..selection import betas_of, chosen_layers
 from .after_steps import Handle, after_each_step, parameters_of
 from .projected import Projected
