@@ -14,7 +14,9 @@ radius eps, also in the rows of WRM, where eps is 1 / (2 gamma).
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -85,9 +87,11 @@ def main() -> None:
     parser.add_argument("--data", help="folder of its official files; digits and mnist5k need none")
     parser.add_argument("--train-size", type=int, default=900)
     parser.add_argument("--test-size", type=int, default=400, help="test images; half of them fit the detector")
+    parser.add_argument("--csv", type=Path, help="file for the numbers of every seed")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
+    rows: list[tuple[object, ...]] = [("network", "attack", "eps", "seed", *Result._fields)]
     print(f"{'network':12} {'attack':6} {'eps':>5}  {'fooled':13} {'AUROC':13} {'adaptive AUROC':15} adaptive success")
     for beta in args.betas:
         name = "plain" if beta == float("inf") else f"SN, beta {beta:g}"
@@ -100,11 +104,16 @@ def main() -> None:
             for attack, perturb in ATTACKS.items():
                 for eps in EPS:
                     attacked = perturb(model, x, y, eps * unit)
-                    results.setdefault((attack, eps), []).append(judged(model, attacked, x, y, unit, eps * unit))
+                    result = judged(model, attacked, x, y, unit, eps * unit)
+                    results.setdefault((attack, eps), []).append(result)
+                    rows.append((name, attack, eps, seed, *result))
         for (attack, eps), runs in results.items():
             columns = [spread(list(values)) for values in zip(*runs)]
             widths = (13, 13, 15, 0)
             print(f"{name:12} {attack:6} {eps:5.2f}  " + " ".join(c.ljust(w) for c, w in zip(columns, widths)))
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":

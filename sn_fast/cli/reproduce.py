@@ -21,7 +21,7 @@ and one HTML page. Runs are kept: the same command continues after Ctrl-C or a c
 several processes, also of machines that share the folder, compute one grid.
 
   table           accuracy over beta, the best one by validation
-  curves          accuracy over the attack's strength, and training curves
+  curves          accuracy over the attack's strength in l2 and l_inf, and training curves
   margins         margins, gradient norms, norm gain, perturbed images
   random-labels   how well random labels are fitted (trains more networks)
   norms           spectral norms of the layers after training

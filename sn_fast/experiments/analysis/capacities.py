@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class NetworkCapacity:
     """One trained network.
 
     Attributes:
+        training_images: their number; None: all of the data set.
+        random_labels: share of them whose labels are drawn at random.
         gap: accuracy on training images less that on test images, under the attack trained with.
         margin: median of the positive margins on training images under that attack; nan if there is none.
         kappa: the quantile ``KAPPA_QUANTILE`` of ||d loss / d x||_2 on training images; None for ERM and WRM.
@@ -36,6 +39,9 @@ class NetworkCapacity:
         notes: of the capacity, and why it is infinite.
     """
 
+    data: str
+    training_images: int | None
+    random_labels: float
     scheme: str
     arch: str
     beta: float
@@ -58,24 +64,27 @@ class Capacities(Analysis):
     networks: tuple[NetworkCapacity, ...]
 
     columns = (
-        *("scheme", "arch", "beta", "seed", "gap", "margin", "kappa", "log10 Phi", "log10 Phi/margin^2"),
+        *("data", "training images", "random labels", "scheme", "arch", "beta", "seed"),
+        *("gap", "margin", "kappa", "log10 Phi", "log10 Phi/margin^2"),
         *("product of norms", "sum of ratios", "attack factor", "notes"),
     )
 
     def rows(self) -> list[Row]:
         return [
             (
-                *(n.scheme, n.arch, n.beta, n.seed, n.gap, n.margin, n.kappa, finite(n.log10_capacity)),
+                *(n.data, n.training_images, n.random_labels, n.scheme, n.arch, n.beta, n.seed),
+                *(n.gap, finite(n.margin), n.kappa, finite(n.log10_capacity)),
                 *(n.log10_complexity, finite(n.product), finite(n.ratio_sum), finite(n.attack_factor), n.notes),
             )
             for n in self.networks
         ]
 
     def rank_correlation(self, scheme: str | None = None) -> float | None:
-        """Spearman's, of Phi / margin^2 with the gap, over the networks of a scheme or all; None of fewer than three,
-        or where one of the two is constant.
+        """Kendall's tau-b, of Phi / margin^2 with the gap, over the networks of a scheme or all; None of fewer than
+        three, or where one of the two is constant.
 
-        Networks without a finite value are left out.
+        1: the larger of any two capacities has the larger gap; 0: as by chance. Networks without a finite value are
+        left out. The capacity does not know the number of training images: compare networks of one number.
         """
         pairs = [
             (n.log10_complexity, n.gap)
@@ -84,25 +93,26 @@ class Capacities(Analysis):
         ]
         if len(pairs) < 3 or any(len({pair[i] for pair in pairs}) == 1 for i in (0, 1)):
             return None
-        return float(require("scipy.stats").spearmanr(pairs).statistic)
+        return float(require("scipy.stats").kendalltau(*zip(*pairs)).statistic)
 
     def _draw(self) -> Figure:
         schemes = list(dict.fromkeys(n.scheme for n in self.networks))
         figure, axes = figures.panels(len(schemes))
         for axis, scheme in zip(axes, schemes):
             members = [n for n in self.networks if n.scheme == scheme]
-            for capped in (False, True):
-                chosen = [n for n in members if math.isfinite(n.beta) == capped and _is_shown(n)]
-                complexities: Any = [n.log10_complexity for n in chosen]
-                axis.plot(
-                    complexities,
-                    [100 * n.gap for n in chosen],
-                    figures.MARKERS[capped],
-                    color=figures.COLOURS[capped],
-                    label="SN, finite β" if capped else "no SN (β = ∞)",
-                )
+            for capped, noisy in itertools.product((False, True), repeat=2):
+                chosen = [n for n in members if (math.isfinite(n.beta), n.random_labels > 0) == (capped, noisy)]
+                points: list[Any] = [(n.log10_complexity, 100 * n.gap) for n in chosen if _is_shown(n)]
+                if points:
+                    axis.plot(
+                        *zip(*points),
+                        figures.MARKERS[capped],
+                        color=figures.COLOURS[capped],
+                        fillstyle="none" if noisy else "full",
+                        label=("SN, finite β" if capped else "no SN (β = ∞)") + (", random labels" if noisy else ""),
+                    )
             correlation = self.rank_correlation(scheme)
-            rank = "" if correlation is None else f", rank correlation {correlation:+.2f}"
+            rank = "" if correlation is None else f", Kendall's τ = {correlation:+.2f}"
             left_out = sum(not _is_shown(n) for n in members)
             missing = f", {left_out} infinite" if left_out else ""
             axis.set(
@@ -124,7 +134,7 @@ def capacities(members: Iterable[tuple[Outcome, TrainedNetwork]], samples: Sampl
 
     Args:
         members: finished runs and their networks.
-        samples: training images, for margins and gradient norms.
+        samples: training images, with the labels trained on, for margins and gradient norms.
 
     Raises:
         OptionError: there is no network, or no image.
@@ -159,6 +169,9 @@ def _measured(outcome: Outcome, network: TrainedNetwork, samples: Samples) -> Ne
     except ValueError as error:
         notes = str(error)
     return NetworkCapacity(
+        data=config.data,
+        training_images=config.train_size,
+        random_labels=config.random_labels,
         scheme=config.scheme,
         arch=config.arch.removesuffix("_sn"),
         beta=network.beta,

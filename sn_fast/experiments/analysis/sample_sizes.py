@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import OptionError
 from .. import figures
@@ -14,6 +14,7 @@ from .results import Analysis, Row, mean, spread
 from .runs import distinct_runs, grouped, names, published_order, state, subject
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PARTS = ("train", "test")
@@ -62,32 +63,38 @@ class SampleSizeSweep(Analysis):
         return rows
 
     def _draw(self) -> Figure:
-        figure, (axes,) = figures.panels(1, width=6.8, height=3.7)
+        figure, (accuracy, gap) = figures.panels(2, width=4.6, height=3.6)
         sizes = sorted({point.size for points in self.curves.values() for point in points})
         for i, (name, points) in enumerate(self.curves.items()):
-            axes.plot([], [], color=figures.colour(i), marker=figures.marker(i), label=name)
+            accuracy.plot([], [], color=figures.colour(i), marker=figures.marker(i), label=name)
             for part in _PARTS:
-                drawn = [(p.size, getattr(p, part)) for p in points if getattr(p, part)]
-                means = figures.percent(mean(values) for _, values in drawn)
-                errors = [100 * (spread(values) or 0.0) for _, values in drawn]
                 training = part == "train"
-                axes.errorbar(
-                    [size for size, _ in drawn],
-                    means,
-                    yerr=errors if any(errors) else None,
+                _plot(
+                    accuracy,
+                    {p.size: getattr(p, part) for p in points},
                     linestyle="--" if training else "-",
                     alpha=figures.FAINT if training else 1.0,
-                    capsize=3,
                     color=figures.colour(i),
                     marker="" if training else figures.marker(i),
                 )
-        figures.name_parts(axes)
-        figures.number_ticks(axes, sizes)
-        axes.set(xlabel="number of training images", xlim=(sizes[0] / 1.25, sizes[-1] * 1.25))
-        figures.accuracy_axis(axes, "accuracy under the attack trained with (%)")
-        figures.titled(figure, f"Accuracy over the number of training images: {self.title}")
-        figures.legend_below(figure, [axes])
+            _plot(gap, {p.size: [a - b for a, b in zip(p.train, p.test)] for p in points}, **figures.series(i))
+        figures.name_parts(accuracy)
+        for axes in (accuracy, gap):
+            figures.number_ticks(axes, sizes)
+            axes.set(xlabel="number of training images", xlim=(sizes[0] / 1.25, sizes[-1] * 1.25))
+        figures.accuracy_axis(accuracy)
+        gap.set(ylabel="accuracy gap, training − test (%)")
+        figures.titled(figure, f"Over the number of training images, under the attack trained with: {self.title}")
+        figures.legend_below(figure, [accuracy, gap])
         return figure
+
+
+def _plot(axes: Axes, values_of: Mapping[int, Sequence[float]], **look: Any) -> None:
+    """Means and spreads over the seeds of each size that has any, in %."""
+    drawn = {size: values for size, values in values_of.items() if values}
+    errors = [100 * (spread(values) or 0.0) for values in drawn.values()]
+    means = figures.percent(mean(values) for values in drawn.values())
+    axes.errorbar(list(drawn), means, yerr=errors if any(errors) else None, capsize=3, **look)
 
 
 def sample_size_sweep(outcomes: Iterable[Outcome], *, full_size: int | None = None) -> SampleSizeSweep:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import OptionError
 from .. import figures
 from ..reproduction import Outcome
-from ..reproduction.grid import DIVERGED
-from .results import Analysis, Cell, Row
+from ..reproduction.grid import DIVERGED, FINISHED
+from .results import Analysis, Cell, Row, Table
 from .runs import distinct_runs, grouped, names, published_order, state, subject
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _FIELDS = ("loss", "test_loss", "train_accuracy", "test_accuracy")
 _MOST_MARKERS = 15
+_LOGARITHMIC = 8  # ratio of the longest run to the shortest from which a linear axis hides the short ones
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Curve:
         epochs: numbers of the epochs, from 1.
         loss, train_accuracy: mean over each epoch's attacked batches while they were trained on; None: no such number.
         test_loss, test_accuracy: on the attacked test images, after those epochs that measured it.
+        final: accuracy on all images of a part under that attack, {"train": ..., "test": ...}; of a finished run.
     """
 
     name: str
@@ -41,10 +43,11 @@ class Curve:
     test_loss: tuple[float | None, ...]
     train_accuracy: tuple[float | None, ...]
     test_accuracy: tuple[float | None, ...]
+    final: Mapping[str, float] = field(default_factory=dict)
 
-    def points(self, field: str) -> tuple[list[int], list[float]]:
+    def points(self, quantity: str) -> tuple[list[int], list[float]]:
         """The epochs that have this number, and the number."""
-        found = [(e, v) for e, v in zip(self.epochs, getattr(self, field)) if v is not None]
+        found = [(e, v) for e, v in zip(self.epochs, getattr(self, quantity)) if v is not None]
         return [e for e, _ in found], [v for _, v in found]
 
 
@@ -105,16 +108,33 @@ class RandomLabelFitting(Analysis):
         """One per run and epoch; a run without an epoch has one row."""
         return [(panel, *row[:3], row[5]) for panel, curves in self.panels.items() for c in curves for row in _rows(c)]
 
+    def tables(self) -> dict[str, Table]:
+        """``rows``, and as "summary" how each run has ended."""
+        columns = ("labels and cap", "panel", "state", "epochs", "train accuracy", "test accuracy")
+        ends: list[Row] = [
+            (c.name, panel, c.state, len(c.epochs), c.final.get("train"), c.final.get("test"))
+            for panel, curves in self.panels.items()
+            for c in curves
+        ]
+        return super().tables() | {"summary": Table(columns, ends)}
+
     def _draw(self) -> Figure:
+        """Colours tell caps, lines tell labels; the seeds of both look alike."""
         figure, shown = figures.panels(len(self.panels))
-        styles = {n: i for i, n in enumerate(dict.fromkeys(c.name for cs in self.panels.values() for c in cs))}
+        names_of = [_fitted(curve) for curves in self.panels.values() for curve in curves]
+        caps = figures.look_of(cap for _, cap in names_of)
+        labels = {name: i for i, name in enumerate(sorted({name for name, _ in names_of}))}  # random before true
         for axis, (panel, curves) in zip(shown, self.panels.items()):
             for curve in curves:
-                style = styles[curve.name]
-                _plot(axis, curve, "train_accuracy", style, figures.line(style), label=curve.name)
-            axis.set(title=panel, xlabel="epoch")
+                name, cap = _fitted(curve)
+                _plot(axis, curve, "train_accuracy", caps[cap], figures.line(labels[name]), label=f"{name}, {cap}")
+            lengths = [len(curve.epochs) for curve in curves if curve.epochs]
+            if lengths and max(lengths) > _LOGARITHMIC * min(lengths):
+                axis.set_xscale("log")
+            figures.panel_title(axis, panel)
+            axis.set(xlabel="epoch")
             figures.accuracy_axis(axis, "training accuracy (%)")
-        figures.titled(figure, "Fitting random labels: training accuracy under the attack trained with")
+        figures.titled(figure, "Fitting random and true labels, under the attack trained with")
         figures.legend_below(figure, shown)
         return figure
 
@@ -156,14 +176,21 @@ def _fitting_names(runs: Sequence[Outcome]) -> list[str]:
     ]
 
 
+def _fitted(curve: Curve) -> tuple[str, str]:
+    """The labels and the cap in the name of a curve."""
+    labels, cap = curve.name.split(", ")[:2]
+    return labels, cap
+
+
 def _share(random_labels: float) -> str:
     return "random labels" if random_labels == 1 else f"{random_labels:.0%} random labels"
 
 
 def _curve(name: str, run: Outcome) -> Curve:
     epochs: Sequence[Mapping[str, Any]] = run.network.get("epochs", ())
-    values = {field: tuple(_number(record.get(field)) for record in epochs) for field in _FIELDS}
-    return Curve(name, state(run), tuple(int(record["epoch"]) for record in epochs), **values)
+    values = {name: tuple(_number(record.get(name)) for record in epochs) for name in _FIELDS}
+    final = {part: run.accuracy(part) for part in ("train", "test")} if run.status == FINISHED else {}
+    return Curve(name, state(run), tuple(int(record["epoch"]) for record in epochs), **values, final=final)
 
 
 def _number(value: Any) -> float | None:
@@ -187,15 +214,15 @@ def _label(curve: Curve) -> str:
 
 
 def _plot(
-    axes: Axes, curve: Curve, field: str, index: int, line: Any, *, training: bool = False, label: str = ""
+    axes: Axes, curve: Curve, quantity: str, index: int, line: Any, *, training: bool = False, label: str = ""
 ) -> None:
     """Training is paler, and without markers, so that it does not hide the test."""
-    x, y = curve.points(field)
+    x, y = curve.points(quantity)
     if not x:
         return
     axes.plot(
         x,
-        figures.percent(y) if field.endswith("accuracy") else y,
+        figures.percent(y) if quantity.endswith("accuracy") else y,
         label=label,
         color=figures.colour(index),
         linestyle=line,

@@ -33,6 +33,7 @@ from ..data import Samples, Split, load_data
 from ..reproduction import Grid, Outcome, Store, compute
 from ..reproduction.grid import FINISHED
 from ..training import TrainConfig, TrainedNetwork, trained_networks
+from ..training.adversary import Adversary
 from ..training.config import json_number
 
 PARTS = ("table", "curves", "margins", "random-labels", "norms", "bounds")
@@ -134,9 +135,9 @@ def reproduce(
     """Compute what is missing of a grid of runs, and analyse it. Runs are kept in ``folder``/runs.
 
     Args:
-        parts: of ``PARTS``: "table" (accuracy over beta beside the published), "curves" (robustness and training),
-            "margins" (margins, gradient norms, norm gain, perturbed images), "random-labels" (runs of their own with
-            random labels), "norms" (of the layers), "bounds" (capacities beside the measured gaps).
+        parts: of ``PARTS``: "table" (accuracy over beta beside the published), "curves" (robustness in l2 and l_inf,
+            and training), "margins" (margins, gradient norms, norm gain, perturbed images), "random-labels" (runs of
+            their own with random labels), "norms" (of the layers), "bounds" (capacities beside the measured gaps).
         only_report: compute nothing; report what there is.
         jobs, progress, retry_failed, report: as of ``compute``.
 
@@ -209,10 +210,11 @@ class _Analyst:
         for name, outcomes in panels.items():
             self._add(name, training_curves, outcomes)
         for arch, members in self._chosen().items():
-            config = members[0][1].config
-            attacks = {scheme.upper(): config.adversary(scheme) for scheme in ("fgm", "pgm", "wrm")}
             networks = by_defence(network for _, network in members)
-            self._add(f"robustness-{arch}", robustness_curves, networks, self.split.test, attacks)
+            configs = [network.config for _, network in members]
+            for norm in dict.fromkeys(("2", "inf", *(config.norm for config in configs))):
+                name = f"robustness-{arch}" if norm == "2" else f"robustness-{arch}-l{norm}"
+                self._add(name, robustness_curves, networks, self.split.test, self._attacks(configs, norm))
 
     def _margins(self) -> None:
         samples = self.statistics_samples
@@ -252,6 +254,15 @@ class _Analyst:
                 self.report.analyses[name] = make(*arguments)
         except UserError as error:
             self.report.missing[name] = str(error)
+
+    def _attacks(self, configs: Sequence[TrainConfig], norm: Any) -> dict[str, Adversary]:
+        """FGM and PGM at the radius trained with in this norm, or at the data set's default; WRM, of no norm, at l2."""
+        default = replace(configs[0], scheme="fgm", norm=norm, eps=None, other_eps=None)
+        trained = (c for c in configs if c.scheme in ("fgm", "pgm") and c.norm == norm)
+        config = next(trained, default.with_strength(self.split.mean_norm))
+        return {
+            scheme.upper(): config.adversary(scheme) for scheme in ("fgm", "pgm", *(["wrm"] if norm == "2" else []))
+        }
 
     @property
     def split(self) -> Split:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,14 @@ def normalized_twin(arch: str) -> str:
     return name if name in network_names() else arch
 
 
+def _as_asked(config: TrainConfig, key: str) -> TrainConfig:
+    """The configuration before the images were known, whose ``key`` names the run's folder: a run's file holds the
+    strengths in place of the defaults. As it is, if the folder has another name."""
+    strengths = itertools.product((config.eps, None), (config.other_eps, None))
+    asked = (replace(config, eps=eps, other_eps=other) for eps, other in strengths)
+    return next((candidate for candidate in asked if candidate.key() == key), config)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What the store knows of a run."""
@@ -157,7 +165,7 @@ class Store:
         for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
             document = self._read(folder / "config.json")
             if document is not None:
-                found.append(self._outcome(TrainConfig.from_json(document), folder))
+                found.append(self._outcome(_as_asked(TrainConfig.from_json(document), folder.name), folder))
         return found
 
     def _outcome(self, config: TrainConfig, folder: Path) -> Outcome:

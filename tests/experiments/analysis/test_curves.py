@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import numpy as np
 import pytest
 
 from sn_fast.errors import OptionError
@@ -63,6 +64,22 @@ def test_fitting_of_random_labels():
     check_figure(fitting)
 
 
+def test_how_the_fitting_of_random_labels_ended():
+    short, long = (outcome(0.8, test=0.1, beta=b, random_labels=1.0, trained=n) for b, n in ((math.inf, 3), (2.0, 40)))
+    fitting = random_label_fitting([short, long, lost("training", trained=2, beta=1.0, random_labels=1.0)])
+    summary = fitting.tables()["summary"]
+    panel = "mnist, mlp1_relu_sn, FGM"
+    assert summary.rows == [
+        ("random labels, no SN (β = ∞)", panel, "finished", 3, 0.8, 0.1),
+        ("random labels, β = 1", panel, "training (2 epochs)", 2, None, None),
+        ("random labels, β = 2", panel, "finished", 40, 0.8, 0.1),
+    ]
+    assert len(set(map(len, [summary.columns, *summary.rows]))) == 1
+    (axes,) = fitting.figure().axes
+    assert axes.get_xscale() == "log"  # 3 epochs beside 40
+    assert len({line.get_color() for line in axes.lines}) == 3
+
+
 def test_norms_after_training():
     runs = [outcome(beta=b, seed=s, scheme=k) for k in ("erm", "pgm") for b in (2.0, math.inf) for s in (0, 1)]
     norms = trained_norms([*runs, lost("absent", beta=1.0)])
@@ -103,6 +120,9 @@ def test_sweep_of_sample_sizes():
     assert rows[0]["gap"] == pytest.approx(0.35)
     assert (rows[0]["runs"], rows[0]["notes"]) == (2, "seed 2: diverged: nan")
     check_figure(sweep)
+    _, gap = sweep.figure().axes
+    data, *_ = gap.containers[0].lines
+    assert data.get_xydata() == pytest.approx(np.array([[1000, 35.0], [4000, 35.0], [55_000, 35.0]]))
 
 
 @pytest.mark.parametrize(

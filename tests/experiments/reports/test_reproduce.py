@@ -51,10 +51,15 @@ def test_all_parts_of_a_grid(tmp_path: Path) -> None:
         "accuracy",
         "training-mlp1_elu-fgm",
         "robustness-mlp1_elu",
+        "robustness-mlp1_elu-linf",
         "margins-mlp1_elu",
         "norms",
         "capacities",
     } <= set(report.analyses)
+    for name, norm, eps in (("robustness-mlp1_elu", "2", 0.8), ("robustness-mlp1_elu-linf", "inf", 0.15)):
+        curves = report.analyses[name].curves  # type: ignore[attr-defined]
+        assert {(c.norm, c.unit) for c in curves if c.attack != "WRM"} == {(norm, eps)}
+        assert {c.attack for c in curves} == {"FGM", "PGM", *(["WRM"] if norm == "2" else [])}
     paths = report.write(tmp_path, html_page)
     assert {p.suffix for p in paths} == {".png", ".svg", ".csv", ".txt", ".json", ".html"}
     document = json.loads((tmp_path / "report.json").read_text())

@@ -101,3 +101,22 @@ def test_a_store_says_what_it_holds(tmp_path) -> None:
     (folder / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"metrics\.json is damaged .* delete its folder"):
         store.outcome(config)
+
+
+@pytest.mark.parametrize("norm", ["2", "inf"])
+def test_a_run_found_in_the_store_is_the_one_asked_for(norm, tmp_path) -> None:
+    """Its file holds the strength that its images gave, which runs on other numbers of images do not share."""
+    store = Store(tmp_path)
+    eps = None if norm == "2" else 0.2
+    grid = Grid(schemes=("erm", "fgm", "wrm"), norm=norm, eps=eps, betas=(2.0,), options={"train_size": 500})
+    asked = {config.key(): config for config in grid.runs()}
+    for key, config in asked.items():
+        folder = tmp_path / key
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config.with_strength(9.2).to_json()))
+    found = {outcome.config.key(): outcome.config for outcome in store.everything()}
+    assert found == asked
+    assert all(store.folder(config).is_dir() for config in found.values())
+
+    (tmp_path / key).rename(tmp_path / "renamed")
+    assert config.with_strength(9.2) in [outcome.config for outcome in store.everything()]
