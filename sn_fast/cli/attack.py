@@ -18,7 +18,7 @@ from ..experiments.training import TrainConfig
 from ..experiments.training.adversary import Adversary
 from ..experiments.training.config import json_number
 from ..files import replace_file
-from ..inspection.plot import check_plot
+from ..inspection.plot import TITLE_OF_ATTACKS, check_plot
 from ..running import memory_limited, torch_threads
 from .model import Model, add_model_arguments, check_model_arguments, device_of, loaded_model, threads_of
 from .output import others_on_stderr, write
@@ -96,8 +96,11 @@ def _run(options: argparse.Namespace) -> None:
         raise OptionError("part", options.part, "choose train, validation or test")
     if options.plot is not None:
         check_plot(options.plot)
-    if options.save is not None and options.save.suffix != ".npz":
-        raise OptionError("save", options.save, "give a file name that ends in .npz")
+    if options.save is not None:
+        if options.save.suffix != ".npz":
+            raise OptionError("save", options.save, "give a file name that ends in .npz")
+        if not options.save.parent.is_dir():  # now, not after the attacks
+            raise OptionError("save", options.save, f"there is no folder {options.save.parent}")
     if check_model_arguments(options) is None and options.data is None:
         raise UserError(f"argument --data: is required for this MODEL: give one of {', '.join(data_set_names())}")
     with torch_threads(threads), memory_limited(device), others_on_stderr():
@@ -129,6 +132,9 @@ def _samples(options: argparse.Namespace, model: Model) -> Samples:
         prepared["allow_partial"] = True
     split = load_data(name, **prepared)
     samples: Samples = getattr(split, options.part)
+    if not len(samples):
+        parts = " or ".join(part for part, _ in split.items())
+        raise OptionError("part", options.part, f"{name} has no such images with these options; choose {parts}")
     return Samples(samples.x[: options.images], samples.y[: options.images])
 
 
@@ -168,7 +174,8 @@ def _write(options: argparse.Namespace, model: Model, report: AttackReport) -> N
         np.savez_compressed(buffer, **report.examples)  # type: ignore[arg-type]
         _replace(options.save, buffer.getvalue())
     if options.plot is not None:
-        _replace(options.plot, figures.encoded(report.figure(), options.plot.suffix[1:]))
+        image = figures.encoded(report.figure(), options.plot.suffix[1:].lower(), TITLE_OF_ATTACKS)
+        _replace(options.plot, image)
     if options.json:
         table = report.tables()[""]
         document = {

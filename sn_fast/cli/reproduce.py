@@ -40,6 +40,7 @@ example:
 _OPTIONS = {
     "parts": "WHAT",
     "root": "--data",
+    "folder": "--out",
     "data": "--set",
     "data_dir": "--data",
     "archs": "--arch",
@@ -106,6 +107,8 @@ def _run(options: argparse.Namespace) -> None:
     parts = PARTS if "all" in options.what else tuple(dict.fromkeys(options.what))
     if options.jobs < 1:
         raise OptionError("jobs", options.jobs, "must be an integer >= 1")
+    if options.export is not None and options.export.exists() and not options.export.is_dir():
+        raise OptionError("export", options.export, "is a file; give a folder")  # now, not after the runs
     extra = {
         name: value
         for name in ("epochs", "train_size", "validation_size", "steps", "batch_size", "device", "threads")

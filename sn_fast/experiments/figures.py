@@ -79,10 +79,12 @@ def panels(
     return figure, axes[:count]
 
 
-def encoded(figure: Figure, form: str) -> bytes:
-    """The figure as a file of format "png" or "svg"; equal figures give equal bytes."""
+def encoded(figure: Figure, form: str, title: str = "") -> bytes:
+    """The figure as a file of format "png" or "svg"; equal figures give equal bytes. ``title``: for its metadata."""
     image = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else {}
+    metadata: dict[str, str | None] = {"Date": None} if form == "svg" else {}
+    if title:
+        metadata["Title"] = title
     with style():
         figure.savefig(image, dpi=_DPI, format=form, metadata=metadata)
     return image.getvalue()

@@ -65,11 +65,16 @@ def measure_cost(
         turns: of each way, at least three.
 
     Raises:
-        UserError: the model's output is no tensor, or it cannot be trained on these inputs; names its argument.
+        UserError: the model's output is no tensor, it is normalised, or cannot be trained on these inputs; names its
+            argument.
     """
     weight = next((p for p in model.parameters() if p.requires_grad), None)
     if weight is None:
         raise UserError("argument `model`: it has no parameter that trains; give one that has")
+    normalised = [name for name, _, _ in normalised_modules(model)]
+    if normalised:
+        names = ", ".join(normalised[:3]) + ", ..." * (len(normalised) > 3)
+        raise UserError(f"argument `model`: layers of it are normalised already ({names}); give it as it was before")
     device = weight.device
     x = torch.randn(batch, *input_size, device=device, dtype=weight.dtype)
     try:

@@ -28,7 +28,8 @@ _STYLE = {
     "legend.frameon": False,
 }
 _DPI = 150
-_MARK = "sn-fast norms"  # title in the file's metadata, by which a later run knows that it may replace the plot
+_TITLE = "sn-fast norms"  # in the file's metadata, by which a later run knows that it may replace the plot
+TITLE_OF_ATTACKS = "sn-fast attack"
 _LONGEST_NAME = 60
 _HEIGHT, _MOST_INCHES = 0.27, 200.0
 _LOGARITHMIC = 50.0  # ratio of the largest to the smallest norm from which bars of one length scale hide the small ones
@@ -65,7 +66,7 @@ def plot(inspection: Inspection, path: Path, title: str = "") -> None:
     with require("matplotlib").rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows as boxes
         figure = _draw(layers, title.encode("utf-8", "replace").decode())
-        figure.savefig(image, dpi=_DPI, format=path.suffix.lstrip(".").lower(), metadata={"Title": _MARK})
+        figure.savefig(image, dpi=_DPI, format=path.suffix.lstrip(".").lower(), metadata={"Title": _TITLE})
     try:
         replace_file(path, image.getvalue())
     except OSError as error:
@@ -120,9 +121,10 @@ def _exists(path: Path) -> bool:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return path.is_file() and _MARK.encode() in path.read_bytes()
+        content = path.read_bytes() if path.is_file() else b""
     except OSError:
         return False
+    return any(title.encode() in content for title in (_TITLE, TITLE_OF_ATTACKS))
 
 
 def _label(layer: LayerMeasurement) -> str:

@@ -48,7 +48,7 @@ def power_step(
         Lists of u, v (as given), sigma (scalar, float32 at least) and the group that attains sigma (scalar int64).
     """
     operators = list(zip(weights, us, vs, decode(geometry), strict=True))
-    listed = [i for i, (w, u, v, g) in enumerate(operators) if g.groups == 1 and is_readable(w, u, v)]
+    listed = [i for i, operator in enumerate(operators) if _is_plain(*operator)]
     found: dict[int, Advanced] = {}
     if len(listed) > 1 and n_iterations > 0:
         together = _power_steps([operators[i] for i in listed], n_iterations)
@@ -58,20 +58,24 @@ def power_step(
     return u, v, sigma, group
 
 
+def _is_plain(weight: Tensor, u: Tensor, v: Tensor, geometry: Geometry) -> bool:
+    """Without groups, and in the precision of the iteration: no copies of many weights at a time."""
+    return geometry.groups == 1 and weight.dtype == compute_dtype(weight, u) and is_readable(weight, u, v)
+
+
 def _power_steps(operators: Sequence[Operator], n_iterations: int) -> list[Advanced | None]:
-    """``_power_step`` of many operators without groups, the same bits, their norms and quotients in one call each.
+    """``_power_step`` of many plain operators, the same bits, their norms and quotients in one call each.
 
     None for those with a zero or not finite vector, or one far from 1.
     """
-    dtypes = [compute_dtype(w, u) for w, u, _, _ in operators]
-    cast = [w.to(dtype) for (w, _, _, _), dtype in zip(operators, dtypes)]
+    weights = [w for w, _, _, _ in operators]
     geometries = [g for _, _, _, g in operators]
-    x = [(v if g.axes else u)[None].to(dtype) for (_, u, v, g), dtype in zip(operators, dtypes)]
+    x = [(v if g.axes else u)[None].to(w.dtype) for w, u, v, g in operators]
     alive = [True] * len(operators)
     for _ in range(n_iterations):
-        y = [(matvec if g.axes else rmatvec)(a, w, g) for a, w, g in zip(x, cast, geometries)]
+        y = [(matvec if g.axes else rmatvec)(a, w, g) for a, w, g in zip(x, weights, geometries)]
         y, _ = _units(y, alive)
-        x = [(rmatvec if g.axes else matvec)(a, w, g) for a, w, g in zip(y, cast, geometries)]
+        x = [(rmatvec if g.axes else matvec)(a, w, g) for a, w, g in zip(y, weights, geometries)]
         x, norms = _units(x, alive)
     found: list[Advanced | None] = []
     for (_, u, v, g), start, image, sigma, is_alive in zip(operators, x, y, norms, alive):

@@ -116,3 +116,14 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], argv: list[str], expected
 def test_an_output_that_is_no_tensor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "nets:pair", "--input-size", "6", "--threads", "1"]) == 2
     assert "argument MODEL: its output is a tuple; give a model that returns a tensor" in capsys.readouterr().err
+
+
+def test_a_normalised_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with open("nets.py", "a") as file:
+        file.write("import sn_fast, torch\n")
+        file.write("def sn():\n    return sn_fast.apply_spectral_norm(small(), torch.zeros(1, 1, 4, 4))\n")
+    assert main(["bench", "nets:sn", *SMALL[2:]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line == "sn-fast: error: argument MODEL: layers of it are normalised already (0, 3); give it as it was before"
+    )

@@ -181,6 +181,26 @@ def clipped_as_one(rank: int) -> None:
                 assert torch.linalg.matrix_norm(p, 2) <= 0.3 * (1 + 1e-3)
 
 
+def followed_over_the_range(rank: int) -> None:
+    """Weights that a step makes larger or smaller by any power of ten come back to beta, as in one process."""
+    warnings.simplefilter("ignore")
+    exponents = [-30, -24, 21, 30, *torch.randint(-32, 33, (4,), generator=torch.Generator().manual_seed(7)).tolist()]
+    for make in (lambda: fsdp2(mlp(), mesh=mesh(dist.get_world_size())), lambda: fsdp1(mlp(), "original parameters")):
+        model = make()
+        projection = SpectralProjection(model, torch.randn(1, 24), beta=BETA, mode="scale")
+        for exponent in exponents:
+            with torch.no_grad():
+                for p in model.parameters():
+                    (p.to_local() if hasattr(p, "to_local") else p).mul_(10.0**exponent)
+            for _ in range(4):
+                projection.step()
+            assert all(abs(sigma - BETA) < 1e-5 for sigma in projection.sigmas().values()), projection.sigmas()
+            with whole(model) as parameters:
+                for w in (p for p in parameters if p.ndim == 2):
+                    norm = float(torch.linalg.matrix_norm(w.double(), 2))
+                    assert abs(norm - BETA) < 1e-3, f"1e{exponent}: norm {norm:.3g}"
+
+
 def trained_with_a_hook(rank: int, folder: Path) -> None:
     """Attached after sharding, trained, saved with DCP; the norms are within beta, and a second run goes on equally."""
     import torch.distributed.checkpoint as dcp
@@ -264,6 +284,7 @@ def on_two(rank: int, folder: Path) -> None:
     """All that two processes do, in one start."""
     equal_to_one_process(rank, ["FSDP2, root", "FSDP2, offloaded, bfloat16", "FSDP1", "TP"])
     clipped_as_one(rank)
+    followed_over_the_range(rank)
     trained_with_a_hook(rank, folder)
     refused(rank)
     traffic(rank, folder)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import OptionError
 from .. import figures
-from ..reproduction import Outcome, PublishedRow, published_row
+from ..reproduction import Outcome, PublishedRow, published_row_of
 from ..reproduction.grid import FINISHED
 from ..training import TrainConfig
-from ..training.defaults import DEFAULTS
 from .results import Analysis, Row, Table, mean, spread
 from .runs import distinct_runs, grouped, published_order, state, unlike
 
@@ -211,9 +210,7 @@ def _table_row(runs: list[Outcome], order: Sequence[float] | None) -> TableRow:
     betas = sorted(found, key=published_order) if order is None else [beta for beta in order if beta in found]
     results = tuple(_beta_result(beta, [run for run in runs if run.config.beta == beta]) for beta in betas)
     config = runs[0].config
-    radius = None if config.scheme in ("erm", "wrm") else _radius(config)
-    norm = "2" if config.scheme in ("erm", "wrm") else config.norm
-    published = published_row(config.data, config.arch, config.scheme, norm, radius)
+    published = published_row_of(config)
     return TableRow(config, results, chosen_beta(results), published, tuple(_unlike_published(config)))
 
 
@@ -255,13 +252,6 @@ def _why_no_choice(results: Sequence[BetaResult]) -> str:
     if not any(result.accuracy["validation"] for result in finished):
         return "no beta is chosen: there are no validation images"
     return "no beta is chosen: the betas share no finished seed"
-
-
-def _radius(config: TrainConfig) -> float | None:
-    """As the published rows have it: None of l2, whose radius is relative to the images."""
-    if config.norm == "2":
-        return None
-    return DEFAULTS[config.data].strength.radius[config.norm] if config.eps is None else config.eps
 
 
 def _unlike_published(config: TrainConfig) -> list[str]:

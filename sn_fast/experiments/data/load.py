@@ -119,7 +119,9 @@ def _root(data_set: DataSet, root: str | os.PathLike[str] | None) -> Path:
     if data_set.embedded:
         return Path()
     if root is None:
-        raise OptionError("root", root, f"give the folder of the official files of {data_set.name}; see docs/data.md")
+        raise UserError(
+            f"argument `root`: is required for {data_set.name}: give the folder of its official files; see docs/data.md"
+        )
     path = Path(root).expanduser()
     if not path.exists():
         raise OptionError("root", str(root), f"is not there; give the folder of the official files of {data_set.name}")

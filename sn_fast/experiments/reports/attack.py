@@ -154,7 +154,7 @@ def attack_network(
             for x, y in samples.batches(_BATCH_SIZE):
                 x_adv = adversary.perturb(model, x, y if labels == "true" else None)
                 correct += int((_logits(model, Samples(x_adv, y)).argmax(dim=1) == y).sum())
-                distance += float((x_adv - x).flatten(1).norm(dim=1).sum())
+                distance += float((x_adv - x).flatten(1).double().norm(dim=1).sum())
                 if keep_examples:
                     moved.append(x_adv.numpy(force=True))
                 bar.update(len(y))
@@ -178,10 +178,14 @@ def _l2_radius(adversary: Adversary, size: int) -> float | None:
 def _logits(model: nn.Module, samples: Samples) -> torch.Tensor:
     try:
         with torch.no_grad():
-            logits = torch.cat([model(x) for x, _ in samples.batches(_BATCH_SIZE)])
-    except RuntimeError as error:
+            parts = [model(x) for x, _ in samples.batches(_BATCH_SIZE)]
+    except Exception as error:  # the model's code is not ours
         shape = "x".join(map(str, samples.x.shape[1:]))
         raise UserError(f"the model does not take these images, of {shape} ({first_line(error)})") from error
+    other = next((part for part in parts if not isinstance(part, torch.Tensor)), None)
+    if other is not None:
+        raise UserError(f"the model's output is a {type(other).__name__}; attacks need logits (B, classes)")
+    logits = torch.cat(parts)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise UserError(f"the model's output has shape {tuple(logits.shape)}; attacks need logits (B, classes)")
     if not bool(logits.isfinite().all()):

@@ -148,17 +148,29 @@ def reproduce(
         if part not in PARTS:
             raise OptionError("parts", part, f"choose {', '.join(PARTS)} or all")
     store = Store(Path(folder, STORE))
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise OptionError("folder", str(folder), "is a file; give a folder")
     runs = grid.runs()
     random_runs = random_label_runs(grid) if "random-labels" in parts else []
     wanted = [*runs, *random_runs]
     if not only_report:
-        load_data(runs[0].data, **runs[0].data_options())  # fails here rather than in every run
+        images = len(load_data(runs[0].data, **runs[0].data_options()).train)  # fails here rather than in every run
+        for config in wanted:
+            config.check_training_images(images)
+        _make(store.path, folder)
         compute(store, wanted, jobs=jobs, progress=progress, retry_failed=retry_failed, report=report)
     outcomes = [store.outcome(config) for config in wanted]
     result = Report(_title(grid), tuple(parts), outcomes)
     with progress_bar(progress, "analysing", len(parts)) as bar:
         _Analyst(result, store, runs, random_runs).analyse(bar)
     return result
+
+
+def _make(path: Path, folder: str | os.PathLike[str]) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError("folder", str(folder), f"cannot be made ({error.strerror}); give another") from None
 
 
 def random_label_runs(grid: Grid) -> list[TrainConfig]:

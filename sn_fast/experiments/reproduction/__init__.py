@@ -1,7 +1,7 @@
 """The paper's tables and figures anew: grids of runs, their store, and what was published."""
 
 from .grid import PUBLISHED, Grid, Outcome, Store
-from .published import PublishedRow, published_row, published_rows
+from .published import PublishedRow, published_row, published_row_of, published_rows
 from .runner import compute, describe
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "compute",
     "describe",
     "published_row",
+    "published_row_of",
     "published_rows",
 ]

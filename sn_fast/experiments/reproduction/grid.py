@@ -15,7 +15,7 @@ from ...errors import OptionError, UserError, first_line
 from ...files import replace_file
 from ..networks import network_names
 from ..training import TrainConfig
-from .published import published_row
+from .published import published_row_of
 
 FINISHED = "finished"
 DIVERGED = "diverged"
@@ -56,6 +56,8 @@ class Grid:
         for name in ("archs", "schemes", "betas", "seeds"):
             if not len(getattr(self, name)):
                 raise OptionError(name, getattr(self, name), "give at least one")
+        if self.eps is not None and not 0 < self.eps < math.inf:  # also where no scheme has a radius
+            raise OptionError("eps", self.eps, "must be a finite number > 0")
         return [
             self.run(arch, scheme, beta, seed)
             for seed, scheme, arch in itertools.product(self.seeds, self.schemes, self.archs)
@@ -88,10 +90,12 @@ class Grid:
             return sorted(set(self.betas), reverse=True)
         if self.betas != PUBLISHED:
             raise OptionError("betas", self.betas, f"give numbers, or {PUBLISHED}")
-        row = published_row(self.data, arch, scheme, self.norm if self.eps else "2", self.eps)
+        config = self.run(arch, scheme, math.inf, 0)
+        row = published_row_of(config)
         if row is None:
+            ball = "" if config.norm == "2" else f", norm {config.norm}, eps {config.eps or 'by default'}"
             raise OptionError(
-                "betas", PUBLISHED, f"there is no published row of {self.data}, {arch}, {scheme}; give numbers"
+                "betas", PUBLISHED, f"there is no published row of {self.data}, {arch}, {scheme}{ball}; give numbers"
             )
         return sorted({math.inf, row.beta}, reverse=True)
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ..training import TrainConfig
+from ..training.defaults import DEFAULTS
+
 
 @dataclass(frozen=True)
 class PublishedRow:
@@ -60,3 +63,11 @@ def published_row(data: str, arch: str, scheme: str, norm: str = "2", eps: float
     wanted = (data, name, scheme, norm, eps)
     found = (r for r in published_rows() if (r.data, r.arch, r.scheme, r.norm, r.eps) == wanted)
     return next(found, None)
+
+
+def published_row_of(config: TrainConfig) -> PublishedRow | None:
+    """The row of what a run trains, whatever its beta; the radius of l2, relative to the images, does not matter."""
+    if config.scheme in ("erm", "wrm") or config.norm == "2":
+        return published_row(config.data, config.arch, config.scheme)
+    radius = DEFAULTS[config.data].strength.radius[config.norm] if config.eps is None else config.eps
+    return published_row(config.data, config.arch, config.scheme, config.norm, radius)

@@ -231,6 +231,11 @@ class TrainConfig:
         """Steps of an epoch over so many samples."""
         return samples // self.batch_size if self.drop_last else math.ceil(samples / self.batch_size)
 
+    def check_training_images(self, number: int) -> None:
+        """Raise OptionError if an epoch over so many images has no step."""
+        remedy = f"the {number} training images are fewer, and a short batch is left out; give at most that"
+        _check("batch_size", self.batch_size, self.batches(number) > 0, remedy)
+
     def stops_after(self, accuracies: Sequence[float]) -> bool:
         """Whether training ends after the epochs with these training accuracies, before ``epochs`` are done."""
         last = deque(accuracies, maxlen=_STOP_EPOCHS)

@@ -140,6 +140,7 @@ def _follow(ranks: Ranks, data_dir: str | None) -> RunResult:
 def _prepared(config: TrainConfig) -> tuple[Split, TrainConfig]:
     """The data of a run, and its configuration with what depends on them."""
     split = load_data(config.data, **config.data_options())
+    config.check_training_images(len(split.train))
     return split.to(config.device), config.with_strength(split.mean_norm)
 
 

@@ -145,7 +145,7 @@ def map_whole(
     """Replace each weight by a function of the whole one: ``at_once`` weights are gathered together, and shared between
     the processes, each of which computes some. All of the same process groups."""
     groups = pairs[0][1].groups
-    size = math.prod(torch.distributed.get_world_size(g) for g in groups)
+    size = _number_of_processes(groups)
     place = 0
     for g in groups:
         place = place * torch.distributed.get_world_size(g) + torch.distributed.get_rank(g)
@@ -158,6 +158,10 @@ def map_whole(
         for (m, part), whole in zip(some, _summed(results, groups)):
             source = whole.reshape(-1) if len(part.box) < len(m.shape) else whole
             part.local.copy_(source[part.box])
+
+
+def _number_of_processes(groups: tuple[Any, ...]) -> int:
+    return math.prod(torch.distributed.get_world_size(g) for g in groups)
 
 
 def _summed(tensors: Sequence[Tensor], groups: tuple[Any, ...]) -> list[Tensor]:
@@ -248,6 +252,7 @@ class _Iteration:
         self._here = [i for i, b in enumerate(self._blocks) if b.operand.numel()]
         self._precision = precision
         self._summed = summed
+        self._processes = _number_of_processes(pairs[0][1].groups)
 
     def step(self, state: State) -> State:
         """v <- A^T A v, normalised: of rows A^T (A v) is summed, of blocks first A v and then A^T u."""
@@ -262,12 +267,12 @@ class _Iteration:
         for i, (member, v) in enumerate(zip(self._members, vs)):
             image = images.get(i)
             if self._by_rows[i]:
-                square = v.new_zeros(()) if image is None else torch.linalg.vector_norm(image).square()
-                sent += [partial[i] if i in partial else torch.zeros_like(v), square]
+                sent += [partial[i] if i in partial else torch.zeros_like(v), _lengths(image, unit[i])]
             else:
                 sent += [self._spread(image, member.u_shape, self._blocks[i].rows, v), v.new_zeros(0)]
         received = self._summed(sent)
-        lengths = [torch.where(q > 0, q, 1.0).sqrt() if q.numel() else q for q in received[1::2]]
+        sums = received[1::2]  # see _lengths; nothing of blocks
+        lengths = [torch.where(q[0] > 0, q[0], 1.0).sqrt() if rows else q for q, rows in zip(sums, self._by_rows)]
         backs = received[::2]
         if not all(self._by_rows):
             backs = self._second_sums(backs, vs)
@@ -275,7 +280,14 @@ class _Iteration:
             normalized((z / n if rows else z)[None], v[None], 1)
             for z, n, v, rows in zip(backs, lengths, vs, self._by_rows)
         ]
-        return [], [v[0] for v, _ in found], [norm[0, 0] for _, norm in found]
+        norms = [norm[0, 0] for _, norm in found]
+        # The sums of a weight that has grown or shrunk by 1e19 at once are infinite or zero. The sum of the lengths is
+        # at most sqrt(processes) |A v|: a lower estimate, and the unit of the next iteration.
+        norms = [
+            torch.where((n > 0) & n.isfinite(), n, q[1] / math.sqrt(self._processes)) if rows else n
+            for n, q, rows in zip(norms, sums, self._by_rows)
+        ]
+        return [], [v[0] for v, _ in found], norms
 
     def _second_sums(self, images: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
         """Of blocks A^T u, u = A v / |A v|; of rows what is given."""
@@ -306,6 +318,14 @@ class _Iteration:
         if part is not None:
             whole[place] = part
         return whole
+
+
+def _lengths(image: Tensor | None, unit: Tensor) -> Tensor:
+    """Of a part of A v / unit: its squared norm, and the norm of that part of A v."""
+    if image is None:
+        return torch.stack((torch.zeros_like(unit), torch.zeros_like(unit)))
+    _, norm = normalized(image[None], image[None], 1)
+    return torch.stack((norm[0, 0].square(), norm[0, 0] * unit))
 
 
 def by_groups(pairs: Sequence[tuple[Projected, Part]]) -> Iterator[list[tuple[Projected, Part]]]:

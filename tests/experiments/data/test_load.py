@@ -237,7 +237,7 @@ def test_published_preparations():
 
 BAD = {
     "a name": (("mnits",), {}, "data set 'mnits' is not known; there are digits, drawn, mnist5k, cifar10, "),
-    "no root": (("mnist",), {}, "root=None: give the folder of the official files of mnist"),
+    "no root": (("mnist",), {}, "argument `root`: is required for mnist: give the folder of its"),
     "another root": (("mnist", "/no/such"), {}, "root='/no/such': is not there; give the folder"),
     "train_size 0": (("drawn",), {"train_size": 0}, "train_size=0: must be an integer >= 1"),
     "train_size text": (("drawn",), {"train_size": "5"}, "train_size='5'"),

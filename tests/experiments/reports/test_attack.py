@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ def samples(n: int = 60, seed: int = 0) -> Samples:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 1, 2, 3, dtype=torch.float64, generator=generator)
     return Samples(x, (x.flatten(1)[:, 0] > 0.1).long())
+
+
+class TwoResults(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.flatten(1), x
+
+
+class Raises(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("x")
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("2", 2.0), ("inf", 1.0)])
@@ -86,6 +97,8 @@ def test_nothing_is_certified_of_wrm_nor_of_a_network_without_a_bound() -> None:
         (linear(torch.zeros(1, 6, dtype=torch.float64)), samples(), r"output has shape \(60, 1\)"),
         (linear(torch.full((2, 6), torch.nan, dtype=torch.float64)), samples(), "infinite or nan"),
         (linear(torch.eye(2, 6, dtype=torch.float64)), Samples(samples().x, samples().y + 1), "the class 2, and the"),
+        (TwoResults(), samples(), r"the model's output is a tuple; attacks need logits \(B, classes\)"),
+        (Raises(), samples(), r"the model does not take these images, of 1x2x3 \(KeyError: 'x'\)"),
         (linear(torch.eye(2, 6, dtype=torch.float64)), Samples(samples().x[:0], samples().y[:0]), "samples="),
     ],
 )
@@ -94,6 +107,35 @@ def test_models_and_images_that_do_not_fit(model: nn.Module, data: Samples, mess
         attack_network(model, data, [Adversary("fgm", "2", 0.1, 1)])
     with pytest.raises(OptionError, match="adversaries"):
         attack_network(model, samples(), [])
+
+
+@pytest.mark.parametrize("eps", [1e-25, 1e-3, 1e18, 3e30])
+def test_the_distance_moved_is_that_of_any_size(eps: float) -> None:
+    data = Samples(samples().x.float(), samples().y)
+    model = linear(torch.randn(2, 6, dtype=torch.float64)).float()
+    (strength,) = attack_network(model, Samples(0 * data.x, data.y), [Adversary("fgm", "2", eps, 1)]).strengths
+    assert strength.mean_distance == pytest.approx(eps, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.pdf", "a.SVG"])
+def test_a_plot_replaces_that_of_the_same_command_and_no_other_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some_nets.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    command = ["attack", "some_nets:make", "--data", "digits", "--images", "5", "--eps", "1", "--attack", "fgm"]
+    command += ["--no-certify", "--quiet", "--plot", name]
+    assert main(command) == 0
+    first = Path(name).read_bytes()
+    assert main(command) == 0
+    Path(name).write_bytes(b"something else")
+    assert main(command) == 2
+    assert "exists and is not a plot of sn-fast" in capsys.readouterr().err
+    assert Path(name).read_bytes() == b"something else" != first
+    monkeypatch.delitem(sys.modules, "some_nets")
 
 
 def test_the_command_on_a_run(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +167,14 @@ def test_the_command_on_a_run(few_digits: None, tmp_path: Path, capsys: pytest.C
         (
             ["nets:make", "--data", "digits", "--save", "a.txt"],
             "argument --save: invalid value a.txt: give",
+        ),
+        (
+            ["nets:make", "--data", "digits", "--save", "nowhere/a.npz"],
+            "argument --save: invalid value nowhere/a.npz: there is no folder nowhere",
+        ),
+        (
+            ["torch.nn:Identity", "--data", "digits", "--part", "validation", "--eps", "1"],
+            "argument --part: invalid value validation: digits has no such images with these options; choose train or",
         ),
         (["torch.nn:Identity", "--data", "digits"], "argument --eps: is required for this MODEL"),
         (["torch.nn:Identity", "--data", "digits", "--eps", "1/0"], "argument --eps: invalid value 1/0: give numbers"),

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from sn_fast.cli import main
+from sn_fast.errors import OptionError
 from sn_fast.experiments.reports import PARTS, html_page, reproduce
 
-from ..reproduction.conftest import few_digits, tiny
+from ..reproduction.conftest import OPTIONS, few_digits, tiny
 
 __all__ = ["few_digits"]  # a fixture
 
@@ -105,10 +106,34 @@ def test_what_cannot_be_analysed_is_named_with_its_reason(tmp_path: Path) -> Non
         (["table", "--arch", ""], "argument --arch: invalid value (): give at least one"),
         (["table", "--set", "digits", "--betas", "published"], "argument --betas: invalid value published: there is"),
         (["table", "--data", "/nowhere"], "argument --data: invalid value /nowhere: is not there; give the folder"),
+        (["table"], "argument --data: is required for mnist: give the folder"),
+        (["table", "--set", "digits", "--export", __file__], f"argument --export: invalid value {__file__}: is a file"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys) -> None:
     assert main(["reproduce", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"sn-fast: error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_named_before_the_runs(tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    for out, reason in (("file", "is a file; give a folder"), ("file/below", "cannot be made (Not a directory)")):
+        path = tmp_path / out
+        assert (
+            main(["reproduce", "table", "--set", "digits", "--validation-size", "10", "--out", str(path), "--quiet"])
+            == 2
+        )
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"sn-fast: error: argument --out: invalid value {path}: {reason}")
+
+
+def test_a_grid_whose_epochs_have_no_step_is_refused(tmp_path) -> None:
+    with pytest.raises(OptionError, match=r"batch_size=61: the 60 training images are fewer"):
+        reproduce(
+            ["table"],
+            tiny(options={**OPTIONS, "train_size": 60, "batch_size": 61, "drop_last": True}),
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()

@@ -37,6 +37,25 @@ def test_published_betas_are_inf_and_the_best() -> None:
     assert [c.beta for c in once] == [math.inf]  # that is the published best one
 
 
+def test_every_published_row_has_its_own_beta() -> None:
+    for row in published_rows():
+        for eps in {row.eps, None} if row.eps in (None, 0.1) else {row.eps}:  # 0.1 is the default of l_inf
+            grid = Grid(
+                data=row.data, norm=row.norm, eps=eps, archs=(row.arch,), schemes=(row.scheme,), betas=PUBLISHED
+            )
+            assert {config.beta for config in grid.runs()} == {math.inf, row.beta}, row
+    beside = Grid(norm="inf", eps=0.1, archs=("elunet",), schemes=("erm", "fgm", "wrm"), betas=PUBLISHED).runs()
+    assert [(c.scheme, c.beta) for c in beside] == [
+        ("erm", math.inf),
+        ("fgm", math.inf),
+        ("fgm", 8.0),
+        ("wrm", math.inf),
+        ("wrm", 4.0),
+    ]
+    with pytest.raises(OptionError, match=r"no published row of mnist, elunet, fgm, norm inf, eps 0\.2"):
+        Grid(norm="inf", eps=0.2, archs=("elunet",), schemes=("fgm",), betas=PUBLISHED).runs()
+
+
 def test_runs_have_the_published_options_and_keys_of_their_own() -> None:
     runs = Grid(schemes=("erm", "pgm", "wrm"), seeds=(0, 1)).runs()
     assert len(runs) == len({c.key() for c in runs}) == 2 * 3 * 4
@@ -62,6 +81,7 @@ def test_the_norm_is_of_the_schemes_that_have_a_radius() -> None:
         ({"archs": ("mlp9",)}, "arch='mlp9': choose"),
         ({"schemes": ("pgx",)}, "scheme='pgx': choose"),
         ({"seeds": (-1,)}, "seed=-1: must be an integer"),
+        ({"eps": -1.0, "schemes": ("erm",)}, "eps=-1.0: must be a finite number > 0"),
     ],
 )
 def test_impossible_grids_are_refused_by_name_and_remedy(changes, message) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sn_fast.errors import OptionError
 from sn_fast.experiments.training import Interrupted, TrainConfig, UserError, job, resume, table, train
 from sn_fast.experiments.training.loop import Trainee
 
@@ -267,3 +268,11 @@ def test_a_run_that_an_earlier_version_began_goes_on_and_can_be_read(tiny_run, m
     file.write_text(json.dumps(values))
     with pytest.raises(UserError, match="is not the configuration that"):
         resume(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(("images", "size"), [(60, 61), (37, 1000)])
+def test_a_run_whose_epochs_have_no_step_is_refused_before_it_begins(tmp_path, images: int, size: int) -> None:
+    config = TrainConfig.create(train_size=images, batch_size=size, drop_last=True, epochs=1)
+    with pytest.raises(OptionError, match=rf"batch_size={size}: the {images} training images are fewer"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
