@@ -43,7 +43,7 @@ def random_labels() -> str:
         for row in rows_of("random-labels-summary")
     ]
     assert {row["state"] for row in rows_of("random-labels-summary")} == {"finished"}
-    return markdown("runs | labels | cap | epochs | training accuracy | test accuracy", rows)
+    return markdown("images, most epochs | labels | cap | epochs | training accuracy | test accuracy", rows)
 
 
 def robustness() -> str:
