@@ -185,6 +185,11 @@ def check_weight(weight: Tensor, dims: Sequence[int]) -> None:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: it is empty")
 
 
+def is_dtensor(weight: object) -> bool:
+    """Whether a weight is a DTensor: of a sharded or tensor-parallel layer."""
+    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")
+
+
 def per_axis(name: str, value: int | Sequence[int], n: int, minimum: int) -> tuple[int, ...]:
     """``value`` as ``n`` integers, each at least ``minimum``."""
     try:

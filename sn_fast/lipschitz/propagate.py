@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..layers.exact import why_not_its_class
 from ..layers.observe import check_is_no_shape
+from ..layers.weighted import is_dtensor
 from . import (  # noqa: F401 - they register rules
     activations,
     contractions,
@@ -321,6 +322,8 @@ def check_tensors(model: nn.Module, args: tuple[Any, ...]) -> None:
             raise ValueError(f"{name!r} has no shape yet: run the model once before")
         if t.is_meta:
             raise ValueError(f"{name!r} is on the meta device and has no values; move the model to a real device")
+        if is_dtensor(t):
+            raise ValueError(f"{name!r} is a DTensor, which processes share; give the model with whole weights")
         # Infinity may be meant in a buffer, such as an attention mask.
         bad = t.isnan() if not isinstance(t, nn.Parameter) else ~t.isfinite()
         if t.is_floating_point() and bool(bad.any()):

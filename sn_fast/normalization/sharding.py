@@ -17,12 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layers.linear import chain
+from ..layers.weighted import is_dtensor
 from .meeting import meet
-
-
-def is_dtensor(weight: object) -> bool:
-    """Whether a weight is a DTensor: of FSDP2's or of a tensor-parallel layer."""
-    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")
 
 
 def is_sharded(weight: object) -> bool:

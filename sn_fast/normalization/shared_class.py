@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layers.linear import chain
-from .sharding import is_dtensor
+from ..layers.weighted import is_dtensor
 
 
 class _Shared(type):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..layers.weighted import is_dtensor
 from ..ops import refresh as operators
 from ..ops.fingerprint import is_hashed, record_of, renew_record, same_content
 from ..ops.normalize import normalize_all
@@ -26,7 +27,6 @@ from ..reference.normalize import divisor
 from .meeting import meet
 from .optimizer_steps import latest
 from .parametrization import SpectralNorm
-from .sharding import is_dtensor
 from .state import is_current
 
 _SAME, _MOVED, _LOADED, _OTHER = range(4)  # what a process has seen of a weight; the largest of all counts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layers.checks import check_products
 from ..layers.operators import LinearOperator, leaves_of, unscaled
-from ..layers.weighted import LayerOperator, as_int, layer_operator
+from ..layers.weighted import LayerOperator, as_int, is_dtensor, layer_operator
 from ..ops.lanczos import lanczos_start
 from ..reference.linear_map import compute_dtype
 from .flat import FlatOperator, Triple, combine, dense_matrices, flattened, inner_products, unit
@@ -120,11 +120,17 @@ def operator_norm(
 
 
 def check_operator(op: LinearOperator) -> None:
-    """Raise unless ``op`` is an operator with finite elements, and its products fit each other."""
+    """Raise unless ``op`` is an operator with finite elements that are here, and its products fit each other."""
     if not isinstance(op, LinearOperator):
         raise TypeError(f"op is a {type(op).__name__}; give an operator: operator_of(layer) or MatrixOperator(weight)")
     for leaf in leaves_of(op):
         layer = layer_operator(leaf)
+        if torch.device(leaf.device).type == "meta":
+            raise ValueError(f"{leaf} is on the meta device and has no values; load or initialise its weight first")
+        if layer is not None and is_dtensor(layer.weight):
+            raise ValueError(
+                f"the weight of {leaf} is a DTensor, which processes share: give weight.full_tensor(), called on all"
+            )
         if layer is not None and not bool(torch.isfinite(layer.weight).all()):
             raise ValueError("the operator's weight has NaN or infinite elements; its norm is not defined")
     check_products(op)
