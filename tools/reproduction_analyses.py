@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from sn_fast.experiments.analysis import (  # noqa: E402
     Analysis,
     Capacities,
+    NetworkCapacity,
     capacities,
     margin_distributions,
     random_label_fitting,
@@ -79,9 +80,15 @@ class Runs:
         return first(self.split(run).train)
 
     def capacities(self, members: list[Outcome]) -> Capacities:
-        """Each network on the images and labels that it was trained on."""
-        found = [capacities([(run, self.network(run))], self.samples(run)) for run in members]
-        return Capacities(tuple(network for part in found for network in part.networks))
+        """Each network on the images and labels that it was trained on.
+
+        A cap that the norms never reach gives the network without one again, which counts once.
+        """
+        found: dict[tuple[object, ...], NetworkCapacity] = {}
+        for run in members:
+            (network,) = capacities([(run, self.network(run))], self.samples(run)).networks
+            found.setdefault((run.config.arch, run.config.scheme, network.gap, network.margin), network)
+        return Capacities(tuple(found.values()))
 
 
 def first(samples: Samples) -> Samples:
