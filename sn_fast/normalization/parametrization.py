@@ -38,7 +38,7 @@ class SpectralNorm(State):
     path = ""
     """Of the layer in the model that ``apply_spectral_norm`` was given."""
     _frozen: Tensor | None
-    _warned = False
+    _warned: bool
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -197,8 +197,10 @@ class SpectralNorm(State):
         memo[id(self)] = twin
         memo.update({id(frozen): frozen for frozen in (self.options, self.geometry, self.layer_geometry)})
         transient = {"freezes": 0, "_frozen": None, "current": None, "_kept": None}
+        own = {**self.__dict__, **transient}
+        empty = {k: copy.copy(v) for k, v in own.items() if isinstance(v, dict) and not v}  # of hooks: most of the time
         with torch.inference_mode(False):  # a state that was made there could not be written
-            twin.__dict__.update(copy.deepcopy({**self.__dict__, **transient}, memo))
+            twin.__dict__.update(copy.deepcopy({k: v for k, v in own.items() if k not in empty}, memo), **empty)
         return twin
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:

@@ -25,6 +25,31 @@ _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "output_
 BUFFERS = ("u", "v", "sigma", "estimate", "top_group", "u_prev", "v_prev")
 
 
+_INITIAL: dict[str, Any] = {
+    "sharded": False,
+    "loaded": None,
+    "geometry": None,
+    "layer_geometry": None,
+    "code": (),
+    "bound_code": (),
+    "shape": None,
+    "record": None,
+    "current": None,
+    "freezes": 0,
+    "inherits": False,
+    "_kept": None,
+    "_settings": (),
+    "_vectors": None,
+    "_seen": (),
+    "_home": None,
+    "_own": (),
+    "_own_buffers": (),
+    "_frozen": None,
+    "_warned": False,
+}
+"""Attributes of a state that has not begun."""
+
+
 class Snapshot(NamedTuple):
     """The state that one forward uses: tensors that nothing writes to any more.
 
@@ -65,34 +90,32 @@ class State(nn.Module):
     sigma: Tensor
     estimate: Tensor
 
-    # Where an instance has no others; nn.Module takes its time over every assignment.
-    sharded: bool = False  # by FSDP, which gathers the weight for the layer's own forward
+    sharded: bool  # by FSDP, which gathers the weight for the layer's own forward
     # A state was loaded beside a weight that cannot be read, with sigma or without: it is judged at the next use.
-    loaded: bool | None = None
-    geometry: Geometry | None = None  # what is iterated; None until the input size is known
-    layer_geometry: Geometry | None = None  # the layer's own, before the exact reductions
-    code: Sequence[int] = ()
-    bound_code: Sequence[int] = ()  # all geometries that a certified sigma holds for, encoded
-    shape: torch.Size | None = None  # of the weight
+    loaded: bool | None
+    geometry: Geometry | None  # what is iterated; None until the input size is known
+    layer_geometry: Geometry | None  # the layer's own, before the exact reductions
+    code: Sequence[int]
+    bound_code: Sequence[int]  # all geometries that a certified sigma holds for, encoded
+    shape: torch.Size | None  # of the weight
     record: Tensor | None
     current: Snapshot | None  # of the forward of the whole model that is under way
     freezes: int
-    inherits: bool = False  # another process may have written weight and state, which are as good as loaded ones
-    _kept: _Kept | None = None
-    _settings: tuple[object, ...] = ()
-    _vectors: tuple[int, int] | None = None  # the versions of u and v that an iteration has left
-    _seen: tuple[object, ...] = ()  # which tensor in which version the record is of: a hint, no proof
-    _home: tuple[nn.Module, str] | None = None  # in a tuple: the module is no submodule of ours
+    inherits: bool  # another process may have written weight and state, which are as good as loaded ones
+    _kept: _Kept | None
+    _settings: tuple[object, ...]
+    _vectors: tuple[int, int] | None  # the versions of u and v that an iteration has left
+    _seen: tuple[object, ...]  # which tensor in which version the record is of: a hint, no proof
+    _home: tuple[nn.Module, str] | None  # in a tuple: the module is no submodule of ours
     # In a tuple: no parameter of ours either, and no weak reference, which would forbid torch.utils.swap_tensors.
-    _own: tuple[Tensor, ...] = ()
-    _own_buffers: tuple[Tensor | None, ...] = ()  # to tell the buffers from those that functional_call puts there
+    _own: tuple[Tensor, ...]
+    _own_buffers: tuple[Tensor | None, ...]  # to tell the buffers from those that functional_call puts there
 
     def __init__(
         self, options: Options, *, as_matrix: bool, matrix_dim: int, every_size: bool, hashed: bool = False
     ) -> None:
         super().__init__()
-        # What compiled code looks at is always there.
-        self.__dict__.update(record=None, current=None, freezes=0, _frozen=None)
+        self.__dict__.update(_INITIAL)  # nn.Module takes its time over every assignment
         self.options = options
         self.as_matrix = as_matrix
         self.matrix_dim = matrix_dim
