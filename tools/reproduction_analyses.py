@@ -113,10 +113,11 @@ def analyses(runs: Runs) -> dict[str, Analysis]:
             found[f"sizes-{scheme}"] = sample_size_sweep(members, full_size=ALL_OF_MNIST)
     every = runs.chosen(lambda run: run.config.data == "mnist" and run.config.train_size is None)
     found["capacities-mnist"] = runs.capacities(every)
-    reached = [run for run in relu if run.config.beta in (1.0, math.inf)]  # larger caps change nothing on few images
+    fgm = [run for run in relu if run.config.scheme == "fgm"]
+    reached = [run for run in fgm if run.config.beta in (1.0, math.inf)]  # larger caps change nothing on few images
     for size in (500, 2000):
         found[f"capacities-mnist-{size}"] = runs.capacities([run for run in reached if run.config.train_size == size])
-    members = [run for run in reached if (run.config.train_size, run.config.scheme) == (2000, "fgm")]
+    members = [run for run in reached if run.config.train_size == 2000]
     found["robustness-mnist-2000"] = robustness(runs, members)
     found["capacities-cifar10"] = runs.capacities(few)
     erm = [run for run in few if run.config.scheme == "erm"]

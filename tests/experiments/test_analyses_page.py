@@ -43,7 +43,7 @@ def random_labels() -> str:
         for row in rows_of("random-labels-summary")
     ]
     assert {row["state"] for row in rows_of("random-labels-summary")} == {"finished"}
-    return markdown("runs | labels | cap | epochs | training accuracy | test accuracy", rows)
+    return markdown("images, most epochs | labels | cap | epochs | training accuracy | test accuracy", rows)
 
 
 def robustness() -> str:
@@ -119,7 +119,7 @@ def capacities() -> str:
     return markdown(head, rows)
 
 
-@pytest.mark.parametrize("table", [random_labels, robustness, capacities])
+@pytest.mark.parametrize("table", [random_labels, robustness, robustness_of_seeds, sizes, capacities])
 def test_a_table_is_that_of_the_data(table) -> None:
     assert table() in PAGE
 

@@ -31,11 +31,16 @@ def distinct_runs(outcomes: Iterable[Outcome]) -> list[Outcome]:
 def grouped(runs: Iterable[Outcome], *across: str) -> list[list[Outcome]]:
     """Runs that differ in nothing but the options ``across`` (of "beta", "seed", "train_size", ...)."""
     groups: dict[str, list[Outcome]] = {}
-    default: dict[str, Any] = {"beta": 1.0, "seed": 0, "train_size": None, "random_labels": 0.0, "scheme": "erm"}
     for run in runs:
-        masked = replace(run.config, single=True, **{name: default[name] for name in across})
-        groups.setdefault(masked.key(), []).append(run)
+        groups.setdefault(representative([run], *across).config.key(), []).append(run)
     return list(groups.values())
+
+
+def representative(group: Sequence[Outcome], *across: str) -> Outcome:
+    """A run that stands for a group in names and titles: in the options ``across`` all groups' are alike."""
+    default: dict[str, Any] = {"beta": 1.0, "seed": 0, "train_size": None, "random_labels": 0.0, "scheme": "erm"}
+    config = replace(group[0].config, single=True, **{name: default[name] for name in across})
+    return replace(group[0], config=config)
 
 
 def published_order(beta: float) -> tuple[bool, float]:

@@ -11,7 +11,7 @@ from .. import figures
 from ..reproduction import Outcome
 from ..reproduction.grid import FINISHED
 from .results import Analysis, Row, mean, spread
-from .runs import distinct_runs, grouped, names, published_order, state, subject
+from .runs import distinct_runs, grouped, names, published_order, representative, state, subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,8 @@ class SampleSizeSweep(Analysis):
                     color=figures.colour(i),
                     marker="" if training else figures.marker(i),
                 )
-            _plot(gap, {p.size: [a - b for a, b in zip(p.train, p.test)] for p in points}, **figures.series(i))
+            gaps = {p.size: [a - b for a, b in zip(p.train, p.test)] for p in points}
+            _plot(gap, gaps, color=figures.colour(i), marker=figures.marker(i))  # dashes are training's
         figures.name_parts(accuracy)
         for axes in (accuracy, gap):
             figures.number_ticks(axes, sizes)
@@ -114,15 +115,16 @@ def sample_size_sweep(outcomes: Iterable[Outcome], *, full_size: int | None = No
     if full_size is None and any(run.config.train_size is None for run in runs):
         raise OptionError("full_size", None, "there are runs on all images; give their number")
     runs.sort(key=lambda run: published_order(run.config.beta))
-    groups = grouped(runs, "train_size", "seed")
-    firsts = [group[0] for group in groups]
+    across = ("train_size", "seed")
+    groups = grouped(runs, *across)
+    of_groups = [representative(group, *across) for group in groups]
     curves = {}
-    for name, group in zip(names(firsts), groups):
+    for name, group in zip(names(of_groups), groups):
         sizes: dict[int, list[Outcome]] = {}
         for run in group:
             sizes.setdefault(run.config.train_size or full_size or 0, []).append(run)
         curves[name] = tuple(_point(size, sizes[size]) for size in sorted(sizes))
-    return SampleSizeSweep(curves, subject(firsts) or "several networks")
+    return SampleSizeSweep(curves, subject(of_groups) or "several networks")
 
 
 def _point(size: int, runs: list[Outcome]) -> SizePoint:

@@ -14,7 +14,7 @@ from ..reproduction import Outcome
 from ..reproduction.grid import FINISHED
 from ..training import TrainedNetwork
 from .results import Analysis, Row, check_networks, spread
-from .runs import distinct_runs, grouped, names, published_order, subject
+from .runs import distinct_runs, grouped, names, published_order, representative, subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,9 +97,10 @@ def trained_norms(outcomes: Iterable[Outcome]) -> TrainedNorms:
     if not runs:
         raise OptionError("outcomes", "0 finished runs", "compute the runs first")
     runs.sort(key=lambda run: (published_order(run.config.beta), run.config.seed))
-    groups = grouped(runs, "beta", "seed")
-    firsts = [group[0] for group in groups]
-    titles = names(firsts) if len(groups) > 1 else [subject(firsts)]
+    across = ("beta", "seed")
+    groups = grouped(runs, *across)
+    of_groups = [representative(group, *across) for group in groups]
+    titles = names(of_groups) if len(groups) > 1 else [subject(of_groups)]
     panels = {}
     for title, group in zip(titles, groups):
         panels[title] = tuple(

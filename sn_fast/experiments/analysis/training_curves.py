@@ -12,7 +12,7 @@ from .. import figures
 from ..reproduction import Outcome
 from ..reproduction.grid import DIVERGED, FINISHED
 from .results import Analysis, Cell, Row, Table
-from .runs import distinct_runs, grouped, names, published_order, state, subject
+from .runs import distinct_runs, grouped, names, published_order, representative, state, subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,10 +152,11 @@ def random_label_fitting(outcomes: Iterable[Outcome]) -> RandomLabelFitting:
         raise OptionError("outcomes", f"{len(runs)} runs", "none has random labels; add runs with random_labels > 0")
     _check_epochs(runs)
     runs.sort(key=lambda run: (run.config.random_labels, published_order(run.config.beta), run.config.seed))
-    groups = grouped(runs, "beta", "seed", "random_labels")
+    across = ("beta", "seed", "random_labels")
+    groups = grouped(runs, *across)
     of_run = dict(zip((run.config.key() for run in runs), _fitting_names(runs)))
-    firsts = [group[0] for group in groups]
-    titles = names(firsts) if len(groups) > 1 else [subject(firsts)]
+    of_groups = [representative(group, *across) for group in groups]
+    titles = names(of_groups) if len(groups) > 1 else [subject(of_groups)]
     return RandomLabelFitting(
         {title: tuple(_curve(of_run[run.config.key()], run) for run in group) for title, group in zip(titles, groups)}
     )

@@ -125,6 +125,14 @@ def test_sweep_of_sample_sizes():
     assert data.get_xydata() == pytest.approx(np.array([[1000, 35.0], [4000, 35.0], [55_000, 35.0]]))
 
 
+def test_a_network_that_has_not_all_sizes_is_named_by_what_it_is():
+    runs = [outcome(train_size=size, beta=b) for size, b in ((500, math.inf), (None, math.inf), (2000, 1.0))]
+    assert list(sample_size_sweep(runs, full_size=55_000).curves) == ["no SN (β = ∞)", "β = 1"]
+    runs = [outcome(beta=b, train_size=n, random_labels=r) for b, n, r in ((2.0, 500, 1.0), (math.inf, None, 0.0))]
+    assert list(random_label_fitting(runs).panels) == ["all images", "500 images"]
+    assert list(trained_norms([*runs[1:], outcome(beta=2.0, train_size=500)]).panels) == ["all images", "500 images"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
