@@ -15,6 +15,7 @@ from ...errors import OptionError, UserError, first_line
 from ...files import replace_file
 from ..networks import network_names
 from ..training import TrainConfig
+from ..training.config import SCHEMES
 from .published import published_row_of
 
 FINISHED = "finished"
@@ -106,6 +107,11 @@ def normalized_twin(arch: str) -> str:
     return name if name in network_names() else arch
 
 
+def _order(outcome: Outcome) -> tuple[Any, ...]:
+    config = outcome.config
+    return config.data, config.arch, SCHEMES.index(config.scheme), config.reference, -config.beta, config.seed
+
+
 def _as_asked(config: TrainConfig, key: str) -> TrainConfig:
     """The configuration before the images were known, whose ``key`` names the run's folder: a run's file holds the
     strengths in place of the defaults. As it is, if the folder has another name."""
@@ -156,7 +162,7 @@ class Store:
         return self._outcome(config, self.folder(config))
 
     def everything(self) -> list[Outcome]:
-        """What there is of every run, whichever grid it is of.
+        """What there is of every run, whichever grid it is of, by data, network, scheme, arithmetic and beta.
 
         Raises:
             UserError: a file is damaged.
@@ -166,7 +172,7 @@ class Store:
             document = self._read(folder / "config.json")
             if document is not None:
                 found.append(self._outcome(_as_asked(TrainConfig.from_json(document), folder.name), folder))
-        return found
+        return sorted(found, key=_order)
 
     def _outcome(self, config: TrainConfig, folder: Path) -> Outcome:
         failure = self._read(folder / "failed.json")
