@@ -115,7 +115,12 @@ def _check_declared(module: nn.Module, op: LinearOperator) -> None:
             image, double, offset = (module(v) for v in (x, -2 * x, 0 * x))
             steps = [image - offset, double - offset]
         except Exception:  # its input may be something else than one tensor
-            return
+            if not _is_transposed(module, op):
+                return
+            raise ValueError(
+                f"the operator registered for {type(module).__name__} takes inputs of shape {tuple(op.in_shape)}, and "
+                f"its forward those of shape {tuple(op.out_shape)}: return the transpose, op.T"
+            ) from None
         rounding = visible(op.dtype, device) * max(float(image.abs().max()), float(double.abs().max()))
         if float((steps[1] + 2 * steps[0]).abs().max()) > rounding:
             return  # not linear: the registered operator is a part of it
@@ -126,6 +131,15 @@ def _check_declared(module: nn.Module, op: LinearOperator) -> None:
             f"the operator registered for {type(module).__name__} is not the linear map of its forward: they differ on "
             f"a random input of shape {tuple(op.in_shape)}"
         )
+
+
+def _is_transposed(module: nn.Module, op: LinearOperator) -> bool:
+    """Whether the layer's forward takes what this operator returns, and returns what it takes."""
+    try:
+        image = module(torch.zeros(1, *op.out_shape, dtype=op.dtype, device=op.device))
+    except Exception:
+        return False
+    return isinstance(image, Tensor) and tuple(image.shape[1:]) == tuple(op.in_shape)
 
 
 def _measured(

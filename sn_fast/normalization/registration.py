@@ -74,8 +74,10 @@ def register(
         if found.reason is not None:
             raise ValueError(f"{type(module).__name__} cannot be normalised by its weight: {found.reason}")
         mapped = found.mapped
-    if size is not None:
-        operator_of(module, size)  # raises for a size that the layer cannot take, before anything is changed
+    registered = kind is not None and kind.of_user and not kind.axes and options.operator == "conv"
+    if size is not None or registered:
+        # Raises for a size that the layer cannot take, and for a registered operator that is not the layer's map.
+        operator_of(module, size)
     known = kind_of(module)
     rows = known.matrix_dim if known is not None else 0
     if distributed:

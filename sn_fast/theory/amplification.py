@@ -31,7 +31,7 @@ class Amplification:
         layers: paths of the modules; "name (2)" for a second use in a forward.
         norms: (layers,), ||W||_2 of each layer's true linear map at its input size, which its gain cannot exceed.
         gain: (N, layers), ||layer(x + d) - layer(x)|| / ||difference of the layer's inputs||; 0 where no difference
-            arrives.
+            arrives, as where d is 0; NaN where an activation is not finite.
         cumulative: (N, layers), ||difference of the layer's outputs|| / ||d||.
         logits: (N, ...), outputs of the network at x.
     """
@@ -180,6 +180,9 @@ class _Recorder:
             raise ValueError("the model runs no Linear, convolution or registered layer: nothing is amplified")
         given = torch.stack([use.given for use in self._uses], dim=1)
         returned = torch.stack([use.returned for use in self._uses if use.returned is not None], dim=1)
+        # The halves of a batch are rounded differently: without a perturbation too they differ a little.
+        moved = lengths[:, None].to(given) != 0
+        given, returned = torch.where(moved, given, 0.0), torch.where(moved, returned, 0.0)
         return Gains(
             _numbered([use.name for use in self._uses]),
             tuple((use.module, use.size) for use in self._uses),
@@ -195,7 +198,8 @@ def log_gains(gains: Tensor) -> Tensor:
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
+    """a / b, 0 where b is, and NaN where one of them is."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 
 def _numbered(names: list[str]) -> tuple[str, ...]:

@@ -77,10 +77,15 @@ class AmplificationDetector:
         """Learn to tell ``clean`` (N, *size) from ``attacked`` (M, *size).
 
         Raises:
-            UserError: scikit-learn is not installed.
+            UserError: scikit-learn is not installed. ValueError: a sample's activations are not finite.
         """
         linear_model = require("sklearn.linear_model")
         signals = [self.signals(clean), self.signals(attacked)]
+        for name, part in zip(("clean", "attacked"), signals):
+            if not bool(part.isfinite().all()):
+                raise ValueError(
+                    f"{name} has samples at which activations of the network are not finite; leave them out"
+                )
         data = torch.cat(signals).double()
         spread, mean = data.std(dim=0, correction=0), data.mean(dim=0)
         spread = torch.where(spread > 1e-12, spread, 1.0)

@@ -295,6 +295,27 @@ def test_an_operator_that_is_not_the_forwards_map() -> None:
     kinds.unregister_layer(Fused)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 4), (7, 1), (1, 5), (12, 2)])
+@pytest.mark.parametrize("factor", [1, -2])
+def test_a_transposed_operator_is_refused(inputs: int, outputs: int, factor: int) -> None:
+    register_layer(Gain, operator=lambda m, w, _: factor * MatrixOperator(w))
+    layer = Gain(inputs, outputs, 1.0)
+    message = rf"takes inputs of shape \({outputs},\), and its forward those of shape \({inputs},\): return the trans"
+    with pytest.raises(ValueError, match=message):
+        operator_of(layer)
+    with pytest.raises(ValueError, match=message):
+        apply_spectral_norm(nn.Sequential(layer), torch.zeros(1, inputs), include=Gain)
+
+
+@pytest.mark.parametrize("factor", [0.5, -3])
+def test_a_layer_is_not_normalised_by_an_operator_that_is_not_its_map(factor: float) -> None:
+    register_layer(Gain, operator=lambda m, w, _: factor * m.gain * MatrixOperator(w.T))
+    layer = Gain(5, 4, 2.0)
+    with pytest.raises(ValueError, match="registered for Gain is not the linear map of its forward"):
+        apply_spectral_norm(nn.Sequential(layer), torch.zeros(1, 5), include=Gain)
+    assert "weight" in layer._parameters
+
+
 def test_a_registered_layer_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = nn.Sequential(PlainConv(3, 4, 3, stride=2, padding=1))

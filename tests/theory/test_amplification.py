@@ -79,6 +79,33 @@ def test_samples_do_not_mix_and_a_sample_without_a_perturbation_has_no_gain():
     assert torch.allclose(alone.gain[0], found.gain[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_is_no_gain(dtype: torch.dtype, seed: int):
+    """The two halves of a batch are rounded differently, also where they are equal."""
+    torch.manual_seed(seed)
+    n, width, hidden = (int(k) for k in torch.randint(1, 40, (3,)))
+    model = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 9), nn.ELU(), nn.Linear(9, 3)).to(
+        dtype
+    )
+    x = torch.randn(n + 1, width).to(dtype)
+    delta = torch.zeros_like(x)
+    delta[0] = 1
+    found = amplification(model, x, delta)
+    assert not found.gain[1:].any()
+    assert not found.cumulative[1:].any()
+    assert bool((found.gain[0] > 0).all())
+
+
+def test_what_is_not_finite_has_no_number():
+    model, x = network(), torch.rand(4, 1, 6, 6).double()
+    delta = 0.1 * torch.randn_like(x)
+    x[1, 0, 2, 3], delta[2, 0, 0, 0] = torch.nan, torch.inf
+    found = amplification(model, x, delta)
+    assert found.gain.isnan().any(dim=1).tolist() == [False, True, True, False]
+    assert torch.allclose(found.gain[[0, 3]], amplification(model, x[[0, 3]], delta[[0, 3]]).gain)
+
+
 def test_nothing_is_left_behind():
     model = network(torch.float32)
     apply_spectral_norm(model, torch.rand(1, 1, 6, 6), beta=0.8)

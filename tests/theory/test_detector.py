@@ -78,6 +78,14 @@ def test_the_network_is_left_alone(task):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_samples_that_are_not_finite_are_named(task):
+    model, x, _ = task
+    attacked = x + 0.1
+    attacked[3] = torch.nan
+    with pytest.raises(ValueError, match="attacked has samples at which activations of the network are not finite"):
+        AmplificationDetector(model, length=0.1).fit(x, attacked)
+
+
 def test_bad_input(task, uninstalled):
     model, x, y = task
     with pytest.raises(ValueError, match="length=0 must be a finite number > 0"):
