@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from ..layers.kinds import spatial_axes
 from ..layers.linear import chain
 from ..layers.observe import input_of
-from . import recompute
+from . import recompute, under_way
 from .gathered import note_sharded
 from .parametrization import SpectralNorm, spectral_norms, untraced
 from .refresh import readable, snapshots, with_ready_weights
@@ -35,8 +35,12 @@ def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return
     members = spectral_norms(module)
-    if not torch.compiler.is_compiling() and any(map(_may_be_sharded, members)):
-        note_sharded(module)
+    if not torch.compiler.is_compiling():
+        if any(map(_may_be_sharded, members)):
+            note_sharded(module)
+        sharded = [m for m in members if m.sharded]
+        if sharded:
+            under_way.begin(module, sharded)
     parallel = distributed(members)
     if parallel:
         refresh_distributed(parallel)
@@ -59,6 +63,8 @@ def _may_be_sharded(member: SpectralNorm) -> bool:
 
 def after_forward(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
     """The states handed out are those of one forward."""
+    if not torch.compiler.is_compiling():
+        under_way.end(module)
     for member in spectral_norms(module):
         if member.current is not None and not member.is_replica:
             member.__dict__["current"] = None

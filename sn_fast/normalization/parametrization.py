@@ -29,6 +29,7 @@ from .foreign import normalize_foreign
 from .recompute import note_made
 from .refresh import LOCK, advance, readable, refresh_model, restart, settle_loaded, snapshots, with_ready_weights
 from .state import Snapshot, State, is_current, is_exporting, within_functional_call
+from .under_way import gathered_beside
 
 
 class SpectralNorm(State):
@@ -68,8 +69,16 @@ class SpectralNorm(State):
                     f"{type(weight).__name__} of shape {tuple(weight.shape)}, not the whole weight of shape "
                     f"{tuple(self.shape or ())}; sharded weights are gathered by their own module's forward"
                 )
-            (current,) = snapshots([(self, weight)])
+            current = self._refreshed(weight)
         return self.normalize(weight, current)
+
+    def _refreshed(self, weight: Tensor) -> Snapshot:
+        """The state for this weight; layers that are gathered with it are refreshed in the same call."""
+        beside = gathered_beside(self) if self.sharded and not torch.compiler.is_compiling() else []
+        current, *others = snapshots([(self, weight), *beside])
+        for (member, _), state in zip(beside, others, strict=True):
+            member.__dict__["current"] = state
+        return current
 
     def normalize(self, weight: Tensor, state: Snapshot) -> Tensor:
         """The normalised weight for this state."""

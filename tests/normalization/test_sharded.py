@@ -86,3 +86,8 @@ def test_outside_a_forward_and_kept_bytes(tmp_path: Path) -> None:
 def test_what_no_parametrization_can_rename_is_refused(tmp_path: Path) -> None:
     needs("FSDP2")
     run_in_group(workers.refused, folder=tmp_path)
+
+
+def test_layers_that_are_gathered_together_are_refreshed_in_one_call(tmp_path: Path) -> None:
+    needs("FSDP2")
+    run_in_group(workers.refreshed_together, folder=tmp_path)

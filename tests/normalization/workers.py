@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -181,3 +182,41 @@ def sharded(rank: int, how: str) -> None:
         torch.testing.assert_close(member.sigma, true, rtol=2e-2, atol=0)
     saved = wrapped.state_dict()
     assert any(name.endswith("sigma") for name in saved)
+
+
+def refreshed_together(rank: int) -> None:
+    """Layers that are gathered together are refreshed in one call, also in blocks, and once for each change."""
+    warnings.simplefilter("ignore")
+    from sn_fast.normalization import under_way
+    from sn_fast.ops import refresh
+
+    for how, wanted in (("FSDP2 per block", [1, 2, 3]), ("FSDP2 root", [6]), ("FSDP2 per layer", [1] * 6)):
+        torch.manual_seed(0)
+        first = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+        net = nn.Sequential(first, nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 4))
+        plain = sn_fast.apply_spectral_norm(net, torch.randn(1, 8), mode="scale")
+        alone, model = copy.deepcopy(plain), shard(plain, how)
+        real, sizes = refresh.advance, []
+
+        def counted(weights: list[Tensor], *args: object, real: Callable = real, sizes: list = sizes) -> None:
+            sizes.append(len(weights))
+            real(weights, *args)
+
+        x = torch.randn(4, 8)
+        optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (alone, model)]
+        for i in range(4):
+            refresh.advance = counted if i == 2 else real
+            try:
+                outputs = [alone(x)] if i != 2 else []
+                outputs.append(model(x))
+            finally:
+                refresh.advance = real
+            if i == 2:
+                outputs.append(alone(x))
+            torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+            for output, optimizer in zip(outputs if i != 2 else outputs[::-1], optimizers, strict=True):
+                optimizer.zero_grad()
+                output.square().mean().backward()
+                optimizer.step()
+        assert sorted(sizes) == wanted, (how, sizes)
+        assert not under_way._threads.forwards
