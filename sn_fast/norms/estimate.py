@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..layers.checks import check_products
 from ..layers.operators import LinearOperator, leaves_of, unscaled
+from ..layers.protocol import check_attributes
 from ..layers.weighted import LayerOperator, as_int, is_dtensor, layer_operator
 from ..ops.lanczos import lanczos_start
 from ..reference.linear_map import compute_dtype
@@ -124,6 +125,7 @@ def check_operator(op: LinearOperator) -> None:
     if not isinstance(op, LinearOperator):
         raise TypeError(f"op is a {type(op).__name__}; give an operator: operator_of(layer) or MatrixOperator(weight)")
     for leaf in leaves_of(op):
+        check_attributes(leaf)
         layer = layer_operator(leaf)
         if torch.device(leaf.device).type == "meta":
             raise ValueError(f"{leaf} is on the meta device and has no values; load or initialise its weight first")
