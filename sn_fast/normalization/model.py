@@ -150,18 +150,16 @@ def apply_spectral_norm(
             reshard(model)
             _warn_of_uncalled([n for n in convolutions if n not in sizes])
         with whole_on_meta(shards):
+            largest = {n: size_of_largest_norm(m, sizes.get(n, [])) for n, m in layers.items()}
             mapped: dict[str, bool] = {}
             if operator == "conv":
-                used = {n: (m, size_of_largest_norm(m, sizes.get(n, []))) for n, m in layers.items()}
-                mapped = check_layers(used, mapped=not bound)
+                mapped = check_layers({n: (m, largest[n]) for n, m in layers.items()}, mapped=not bound)
             hashed = bool(shards) or are_large(layers.values())
             done: list[nn.Module] = []
             made: list[Registered] = []
             layer: str | None = None  # at fault
             try:
                 for layer, module in layers.items():
-                    used_at = sizes.get(layer, [])
-                    size = size_of_largest_norm(module, used_at)
                     options = Options(
                         betas[layer], mode, n_power_iterations, operator, gradient, reduce, precision, bound, tol
                     )
@@ -169,10 +167,10 @@ def apply_spectral_norm(
                         register(
                             module,
                             "weight",
-                            size,
+                            largest[layer],
                             options,
                             hashed=hashed,
-                            used_at=used_at,
+                            used_at=sizes.get(layer, []),
                             distributed=module in distributed,
                             mapped=mapped.get(layer),
                         )

@@ -11,7 +11,8 @@ from torch import Tensor
 from .geometry import Geometry, decode
 from .linear_map import compute_dtype, matvec, rmatvec
 
-_SMALL = 32  # rows or columns of a matrix whose singular value decomposition takes less time than the steps
+# Rows or columns, and elements, of a matrix whose singular value decomposition takes less time than the steps.
+_NARROW, _SMALL = 32, 1 << 16
 _EXHAUSTED = 2e-6  # a new direction below this share of what it was before orthogonalisation is rounding
 
 
@@ -21,8 +22,8 @@ def lanczos_start(
     """The leading singular vectors of every operator in the Krylov space of ``n_iterations`` steps from ``starts``.
 
     Golub and Kahan 1965. One cold power iteration is 53-78 % low; 15 of these steps are within 0.5 % as a rule. For a
-    matrix with few rows or columns the exact vectors, from its singular value decomposition. Groups of a convolution
-    are independent operators, each with its own unit pair; a zero or non-finite one gets equal ones.
+    small matrix with few rows or columns the exact vectors, from its singular value decomposition. Groups of a
+    convolution are independent operators, each with its own unit pair; a zero or non-finite one gets equal ones.
 
     Args:
         weights, geometry: as in ``power_step``.
@@ -36,7 +37,7 @@ def lanczos_start(
     pairs: list[tuple[Tensor, Tensor] | None] = [None] * len(operators)
     alike: dict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = {}
     for i, (weight, start, layer) in enumerate(operators):
-        if layer.axes or min(weight.shape) > _SMALL:
+        if layer.axes or min(weight.shape) > _NARROW or weight.numel() > _SMALL:
             pairs[i] = _leading(weight, start, layer, n_iterations)
         else:
             key = weight.shape, weight.device, compute_dtype(weight, start)

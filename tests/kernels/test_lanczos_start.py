@@ -15,6 +15,7 @@ from sn_fast.layers import LayerOperator
 from sn_fast.norms.estimate import start_vectors
 from sn_fast.ops import lanczos as ops
 from sn_fast.ops import plan, power_step
+from sn_fast.reference import lanczos
 from sn_fast.reference.lanczos import lanczos_start as reference
 
 from ..layers.geometries import Case, cases
@@ -93,6 +94,15 @@ def test_reference_is_the_best_too(name: str, n: int) -> None:
     op = OPERATORS[name]()
     (u,), (v,) = run([op], n, reference)
     check(op, u, v, 7 if name == "tall matrix" else n)  # exact, as after more steps than it has columns
+
+
+def test_long_matrices_are_not_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would take several copies of an embedding table."""
+    monkeypatch.setattr(lanczos, "_decomposed", None)
+    w = torch.randn(1 << 15, 5)
+    (u,), (v,) = reference([w], [torch.randn(1 << 15)], MatrixOperator(w).geometry.encode(), 15)
+    exact = torch.linalg.matrix_norm(w.double(), 2)
+    torch.testing.assert_close(u.double() @ w.double() @ v.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_small_matrices_together() -> None:
