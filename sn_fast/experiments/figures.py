@@ -205,12 +205,14 @@ def accuracy_axis(axes: Axes, label: str = "accuracy (%)") -> None:
 
 def logarithmic(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, also on one of less than a decade: 0.5 and not 5 x 10^-1."""
-    ticker = require("matplotlib.ticker")
-    thinned = ticker.LogFormatter()  # says which ticks of less than a decade have a label
-    thinned.set_axis(axis)
-    plain = ticker.FuncFormatter(lambda value, place: f"{value:g}" if thinned(value, place) else "")
-    axis.set_major_formatter(plain)
-    axis.set_minor_formatter(plain)
+    formatter: Any = require("matplotlib.ticker").LogFormatter
+
+    class Plain(formatter):  # type: ignore[misc]
+        def __call__(self, value: float, place: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, place) else ""  # labels as many ticks as have room
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def number_ticks(axes: Axes, values: Sequence[int]) -> None:

@@ -68,6 +68,7 @@ def test_no_two_of_many_runs_look_alike():
         assert [line.get_label() for line in handles] == [curve.name for curve in curves.curves]
         assert len({line.get_color() for line in handles}) == colours
         assert len({(line.get_color(), line.get_marker()) for line in handles}) == 12
+    check_figure(training_curves([outcome(trained=epochs) for epochs in (9, 12, 40)]))  # losses of several decades
     assert len({tuple(map(str, series(i).values())) for i in range(49)}) == 49
 
 
