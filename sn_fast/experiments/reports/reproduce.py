@@ -16,6 +16,7 @@ from ...running import progress_bar, torch_threads
 from ..analysis import (
     AccuracyTable,
     Analysis,
+    Capacities,
     accuracy_table,
     by_defence,
     capacities,
@@ -188,7 +189,7 @@ class _Analyst:
         self.store = store
         self.outcomes = [store.outcome(config) for config in runs]
         self.random = [store.outcome(config) for config in random_runs]
-        self._split: Split | None = None
+        self._loaded: tuple[dict[str, Any], Split] | None = None
 
     def analyse(self, bar: Any) -> None:
         for part in self.report.parts:
@@ -246,7 +247,12 @@ class _Analyst:
         finished = [outcome for outcome in self.outcomes if outcome.status == FINISHED]
         networks = [(outcome, self._network(outcome)) for outcome in finished]
         members = [(outcome, network) for outcome, network in networks if network is not None]
-        self._add("capacities", capacities, members, self.statistics_samples)
+        self._add("capacities", self._capacities, members)
+
+    def _capacities(self, members: Sequence[tuple[Outcome, TrainedNetwork]]) -> Capacities:
+        """Each network on images that it was trained on: which those are may depend on its seed."""
+        found = [capacities([member], self._training_samples(member[0].config)) for member in members]
+        return Capacities(tuple(network for one in found for network in one.networks))
 
     def _add(self, name: str, make: Callable[..., Analysis], *arguments: Any) -> None:
         try:
@@ -266,15 +272,21 @@ class _Analyst:
 
     @property
     def split(self) -> Split:
-        """The data of the runs."""
-        if self._split is None:
-            config = self.outcomes[0].config
-            self._split = load_data(config.data, **config.data_options())
-        return self._split
+        """The data of the first run, and of all others of its seed."""
+        return self._split_of(self.outcomes[0].config)
 
     @property
     def statistics_samples(self) -> Samples:
-        train = self.split.train
+        return self._training_samples(self.outcomes[0].config)
+
+    def _split_of(self, config: TrainConfig) -> Split:
+        options = {"name": config.data, **config.data_options()}
+        if self._loaded is None or self._loaded[0] != options:
+            self._loaded = options, load_data(**options)
+        return self._loaded[1]
+
+    def _training_samples(self, config: TrainConfig) -> Samples:
+        train = self._split_of(config).train
         return Samples(train.x[:_STATISTICS_IMAGES], train.y[:_STATISTICS_IMAGES])
 
     def _network(self, outcome: Outcome) -> TrainedNetwork | None:

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from sn_fast.cli import main
 from sn_fast.errors import OptionError
+from sn_fast.experiments.analysis import Capacities
+from sn_fast.experiments.data import load_split
 from sn_fast.experiments.reports import PARTS, html_page, reproduce
 
 from ..reproduction.conftest import OPTIONS, few_digits, tiny
@@ -72,6 +76,23 @@ def test_all_parts_of_a_grid(tmp_path: Path) -> None:
     assert all(image.startswith("data:image/png;base64,") for image in page.images)
     assert not re.search(r"https?://|<script|src=\"(?!data:)", source)  # one file, and nothing runs
     assert "digits: mlp1_elu; FGM" in page.text
+
+
+def test_each_network_of_the_capacities_is_measured_on_its_own_training_images(tmp_path: Path, monkeypatch) -> None:
+    """Images of digits are drawn by the seed: those of another one are mostly test images of this network."""
+    seen = {}
+
+    def measured(members, samples):
+        seen.update({outcome.config.seed: samples.x for outcome, _ in members})
+        return Capacities(())
+
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules["sn_fast.experiments.reports.reproduce"], "capacities", measured)
+    grid = tiny(schemes=("erm",), betas=(1.0,), seeds=(0, 1), options={**OPTIONS, "epochs": 1})
+    reproduce(("bounds",), grid, tmp_path)
+    for seed, images in seen.items():
+        assert torch.equal(images, load_split("digits", OPTIONS["train_size"], seed).train.x)
+    assert set(seen) == {0, 1}
 
 
 def test_exported_numbers_give_the_same_table_and_name_no_machine(tmp_path: Path, capsys) -> None:
