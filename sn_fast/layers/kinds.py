@@ -78,7 +78,20 @@ class LayerKind:
 
     def reshaped(self, weight: Tensor) -> Tensor:
         """The weight as a matrix, rows first, as torch.nn.utils.parametrizations.spectral_norm takes it."""
-        return weight.movedim(self.matrix_dim, 0).flatten(1)
+        return weight.movedim(self.row_dim(weight.shape), 0).flatten(1)
+
+    def row_dim(self, shape: Sequence[int]) -> int:
+        """``matrix_dim``, of a weight of this shape.
+
+        Raises:
+            ValueError: the weight has no such dimension.
+        """
+        if self.matrix_dim >= len(shape):
+            raise ValueError(
+                f"register_layer: matrix_dim={self.matrix_dim} of {self.classes[0].__name__}, whose weight has shape "
+                f"{tuple(shape)}; give one of its dimensions, 0 to {len(shape) - 1}"
+            )
+        return self.matrix_dim
 
 
 _KINDS: dict[type[nn.Module], LayerKind] = {}
@@ -179,7 +192,8 @@ def register_layer(
         ``cls``.
 
     Raises:
-        TypeError: an argument is of another type. ValueError: cls is a layer of PyTorch that has a kind.
+        TypeError: an argument is of another type. ValueError: cls is a layer of PyTorch that has a kind, or a number
+            is negative.
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise TypeError(f"cls={cls!r}: give a subclass of torch.nn.Module")
@@ -193,6 +207,8 @@ def register_layer(
     if isinstance(axes, bool) or not isinstance(axes, int) or axes < 0:
         raise ValueError(f"spatial_axes={spatial_axes!r} must be an integer >= 0")
     rows = matrix_dim if matrix_dim is not None else base.matrix_dim if base is not None else 0
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+        raise ValueError(f"matrix_dim={matrix_dim!r} must be an integer >= 0, a dimension of the weight")
     _KINDS[cls] = LayerKind(
         name or (base.name if base is not None else cls.__name__),
         (cls,),

@@ -23,7 +23,8 @@ from ..ops.power_step import MAX_OPERATORS
 from ..ops.prepared_step import PreparedStep
 from .certify import certified
 from .prepared import Pair, batches_of, note_writes, prepared
-from .state import Snapshot, State, moment
+from .snapshot import Snapshot, moment
+from .state import State
 
 _REPLACED = 2  # csrc/spectral/fingerprint.h: Change
 _MOST = MAX_OPERATORS  # layers of one call

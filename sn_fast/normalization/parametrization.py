@@ -25,10 +25,12 @@ from ..reference.normalize import normalize as normalize_reference
 from ..reference.power import sigma_through_last_iteration
 from . import checkpoint
 from .certify import certify_operand
+from .context import is_exporting, within_functional_call
 from .foreign import normalize_foreign
 from .recompute import note_made
 from .refresh import LOCK, advance, readable, refresh_model, restart, settle_loaded, snapshots, with_ready_weights
-from .state import Snapshot, State, is_current, is_exporting, within_functional_call
+from .snapshot import Snapshot, is_current
+from .state import State
 from .under_way import gathered_beside
 
 

@@ -18,8 +18,10 @@ from ..ops.singular_vectors import POWER_STEPS
 from . import on_device
 from .certify import certified, certify
 from .checkpoint import Loaded, are_unit, belongs, judge
+from .context import is_wrapped
 from .prepared import Pair, batches_of, note_writes, prepared, tensors_of
-from .state import Snapshot, State, is_wrapped, moment
+from .snapshot import Snapshot, moment
+from .state import State
 
 _SMALL = 1 << 16  # elements of a weight that takes less time to normalise than to come back to the code that does it
 

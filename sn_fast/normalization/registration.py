@@ -79,7 +79,7 @@ def register(
         # Raises for a size that the layer cannot take, and for a registered operator that is not the layer's map.
         operator_of(module, size)
     known = kind_of(module)
-    rows = known.matrix_dim if known is not None else 0
+    rows = known.row_dim(weight.shape) if known is not None else 0
     if distributed:
         check_can_be_distributed(module, as_matrix, bool(mapped), options)
     cls = DistributedSpectralNorm if distributed else MappedSpectralNorm if mapped else SpectralNorm

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, stateless
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..layers.linear import chain, conv_operator
 from ..ops.fingerprint import is_hashed, record_of, renew_record, same_content, update_record
-from ..ops.library import stream_of
 from ..ops.records import is_on_host
 from ..reference.geometry import Geometry
 from ..reference.linear_map import compute_dtype
+from .context import is_exporting, is_wrapped, within_functional_call
 from .optimizer_steps import latest
 from .options import Options
+from .snapshot import Kept, Snapshot, identity_of, moment, version_of
 
 # Attributes of a layer from which its geometry follows.
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
@@ -48,27 +48,6 @@ _INITIAL: dict[str, Any] = {
     "_warned": False,
 }
 """Attributes of a state that has not begun."""
-
-
-class Snapshot(NamedTuple):
-    """The state that one forward uses: tensors that nothing writes to any more.
-
-    ``u``, ``v``, ``group`` and ``previous`` are None in a forward without gradients. ``ready`` holds the normalised
-    weight, once, where kernels computed those of a whole model in one launch.
-    """
-
-    sigma: Tensor
-    estimate: Tensor | None
-    u: Tensor | None
-    v: Tensor | None
-    group: Tensor | None
-    previous: Tensor | None
-    moment: tuple[int, ...]  # which weight in which version, and the stream on which the tensors are made
-    ready: list[Tensor]
-
-    def to(self, device: torch.device) -> Snapshot:
-        """The same on another device."""
-        return Snapshot(*(x.to(device) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
 
 class State(nn.Module):
@@ -102,7 +81,7 @@ class State(nn.Module):
     current: Snapshot | None  # of the forward of the whole model that is under way
     freezes: int
     inherits: bool  # another process may have written weight and state, which are as good as loaded ones
-    _kept: _Kept | None
+    _kept: Kept | None
     _settings: tuple[object, ...]
     _vectors: tuple[int, int] | None  # the versions of u and v that an iteration has left
     _seen: tuple[object, ...]  # which tensor in which version the record is of: a hint, no proof
@@ -282,7 +261,7 @@ class State(nn.Module):
     def is_suspect(self, weight: Tensor) -> bool:
         """Whether the host sees another weight: another tensor, or another version though no optimizer took a step."""
         *seen, steps = self._seen or (None, None)
-        now = _identity(weight)
+        now = identity_of(weight)
         return tuple(seen) != now and (tuple(seen[1:]) != now[1:] or (steps is not None and steps is latest()))
 
     def mark(self, weight: Tensor) -> None:
@@ -317,7 +296,7 @@ class State(nn.Module):
         """Note in which version a weight was when its device compared it."""
         # Whether the host will want to know who wrote it.
         asks = not weight.is_meta and (self.sharded or not is_on_host(weight.device))
-        self.__dict__["_seen"] = (*_identity(weight), latest() if asks else None)
+        self.__dict__["_seen"] = (*identity_of(weight), latest() if asks else None)
 
     def note_vectors(self) -> bool:
         """Note in which version u and v are; returns whether it is another one than noted before: written by others."""
@@ -416,61 +395,6 @@ class State(nn.Module):
             copies = [b.clone() if b is not None and n else None for b, n in zip(buffers, needed)]
             sigma, estimate, u, v, group, previous = copies
             assert sigma is not None
-            kept = _Kept(Snapshot(sigma, estimate, u, v, group, previous, now, []), buffers, versions)
+            kept = Kept(Snapshot(sigma, estimate, u, v, group, previous, now, []), buffers, versions)
             self.__dict__["_kept"] = kept
         return kept.snapshot._replace(moment=now, ready=[])
-
-
-class _Kept(NamedTuple):
-    """Copies of the state, and the buffers in the versions that they are of."""
-
-    snapshot: Snapshot
-    buffers: list[Tensor | None]
-    versions: tuple[list[int | None], tuple[int, ...]]
-
-
-def is_exporting() -> bool:
-    """Whether torch.export runs the module's own code, outside Dynamo."""
-    # On torch 2.7 and 2.9 is_exporting() holds inside plain torch.compile as well.
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-
-
-def is_current(snapshot: Snapshot, weight: Tensor) -> bool:
-    """Whether a weight is, as far as its version and place tell, still the snapshot's, and in use on its stream."""
-    return torch.compiler.is_compiling() or snapshot.moment == moment(weight)
-
-
-def moment(weight: Tensor) -> tuple[int, ...]:
-    """Which tensor in which version, where it lies, and the current stream: on another one nothing waits for this."""
-    if torch.compiler.is_compiling():
-        return ()
-    plain = type(weight) in (nn.Parameter, Tensor) and not is_wrapped(weight)
-    place = weight.data_ptr() if plain else 0  # another one after .data = ..., which counts as no write
-    return (version_of(weight), id(weight), place, *stream_of(weight.device))
-
-
-def version_of(weight: Tensor) -> int:
-    """The count of a tensor's writes, where it has one."""
-    return 0 if torch.compiler.is_compiling() or weight.is_inference() else weight._version
-
-
-def _identity(weight: Tensor) -> tuple[object, ...]:
-    return version_of(weight), id(weight), weight.data_ptr(), weight.stride()
-
-
-def is_wrapped(t: Tensor) -> bool:
-    """Whether a tensor is that of a torch.func transform."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(t)
-
-
-_FUNCTIONAL_CALL = stateless._functional_call.__code__
-
-
-def within_functional_call() -> bool:
-    """Whether torch.func.functional_call is under way in this thread; it swaps parameters, so no attribute tells."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _FUNCTIONAL_CALL:
-            return True
-        frame = frame.f_back
-    return False

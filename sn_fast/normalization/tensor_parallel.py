@@ -27,7 +27,7 @@ from ..reference.normalize import divisor
 from .meeting import meet
 from .optimizer_steps import latest
 from .parametrization import SpectralNorm
-from .state import is_current
+from .snapshot import is_current
 
 _SAME, _MOVED, _LOADED, _OTHER = range(4)  # what a process has seen of a weight; the largest of all counts
 _TIGHT = 50  # epsilons that rounding may leave between a state and its weight

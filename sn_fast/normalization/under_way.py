@@ -10,7 +10,8 @@ from torch import nn
 
 from .prepared import Pair
 from .refresh import readable
-from .state import State, is_current
+from .snapshot import is_current
+from .state import State
 
 
 class _Threads(threading.local):

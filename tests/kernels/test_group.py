@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from sn_fast import apply_spectral_norm
 from sn_fast.normalization import refresh
-from sn_fast.normalization.state import Snapshot
+from sn_fast.normalization.snapshot import Snapshot
 
 from ..normalization.models import X, network
 from .whole_models import (

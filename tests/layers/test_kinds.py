@@ -17,6 +17,7 @@ from sn_fast import (
     ConvOperator,
     LinearOperator,
     MatrixOperator,
+    SpectralProjection,
     apply_spectral_norm,
     operator_norm,
     operator_norm_interval,
@@ -273,9 +274,38 @@ def test_arguments_of_register_layer() -> None:
         register_layer(nn.Conv2d, operator=conv)
     with pytest.raises(ValueError, match="spatial_axes=-1"):
         register_layer(PlainConv, operator=conv, spatial_axes=-1)
+    for dim in (-1, True, 1.0, "0"):
+        with pytest.raises(ValueError, match=re.escape(f"matrix_dim={dim!r}")):
+            register_layer(PlainConv, operator=conv, matrix_dim=dim)  # type: ignore[arg-type]
     register_layer(Gain, operator=lambda m, w, _: w)
     with pytest.raises(TypeError, match="operator of Gain returned a"):
         operator_of(Gain(3, 4, 1.0))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 3])
+def test_rows_of_the_reshaped_matrix(dim: int) -> None:
+    register_layer(PlainConv, operator=conv, matrix_dim=dim)
+    layer = PlainConv(3, 4, (2, 5)).double()
+    matrix = layer.weight.detach().movedim(dim, 0).flatten(1)
+    (row,) = inspect_model(layer, (3, 9, 9)).layers
+    assert row.reshaped == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-6)
+    spectral_norm(layer, operator="reshape", mode="scale", tol=1e-9)
+    reshaped = layer.weight.detach().movedim(dim, 0).flatten(1)
+    assert float(torch.linalg.matrix_norm(reshaped, 2)) == pytest.approx(1, rel=1e-6)
+
+
+def test_rows_that_the_weight_does_not_have() -> None:
+    register_layer(PlainConv, operator=conv, matrix_dim=4, default=True)
+    layer, x = PlainConv(3, 4, 3), torch.randn(2, 3, 9, 9)
+    expected = r"matrix_dim=4 of PlainConv, whose weight has shape \(4, 3, 3, 3\); give one of its dimensions, 0 to 3"
+    for call in (
+        lambda: spectral_norm(layer, operator="reshape"),
+        lambda: apply_spectral_norm(nn.Sequential(layer), x, operator="reshape"),
+        lambda: SpectralProjection(nn.Sequential(layer), x, operator="reshape"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            call()
+        assert type(layer) is PlainConv
 
 
 def test_an_operator_that_is_not_the_forwards_map() -> None:

@@ -313,7 +313,7 @@ class SpectralProjection:
                     "of 2 to 5 dimensions"
                 )
             geometry = Geometry() if as_matrix else _geometry(name, module, shape, sizes[name])
-            rows = kind.matrix_dim if kind is not None else 0
+            rows = kind.row_dim(shape) if kind is not None else 0
             member = Projected(name, module, shape, geometry, rows, o.beta, o.cap, clips and _is_matrix(geometry))
             twin = found.setdefault(id(weight), member)
             same_map = twin.geometry == geometry and (twin.rows == member.rows or len(shape) == 2)
