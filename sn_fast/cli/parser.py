@@ -60,3 +60,20 @@ def options_for(parser: argparse.ArgumentParser, **others: str) -> Iterator[None
 def renamed(message: str, names: Mapping[str, Any]) -> str:
     """The message with the arguments that it names in backticks by other names; unknown ones stay."""
     return re.sub(r"`(\w+)`", lambda found: str(names.get(found[1], found[0])), message)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def numbers_in(name: str, text: str, kind: type[float] | type[int]) -> tuple[Any, ...]:
+    """The numbers of a list with commas, which is the argument ``name``.
+
+    Raises:
+        OptionError: something in it is no number.
+    """
+    try:
+        return tuple(kind(part) for part in names_in(text))
+    except ValueError:
+        raise OptionError(name, text, "give numbers, as in 1,2,4") from None

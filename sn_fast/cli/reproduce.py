@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError, UserError
+from ..errors import OptionError
 from ..experiments.reports import PARTS, STORE, html_page, reproduce
 from ..experiments.reproduction import PUBLISHED, Grid, Outcome, Store, describe
 from ..running import notice
 from .output import write
-from .parser import options_for
+from .parser import names_in, numbers_in, options_for
 
 _DESCRIPTION = """\
 Train a grid of networks, with and without spectral normalisation, as the paper's published
@@ -36,6 +36,11 @@ example:
 """
 
 
+# Options that each run has.
+_OF_RUNS = (
+    *("epochs", "train_size", "test_size", "validation_size", "split"),
+    *("steps", "batch_size", "device", "threads"),
+)
 # Options of the grid and of its runs by other names.
 _OPTIONS = {
     "parts": "WHAT",
@@ -77,6 +82,11 @@ def add_command(commands: Any) -> None:
     runs = parser.add_argument_group("runs (the published values unless given; a table of other runs is labelled)")
     runs.add_argument("--epochs", type=int, metavar="N", help="largest number of epochs")
     runs.add_argument("--train-size", type=int, metavar="N", help="number of training images")
+    runs.add_argument("--test-size", type=int, metavar="N", help="number of test images")
+    runs.add_argument("--classes", metavar="NUMBERS", help="only these classes, e.g. 3,5")
+    runs.add_argument(
+        "--split", metavar="{published,all,held_out}", help="images for training, validation and test, see docs/data.md"
+    )
     runs.add_argument("--validation-size", type=int, metavar="N", help="number of images for the choice of beta")
     runs.add_argument("--steps", type=int, metavar="N", help="steps of PGM and WRM")
     runs.add_argument("--batch-size", type=int, metavar="N", help="images per step")
@@ -109,11 +119,9 @@ def _run(options: argparse.Namespace) -> None:
         raise OptionError("jobs", options.jobs, "must be an integer >= 1")
     if options.export is not None and options.export.exists() and not options.export.is_dir():
         raise OptionError("export", options.export, "is a file; give a folder")  # now, not after the runs
-    extra = {
-        name: value
-        for name in ("epochs", "train_size", "validation_size", "steps", "batch_size", "device", "threads")
-        if (value := getattr(options, name)) is not None
-    }
+    extra = {name: value for name in _OF_RUNS if (value := getattr(options, name)) is not None}
+    if options.classes is not None:
+        extra["classes"] = numbers_in("classes", options.classes, int)
     if options.data is not None:
         extra["data_dir"] = options.data
     for name in ("allow_partial", "reference"):
@@ -123,10 +131,10 @@ def _run(options: argparse.Namespace) -> None:
         data=options.set,
         norm=options.norm.lower().removeprefix("l"),
         eps=options.eps,
-        archs=_names(options.arch),
-        schemes=_names(options.scheme),
-        betas=PUBLISHED if options.betas == PUBLISHED else _numbers("betas", options.betas, float),
-        seeds=_numbers("seeds", options.seeds, int),
+        archs=names_in(options.arch),
+        schemes=names_in(options.scheme),
+        betas=PUBLISHED if options.betas == PUBLISHED else numbers_in("betas", options.betas, float),
+        seeds=numbers_in("seeds", options.seeds, int),
         options=extra,
     )
     folder = options.out or Path("reproduction", options.set)
@@ -156,14 +164,3 @@ def _run(options: argparse.Namespace) -> None:
         write(json.dumps(report.document(), allow_nan=False))
     else:
         write(f"{report.text()}\n\nreport, figures and runs: {folder}")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _numbers(name: str, text: str, kind: type[float] | type[int]) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in _names(text))
-    except ValueError:
-        raise UserError(f"argument --{name}: invalid value {text}: give numbers, as in 1,2,4") from None

@@ -9,18 +9,19 @@ from typing import Any
 
 from .. import _interrupts
 from ..errors import UserError
+from ..experiments.data import data_set_names
 from ..experiments.training import Interrupted, TrainConfig, resume, table, train
-from ..experiments.training.defaults import DEFAULTS, DataDefaults
+from ..experiments.training.defaults import DataDefaults, defaults_of
 from ..experiments.training.ranks import ALONE, is_of_torchrun, ranks_of_torchrun
 from .output import write
-from .parser import options_for
+from .parser import numbers_in, options_for
 
 _DESCRIPTION = """\
 Train a network twice on attacked images, without normalisation (beta = inf) and with every
 layer's spectral norm capped at --beta, from equal weights and on equal batches. Compare
 their accuracies on training and test images, clean and under attack. The defaults for
-mnist, cifar10, cifar100 and svhn are those of the paper's published runs; fashion has
-those of mnist.
+mnist, cifar10, cifar100 and svhn are those of the paper's published runs; fashion and
+images (a folder of your own, of one size) have those of mnist.
 """
 _EXAMPLE = """\
 example:
@@ -44,7 +45,8 @@ def add_command(commands: Any) -> None:
     task.add_argument(
         "--data",
         metavar="NAME",
-        help=f"data set: {', '.join(DEFAULTS)} (default: digits, of 8x8 pixels; only the first two need no --data-dir)",
+        help=f"data set: {', '.join(data_set_names())} (default: digits, of 8x8 pixels; only the first two need no "
+        "--data-dir)",
     )
     task.add_argument("--data-dir", metavar="DIR", help="folder of the data set's official files")
     task.add_argument(
@@ -53,6 +55,14 @@ def add_command(commands: Any) -> None:
     task.add_argument(
         "--train-size", type=int, metavar="N", help=f"number of training images ({_by_data('train_size')})"
     )
+    task.add_argument("--test-size", type=int, metavar="N", help="number of test images (default: all)")
+    task.add_argument(
+        "--split",
+        metavar="{published,all,held_out}",
+        help="images for training, validation and test, see docs/data.md (default: published)",
+    )
+    task.add_argument("--classes", metavar="NUMBERS", help="only images of these classes, e.g. 3,5 (default: all)")
+    task.add_argument("--coarse", action="store_true", default=None, help="the 20 coarse classes of cifar100")
     task.add_argument(
         "--random-labels", type=float, metavar="SHARE", help="share of training labels drawn at random (default: 0)"
     )
@@ -105,14 +115,23 @@ def add_command(commands: Any) -> None:
     training.add_argument(
         "--optimizer", metavar="{sgd,adam}", help=f"sgd with momentum 0.9, or adam ({_by_data('optimizer')})"
     )
-    training.add_argument("--lr", type=float, help=f"step size ({_by_data('lr')})")
+    training.add_argument(
+        "--lr",
+        type=float,
+        help=f"step size ({_by_data('lr')}; of another --optimizer than the default: adam 0.001, sgd 0.01)",
+    )
     training.add_argument(
         "--lr-decay",
         metavar="{none,epoch,step}",
         help="factor 0.95^(t/390) on the step size, t in epochs as published, or in steps as was meant "
         f"({_by_data('lr_decay')})",
     )
-    training.add_argument("--weight-decay", type=float, metavar="W", help="factor of the squared weights (default: 0)")
+    training.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="W",
+        help="factor of all squared weights (default: 0, or of some networks the published one)",
+    )
     training.add_argument(
         "--reference",
         action="store_true",
@@ -157,7 +176,7 @@ def add_command(commands: Any) -> None:
 
 def _by_data(name: str) -> str:
     """The defaults of an option: one, or that of each data set."""
-    values = {data: _default(name, default) for data, default in DEFAULTS.items()}
+    values = {data: _default(name, defaults_of(data)) for data in data_set_names()}
     shown = {value: ", ".join(data for data, other in values.items() if other == value) for value in values.values()}
     return "default: " + (next(iter(shown)) if len(shown) == 1 else "; ".join(f"{d} {v}" for v, d in shown.items()))
 
@@ -172,8 +191,8 @@ def _default(name: str, default: DataDefaults) -> str:
 
 
 def _radii() -> str:
-    relative = {data: default.strength.relative for data, default in DEFAULTS.items()}
-    absolute = [f"{data} {DEFAULTS[data].strength.radius['2']:g}" for data, of_norm in relative.items() if not of_norm]
+    strengths = {data: defaults_of(data).strength for data in data_set_names()}
+    absolute = [f"{data} {strength.radius['2']:g}" for data, strength in strengths.items() if not strength.relative]
     return ", ".join(absolute) + ", else 0.05 times the mean norm of the images"
 
 
@@ -181,6 +200,8 @@ def _run(options: argparse.Namespace) -> None:
     chosen = vars(options).copy()
     for name in ("run", "json", "quiet", "out", "resume", "ddp"):
         del chosen[name]
+    if options.classes is not None:
+        chosen["classes"] = numbers_in("classes", options.classes, int)
     if options.ddp and not is_of_torchrun():
         raise UserError("argument --ddp: start with torchrun, e.g. torchrun --nproc-per-node 2 -m sn_fast train --ddp")
     with ranks_of_torchrun(options.device or "auto") if options.ddp else nullcontext(ALONE) as ranks:

@@ -84,10 +84,9 @@ def load_data(
     _check_share(random_labels)
     if coarse and data_set.coarse_classes is None:
         raise OptionError("coarse", coarse, f"{name} has no coarse classes; cifar100 has")
-    relabel = _relabelling(classes, (data_set.coarse_classes if coarse else None) or data_set.num_classes)
-    num_classes = int(relabel.max()) + 1
-
     train, test = _read(data_set, Request(name, _root(data_set, root), allow_partial, coarse, train_size, seed))
+    relabel = _relabelling(classes, _number_of_classes(data_set, coarse, train, test))
+    num_classes = int(relabel.max()) + 1
     held_out = train if split == "held_out" else test
     train_index, validation_index, test_index = _positions(data_set, split, validation_size, len(train), len(test))
     train_index, test_index = (
@@ -120,7 +119,7 @@ def _root(data_set: DataSet, root: str | os.PathLike[str] | None) -> Path:
         return Path()
     if root is None:
         raise UserError(
-            f"argument `root`: is required for {data_set.name}: give the folder of its official files; see docs/data.md"
+            f"argument `root`: is required for {data_set.name}: give the folder of its files; see docs/data.md"
         )
     path = Path(root).expanduser()
     if not path.exists():
@@ -168,8 +167,20 @@ def _positions(
 def _of_classes(name: str, relabel: np.ndarray, images: Images, index: np.ndarray) -> np.ndarray:
     kept = index[relabel[images.labels[index]] >= 0]
     if not len(kept):
-        raise UserError(f"classes: no training or no test image of {name} is of these classes")
+        raise UserError(f"argument `classes`: no training or no test image of {name} is of these classes; give others")
     return kept
+
+
+def _number_of_classes(data_set: DataSet, coarse: bool, train: Images, test: Images) -> int:
+    """As the set says, or as many as the training images have; no label is of another class."""
+    number = (data_set.coarse_classes if coarse else None) or data_set.num_classes or int(train.labels.max()) + 1
+    for labels in (train.labels, test.labels):
+        if not 0 <= labels.min() <= labels.max() < number:
+            raise UserError(
+                f"data set {data_set.name}: its labels are {labels.min()} to {labels.max()}, those of {number} classes "
+                f"are 0 to {number - 1}"
+            )
+    return number
 
 
 def _relabelling(classes: Sequence[int] | None, num_classes: int) -> np.ndarray:

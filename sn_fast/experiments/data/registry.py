@@ -21,6 +21,13 @@ class Images:
     pixels: np.ndarray
     labels: np.ndarray
 
+    def __post_init__(self) -> None:
+        pixels, labels = self.pixels, self.labels
+        if pixels.ndim != 4 or pixels.dtype not in (np.uint8, np.float32):
+            raise ValueError(f"pixels of {pixels.dtype} and shape {pixels.shape}: give uint8 or float32, (N, C, H, W)")
+        if labels.shape != pixels.shape[:1] or labels.dtype != np.int64:
+            raise ValueError(f"labels of {labels.dtype} and shape {labels.shape}: give int64, ({len(pixels)},)")
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -44,7 +51,8 @@ class DataSet:
     name: str
     read: Callable[[Request], tuple[Images, Images]]
     """The training and the test images, in the official order."""
-    num_classes: int = 10
+    num_classes: int | None = 10
+    """None: as many as the training images have."""
     embedded: bool = False
     """It ships inside a Python package and has no official split: ``read`` draws ``train_size`` images by ``seed``."""
     reserved: int = 0
@@ -55,6 +63,8 @@ class DataSet:
     """Options of ``load_data`` with which the published experiments use it."""
     coarse_classes: int | None = None
     """Number of coarse classes, of a set that has those too."""
+    like: str = "mnist"
+    """The set whose defaults of training are this one's, where training has none for it."""
 
 
 _SETS: dict[str, DataSet] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...errors import OptionError, UserError
 
-REBUILT = "a rebuilt or reduced file is accepted with allow_partial=True"
+REBUILT = "a rebuilt or reduced file is accepted with `allow_partial`"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from ..training import TrainConfig
-from ..training.defaults import DEFAULTS
+from ..training.defaults import defaults_of
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,5 @@ def published_row_of(config: TrainConfig) -> PublishedRow | None:
     """The row of what a run trains, whatever its beta; the radius of l2, relative to the images, does not matter."""
     if config.scheme in ("erm", "wrm") or config.norm == "2":
         return published_row(config.data, config.arch, config.scheme)
-    radius = DEFAULTS[config.data].strength.radius[config.norm] if config.eps is None else config.eps
+    radius = defaults_of(config.data).strength.radius[config.norm] if config.eps is None else config.eps
     return published_row(config.data, config.arch, config.scheme, config.norm, radius)

@@ -15,10 +15,12 @@ import torch
 
 from ...errors import OptionError
 from ...running import MOST_THREADS
-from ..data import published_options
+from ..data import data_set_names, published_options
+from ..data.load import SPLITS
 from ..networks import network_names, normalized_layers
 from .adversary import Adversary
-from .defaults import DEFAULTS
+from .defaults import defaults_of
+from .option_types import plain
 
 SCHEMES = ("erm", "fgm", "pgm", "wrm")
 NORMS = ("2", "inf", "1")
@@ -52,8 +54,16 @@ class TrainConfig:
     """Accept files that are not the official ones whole."""
     train_size: int | None = None
     """None: all training images."""
+    test_size: int | None = None
+    """None: all test images."""
     validation_size: int | None = None
     """Number of images for choices between networks. None: as published; 0 of the sets that come with packages."""
+    split: str = "published"
+    """Which images are for training, validation and test; see ``load_data``."""
+    classes: tuple[int, ...] | None = None
+    """Only images of these classes, which become the labels 0, 1, ... in this order. None: all."""
+    coarse: bool = False
+    """The 20 coarse classes of cifar100."""
     random_labels: float = 0.0
     """Share of the training images whose labels are drawn at random."""
     arch: str = "demo"
@@ -119,15 +129,15 @@ class TrainConfig:
         given["norm"] = _named(given.get("norm", cls.norm), _NORM_NAMES)  # 2 and inf may come as numbers
         given["scheme"] = _named(given.get("scheme", cls.scheme), _SCHEME_NAMES)
         data = given.get("data", cls.data)
-        _check_choice("data", data, tuple(DEFAULTS))
-        default = DEFAULTS[data]
+        _check_choice("data", data, data_set_names())
+        default = defaults_of(data)
         given["device"] = _resolved_device(given.get("device", "auto"))
         for name in ("arch", "train_size", "beta", "epochs"):
             given.setdefault(name, getattr(default, name))
         for field in fields(cls):
             if field.name not in given:
                 try:
-                    given[field.name] = default.option(field.name, given["arch"])
+                    given[field.name] = default.option(field.name, given["arch"], given.get("optimizer"))
                 except KeyError:
                     continue
         config = cls(**given)
@@ -139,7 +149,7 @@ class TrainConfig:
         Args:
             mean_norm: mean l2 norm of the training images; not read where the defaults are absolute.
         """
-        strength = DEFAULTS[self.data].strength
+        strength = defaults_of(self.data).strength
         ball, transport = strength.eps_of_ball(self.norm, mean_norm), strength.eps_of_transport(mean_norm)
         own, other = (transport, ball) if self.scheme == "wrm" else (ball, transport)
         return replace(
@@ -149,6 +159,9 @@ class TrainConfig:
         )
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(field.name, str(field.type), getattr(self, field.name)))
+        _check_choice("data", self.data, data_set_names())
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         architectures = ("demo", *network_names())
@@ -158,7 +171,7 @@ class TrainConfig:
         for name in ("eps", "other_eps", "lr"):
             value = getattr(self, name)
             _check(name, value, value is None or 0 < value < math.inf, "must be a finite number > 0")
-        for name in ("train_size", "steps", "epochs", "batch_size"):
+        for name in ("train_size", "test_size", "steps", "epochs", "batch_size"):
             value = getattr(self, name)
             _check(name, value, value is None or value >= 1, "must be an integer >= 1")
             _check(name, value, value is None or value < 2**31, "must be an integer < 2147483648")
@@ -184,8 +197,12 @@ class TrainConfig:
         return {
             "root": self.data_dir,
             "train_size": self.train_size,
+            "test_size": self.test_size,
             "seed": self.seed,
             "validation_size": self.validation_size,
+            "split": self.split,
+            "classes": self.classes,
+            "coarse": self.coarse,
             "random_labels": self.random_labels,
             "allow_partial": self.allow_partial,
             **published_options(self.data),
@@ -248,7 +265,7 @@ class TrainConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
         config = cls(**{**values, "beta": float(values["beta"])})
-        return config if DEFAULTS[config.data].strength.relative else config.with_strength(math.nan)
+        return config if defaults_of(config.data).strength.relative else config.with_strength(math.nan)
 
     def refuse_changes(self, options: Mapping[str, Any]) -> None:
         """Raise OptionError if an option that is not None differs from this configuration."""
@@ -261,7 +278,7 @@ class TrainConfig:
 
 _OF_THE_MACHINE = ("data_dir", "device", "threads", "compile", "tensorboard", "keep_every")
 _CHOICES = {
-    "data": tuple(DEFAULTS),
+    "split": SPLITS,
     "scheme": SCHEMES,
     "norm": NORMS,
     "attack_labels": ATTACK_LABELS,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.registry import find_data_set
+
 
 @dataclass(frozen=True)
 class Strength:
@@ -40,13 +42,23 @@ class DataDefaults:
     by_arch: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of the networks whose names begin so; they go before ``options``."""
 
-    def option(self, name: str, arch: str) -> Any:
-        """The default of an option for a network; KeyError: it does not depend on the data set."""
-        for prefix, options in self.by_arch.items():
-            if arch.startswith(prefix) and name in options:
-                return options[name]
-        return self.options[name]
+    def option(self, name: str, arch: str, optimizer: str | None = None) -> Any:
+        """The default of an option for a network; KeyError: it does not depend on the data set.
 
+        An ``optimizer`` that was chosen in place of the default one has the published step size of its own.
+        """
+        options = {**self.options}
+        for prefix, of_arch in self.by_arch.items():
+            if arch.startswith(prefix):
+                options |= of_arch
+        if optimizer not in (None, options.get("optimizer", "sgd")):
+            options |= _OF_OPTIMIZER.get(optimizer, {})
+        return options[name]
+
+
+_ADAM = {"optimizer": "adam", "lr": 1e-3, "lr_decay": "none"}
+_MOMENTUM = {"optimizer": "sgd", "lr": 0.01, "lr_decay": "epoch"}
+_OF_OPTIMIZER = {"adam": _ADAM, "sgd": _MOMENTUM}
 
 # Farnia, Zhang, Tse (2019), section 5 and the published code: batches of 128 without the short last one, at most 200
 # epochs, Adam for one channel and for the fully connected networks, else momentum 0.9 with a decay that is so slow
@@ -59,8 +71,6 @@ _PUBLISHED = {
     "gradient": "full",
     "evaluation": "published",
 }
-_ADAM = {"optimizer": "adam", "lr": 1e-3, "lr_decay": "none"}
-_MOMENTUM = {"optimizer": "sgd", "lr": 0.01, "lr_decay": "epoch"}
 _COLOUR = DataDefaults(
     "alexnet_sn",
     Strength({"2": 0.05, "inf": 0.1, "1": 5.0}, 0.002, relative=True),
@@ -78,12 +88,16 @@ _GREY = DataDefaults(
     options=_PUBLISHED | _ADAM,
 )
 
-DEFAULTS = {
+_DEFAULTS = {
     "digits": DataDefaults("demo", Strength({"2": 0.8, "inf": 0.15, "1": 4.0}, 0.3), 1.6, 180, 200),
     "mnist5k": DataDefaults("demo", Strength({"2": 1.5, "inf": 0.15, "1": 15.0}, 1.0), 2.0, 40, 500),
     "mnist": _GREY,
-    "fashion": _GREY,  # of which nothing was published: images of the same size, and as many, as MNIST's
     "cifar10": _COLOUR,
     "cifar100": _COLOUR,
     "svhn": _COLOUR,
 }
+
+
+def defaults_of(data: str) -> DataDefaults:
+    """Of a data set by its name: its own defaults, or those of the set that it is like."""
+    return _DEFAULTS.get(data) or defaults_of(find_data_set(data).like)

@@ -310,7 +310,8 @@ class _Run:
             }
             for trainee in self.trainees
         }
-        return {"status": status, "epochs_done": self.epoch, "networks": networks}
+        images = {part: len(samples) for part, samples in self.split.items()}
+        return {"status": status, "epochs_done": self.epoch, "images": images, "networks": networks}
 
     def _evaluate(self, trainee: Trainee, bar: SharedBar) -> dict[str, Any]:
         with _named_divergence(trainee, self.epoch):

@@ -42,16 +42,21 @@ def table(config: TrainConfig, metrics: dict[str, Any]) -> str:
         rows.append(_row("epochs", counts))
     labels = "the true labels" if evaluation_labels(config) == "true" else "the network's own predictions for labels"
     note = f"* trained with. Attacks use {labels}, accuracies the true ones; sigma is that of the layer in use."
-    return "\n".join(line.rstrip() for line in (_title(config), "", *rows, "", note))
+    return "\n".join(line.rstrip() for line in (_title(config, metrics), "", *rows, "", note))
 
 
-def _title(config: TrainConfig) -> str:
+def _title(config: TrainConfig, metrics: dict[str, Any]) -> str:
     steps = f", {config.steps} steps" if config.scheme in ("pgm", "wrm") else ""
-    size = "all" if config.train_size is None else config.train_size
+    asked = "all" if config.train_size is None else config.train_size
+    images = f"{metrics.get('images', {}).get('train', asked)} training images"  # earlier versions counted none
+    if config.classes is not None:
+        images += f" of the classes {', '.join(map(str, config.classes))}"
+    if config.random_labels:
+        images += f", {100 * config.random_labels:g}% of their labels random"
     most = "at most " if config.stop_accuracy else ""
     network = "" if config.arch == "demo" else f"{config.arch}, "
     return (
-        f"{config.data}: {network}{size} training images, {most}{config.epochs} epochs, "
+        f"{config.data}: {network}{images}, {most}{config.epochs} epochs, "
         f"{config.training_adversary}{steps}, seed {config.seed}"
     )
 

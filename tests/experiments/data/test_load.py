@@ -283,7 +283,7 @@ def test_too_few_images(drawn):
     with pytest.raises(UserError, match=r"leaves the first 5000 training images out, and few has 40; choose all"):
         load_data("few")
     assert len(load_data("few", split="all").train) == 40
-    with pytest.raises(UserError, match="classes: no training or no test image of few is of these classes"):
+    with pytest.raises(UserError, match="argument `classes`: no training or no test image of few is of these classes"):
         load_data("few", split="all", classes=(5, 6))
     with pytest.raises(UserError, match=r"data set none: .* holds 0 training and 20 test images"):
         load_data("none")
@@ -306,3 +306,21 @@ def test_names_are_taken_once(drawn):
 def test_the_public_names_do_not_load_the_experiments():
     script = "import sys, sn_fast; sys.exit(any(m.startswith('sn_fast.experiments') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3]).returncode == 0
+
+
+@pytest.mark.parametrize("labels", [(-1, 3), (0, 10)])
+def test_labels_of_no_class_are_refused(drawn, labels):
+    parts = Images(numbered(2, 0), np.array([0, 1])), Images(numbered(2, 0), np.array(labels))
+    register(DataSet("other", lambda request: parts, embedded=True, validation=0))
+    message = f"data set other: its labels are {labels[0]} to {labels[1]}, those of 10 classes are 0 to 9"
+    with pytest.raises(UserError, match=message):
+        load_data("other")
+
+
+def test_a_reader_that_returns_something_else_is_told_what_to_return():
+    with pytest.raises(ValueError, match="pixels of int64 and shape"):  # 0 to 255 would be taken for 0 to 1
+        Images(numbered(2, 0).astype(np.int64), np.arange(2))
+    with pytest.raises(ValueError, match=r"labels of int64 and shape \(3,\): give int64, \(2,\)"):
+        Images(numbered(2, 0), np.arange(3))
+    with pytest.raises(ValueError, match="labels of float64"):
+        Images(numbered(2, 0), np.arange(2.0))

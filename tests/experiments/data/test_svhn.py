@@ -78,7 +78,7 @@ def test_other_contents(tmp_path, written, change, pattern):
     path = tmp_path / NAMES[1]
     scipy.io.savemat(path, {**written[NAMES[1]], **change})
     refused(tmp_path, re.escape(str(path)) + f" .*{pattern}", allow_partial=True)
-    refused(tmp_path, f"{NAMES[1]} is not the official file: .*allow_partial=True")
+    refused(tmp_path, f"{NAMES[1]} is not the official file: .*`allow_partial`")
 
 
 def test_a_file_without_images(tmp_path, written):

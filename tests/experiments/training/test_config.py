@@ -5,7 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from sn_fast.experiments import load_data
+from sn_fast.experiments.data import data_set_names, registry
 from sn_fast.experiments.training import TrainConfig, UserError, train
 
 from ..data.written import idx
@@ -23,7 +26,7 @@ def test_every_combination_has_defaults_that_pass_the_checks(data, scheme, norm)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"data": "cifar"}, "data='cifar': choose digits, mnist5k, mnist, fashion, cifar10, cifar100 or svhn"),
+        ({"data": "cifar"}, "data='cifar': choose digits, mnist5k, cifar10, cifar100, fashion, images, mnist or svhn"),
         ({"scheme": "pgx"}, "scheme='pgx': choose erm, fgm, pgm or wrm"),
         ({"norm": "3"}, "norm='3': choose 2, inf or 1"),
         ({"attack_labels": "false"}, "attack_labels='false': choose true or predicted"),
@@ -48,6 +51,18 @@ def test_every_combination_has_defaults_that_pass_the_checks(data, scheme, norm)
         ({"train_size": 0}, "train_size=0: must be an integer >= 1"),
         ({"threads": 0}, "threads=0: must be an integer from 1 to"),
         ({"seed": -1}, "seed=-1: must be an integer from 0 to"),
+        ({"epochs": 1.5}, "epochs=1.5: must be an integer"),
+        ({"epochs": True}, "epochs=True: must be an integer"),
+        ({"batch_size": "50"}, "batch_size='50': must be an integer"),
+        ({"beta": "2"}, "beta='2': must be a number"),
+        ({"lr": True}, "lr=True: must be a number"),
+        ({"drop_last": "no"}, "drop_last='no': must be True or False"),
+        ({"arch": 5}, "arch=5: must be a text"),
+        ({"data_dir": 5}, "data_dir=5: must be a text"),
+        ({"classes": "35"}, "classes='35': must be integers"),
+        ({"classes": (0.5, 1)}, "classes=(0.5, 1): must be integers"),
+        ({"classes": 3}, "classes=3: must be integers"),
+        ({"split": "half"}, "split='half': choose published, all or held_out"),
         ({"device": "tpu"}, "device='tpu': choose auto, cpu or cuda"),
     ],
 )
@@ -156,3 +171,51 @@ def test_fashion_has_the_defaults_of_mnist(tmp_path):
     assert result.metrics["status"] == "finished"
     norms = np.linalg.norm(images[5_000:].reshape(300, -1) / 255, axis=1)
     assert result.config.eps == pytest.approx(0.05 * norms.mean(), rel=1e-5)
+
+
+def test_a_number_is_one_option_whatever_kind_of_number_it_is(tmp_path):
+    kinds = {"beta": 2, "lr": np.float32(0.5), "epochs": np.int64(3), "seed": np.uint8(7), "classes": [np.int32(1), 3]}
+    config = TrainConfig.create(**kinds, data_dir=tmp_path)
+    plain = TrainConfig.create(beta=2.0, lr=0.5, epochs=3, seed=7, classes=(1, 3), data_dir=str(tmp_path))
+    assert config == plain
+    assert config.key() == plain.key()
+    assert json.dumps(config.to_json()) == json.dumps(plain.to_json())
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_an_optimizer_that_is_chosen_has_its_own_published_step_size():
+    def sizes(**options):
+        config = TrainConfig.create(**options)
+        return config.lr, config.lr_decay
+
+    assert sizes(data="cifar10", optimizer="adam") == sizes(data="mnist") == (1e-3, "none")
+    assert sizes(data="mnist", optimizer="sgd") == sizes(data="cifar10", optimizer="sgd") == (0.01, "epoch")
+    assert sizes(data="cifar10", arch="mlp1_elu_sn", optimizer="sgd") == (0.01, "epoch")
+    assert sizes(optimizer="sgd") == (0.05, "none")
+    assert sizes(optimizer="adam", lr=0.2) == (0.2, "none")
+
+
+def test_the_samples_of_a_run_are_those_that_its_options_name():
+    config = TrainConfig.create(train_size=200, test_size=90, validation_size=50, classes=(7, 3), seed=5)
+    split = load_data(config.data, **config.data_options())
+    assert (len(split.validation) < 50, len(split.test), split.num_classes) == (True, 90, 2)
+    everything = load_data("digits", train_size=200, seed=5).train
+    kept = torch.stack([x for x, y in zip(everything.x, everything.y) if y in (7, 3)])
+    assert torch.equal(split.train.x, kept)
+    assert split.train.y.tolist() == [{7: 0, 3: 1}[y] for y in everything.y.tolist() if y in (7, 3)]
+    assert config.key() != TrainConfig.create(train_size=200, test_size=90, validation_size=50, seed=5).key()
+
+
+def test_a_new_data_set_needs_nothing_but_its_reader(monkeypatch, tmp_path):
+    data_set_names()
+    monkeypatch.setattr(registry, "_SETS", dict(registry._SETS))
+    rng = np.random.default_rng(0)
+
+    def images(count):
+        return registry.Images(rng.integers(0, 256, (count, 3, 6, 6), np.uint8), np.arange(count) % 4)
+
+    registry.register(registry.DataSet("own", lambda request: (images(40), images(30)), num_classes=4, validation=9))
+    options = {"data": "own", "data_dir": tmp_path, "epochs": 1, "batch_size": 20, "single": True, "device": "cpu"}
+    result = train(TrainConfig.create(**options), tmp_path / "run")
+    assert result.config.arch == "mlp1_relu_sn"
+    assert set(result.metrics["networks"]["beta=4"]["final"]["accuracy"]) == {"train", "validation", "test", "gap"}

@@ -239,6 +239,16 @@ def test_a_run_has_its_own_number_of_threads_and_the_caller_gets_his_back(tiny_r
         torch.set_num_threads(before)
 
 
+def test_the_title_of_the_table_says_what_the_images_were(tiny_run):
+    result = tiny_run(classes=(3, 5, 8), random_labels=0.25, epochs=1, single=True, evaluation="published")
+    images = result.metrics["images"]["train"]
+    assert images < 60  # of the embedded sets the classes are chosen among the images drawn
+    title = table(result.config, result.metrics).splitlines()[0]
+    assert title.startswith(f"digits: {images} training images of the classes 3, 5, 8, 25% of their labels random, 1 ")
+    del result.metrics["images"]
+    assert table(result.config, result.metrics).startswith("digits: 60 training images of")
+
+
 def test_the_table_shows_what_the_metrics_hold(tiny_run):
     result = tiny_run(beta=1.25)
     text = table(result.config, result.metrics)

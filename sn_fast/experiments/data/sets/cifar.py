@@ -49,7 +49,7 @@ class Cifar:
         if absent and not request.allow_partial:
             raise UserError(
                 f"data set {self.origin.name}: {place} lacks {', '.join(absent)}; add the official files from "
-                f"{self.origin.source}, or take the batches that are there with allow_partial=True"
+                f"{self.origin.source}, or take the batches that are there with `allow_partial`"
             )
         for part in (self.train, self.test):
             if not any(name in found for name in part):
