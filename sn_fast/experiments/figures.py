@@ -207,7 +207,7 @@ def logarithmic(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, also on one of less than a decade: 0.5 and not 5 x 10^-1."""
     formatter: Any = require("matplotlib.ticker").LogFormatter
 
-    class Plain(formatter):  # type: ignore[misc]
+    class Plain(formatter):
         def __call__(self, value: float, place: int | None = None) -> str:
             return f"{value:g}" if super().__call__(value, place) else ""  # labels as many ticks as have room
 

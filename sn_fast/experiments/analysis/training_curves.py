@@ -218,7 +218,7 @@ def _label(curve: Curve) -> str:
     return f"{curve.name} ({DIVERGED})" if curve.state.startswith(DIVERGED) else curve.name
 
 
-def _looks(curves: Sequence[Curve]) -> list[dict[str, str]]:
+def _looks(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """Seeds of one kind of run have its colour and markers of their own, else each run has both."""
     parts = [_SEED.search(curve.name) for curve in curves]
     kinds = {name: i for i, name in enumerate(dict.fromkeys(_SEED.sub("", curve.name) for curve in curves))}
