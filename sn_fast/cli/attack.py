@@ -16,7 +16,7 @@ from ..experiments.data import Samples, data_set_names, load_data
 from ..experiments.reports.attack import AttackReport, attack_network
 from ..experiments.training import TrainConfig
 from ..experiments.training.adversary import Adversary
-from ..experiments.training.config import json_number
+from ..experiments.training.config import SCHEMES, json_number
 from ..files import replace_file
 from ..inspection.plot import TITLE_OF_ATTACKS, check_plot
 from ..running import memory_limited, torch_threads
@@ -143,6 +143,8 @@ def _attacks(options: argparse.Namespace, model: Model) -> list[Adversary]:
     run = None if model.run is None else model.run.config
     found = []
     for scheme in (name.strip() for name in options.attack.split(",")):
+        if scheme.lower() not in (*SCHEMES[1:], "pgd"):  # the first attacks nothing
+            raise OptionError("attack", scheme, "choose fgm, pgm or wrm")
         base = run or TrainConfig.create(data="digits")
         norm = options.norm or base.norm
         steps = options.steps or base.steps
@@ -153,9 +155,6 @@ def _attacks(options: argparse.Namespace, model: Model) -> list[Adversary]:
         else:
             raise UserError("argument --eps: is required for this MODEL: give strengths, e.g. 0.5,1")
         found += [TrainConfig.create(scheme=scheme, norm=norm, steps=steps, eps=eps) for eps in strengths]
-    for config in found:
-        if config.scheme == "erm":
-            raise OptionError("attack", "erm", "choose fgm, pgm or wrm")
     return [config.adversary(config.scheme) for config in found]
 
 

@@ -13,6 +13,7 @@ from ..errors import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
@@ -100,15 +101,20 @@ def colour(index: int) -> str:
 
 
 def marker(index: int) -> str:
-    return MARKERS[index % len(MARKERS)]
+    return MARKERS[_shifted(index)]
 
 
 def line(index: int) -> Any:
-    return LINES[index % len(LINES)]
+    return LINES[_shifted(index)]
 
 
 def hatch(index: int) -> str:
-    return HATCHES[index % len(HATCHES)]
+    return HATCHES[_shifted(index)]
+
+
+def _shifted(index: int) -> int:
+    """The eighth series has the first colour again, but not the first marker, line or hatch."""
+    return (index + index // len(COLOURS)) % len(COLOURS)
 
 
 def name_parts(axes: Axes) -> None:
@@ -195,6 +201,18 @@ def percent(values: Iterable[float | None]) -> list[float]:
 def accuracy_axis(axes: Axes, label: str = "accuracy (%)") -> None:
     """All of 0 to 100 %, with room for markers."""
     axes.set(ylim=(-2, 102), ylabel=label)
+
+
+def logarithmic(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis, also on one of less than a decade: 0.5 and not 5 x 10^-1."""
+    formatter: Any = require("matplotlib.ticker").LogFormatter
+
+    class Plain(formatter):
+        def __call__(self, value: float, place: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, place) else ""  # labels as many ticks as have room
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def number_ticks(axes: Axes, values: Sequence[int]) -> None:

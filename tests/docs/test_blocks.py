@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from sn_fast.experiments.data import data_set_names
+from sn_fast.experiments.data import registry as data_registry
+from sn_fast.experiments.networks import network_names
+from sn_fast.experiments.networks import registry as network_registry
+from sn_fast.layers import kinds
+
 from .pages import DATA, PAGES, ROOT, Program, all_programs, blocks_of, name_of
 
 PROGRAMS = [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.slow else []) for p in all_programs()]
@@ -22,6 +28,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(empty)
+    data_set_names(), network_names()  # which fill their registries
+    for module, name in ((kinds, "_KINDS"), (data_registry, "_SETS"), (network_registry, "_ARCHITECTURES")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
     return empty
 
 

@@ -22,6 +22,7 @@ From networks ({panel: {name: network}}, as ``by_defence`` makes of ``trained_ne
 - ``capacities``: the theory's capacities beside the measured generalisation gaps (of outcomes with their networks).
 """
 
+from .betas import BetaResult
 from .capacities import Capacities, NetworkCapacity, capacities
 from .distributions import Distribution, Distributions, Panel
 from .perturbed_images import AttackedImage, PerturbedImages, perturbed_images
@@ -29,7 +30,7 @@ from .results import Analysis, Table, write_analysis
 from .robustness import RobustnessCurve, RobustnessCurves, by_defence, robustness_curves
 from .sample_sizes import SampleSizeSweep, SizePoint, sample_size_sweep
 from .sample_statistics import gradient_norm_distributions, margin_distributions, norm_gain_distributions
-from .table import AccuracyTable, BetaResult, TableRow, accuracy_table
+from .table import AccuracyTable, TableRow, accuracy_table
 from .trained_norms import NetworkNorms, TrainedNorms, network_norms, trained_norms
 from .training_curves import Curve, RandomLabelFitting, TrainingCurves, random_label_fitting, training_curves
 

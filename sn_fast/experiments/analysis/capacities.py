@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ...errors import OptionError, require
 from ...theory import capacity, gradient_norms, margins
@@ -33,7 +35,7 @@ class NetworkCapacity:
         gap: accuracy on training images less that on test images, under the attack trained with.
         margin: median of the positive margins on training images under that attack; nan if there is none.
         kappa: the quantile ``KAPPA_QUANTILE`` of ||d loss / d x||_2 on training images; None for ERM and WRM.
-        log10_capacity: log10 Phi; infinite where the theorem's condition fails.
+        log10_capacity: log10 Phi; infinite where the theorem's condition fails (kappa = 0, or L >= lam).
         log10_complexity: log10(Phi / margin^2), what the theorem compares networks by at one sample size; None
             without a margin.
         notes: of the capacity, and why it is infinite.
@@ -117,7 +119,7 @@ class Capacities(Analysis):
             missing = f", {left_out} infinite" if left_out else ""
             axis.set(
                 title=f"{scheme.upper()}{rank}{missing}",
-                xlabel="log₁₀ Φ / margin²",
+                xlabel="log₁₀(Φ / margin²)",
                 ylabel="accuracy gap, training − test (%)",
             )
         figures.titled(figure, "Capacity of trained networks against their measured gaps")
@@ -125,7 +127,9 @@ class Capacities(Analysis):
         return figure
 
 
-def capacities(members: Iterable[tuple[Outcome, TrainedNetwork]], samples: Samples) -> Capacities:
+def capacities(
+    members: Iterable[tuple[Outcome, TrainedNetwork]], samples: Samples | Callable[[Outcome], Samples]
+) -> Capacities:
     """Phi of ERM, FGM, PGM or WRM (``sn_fast.theory.capacity``) of networks, each under the scheme it was trained with.
 
     The theorem's kappa, the least gradient norm, is 0 in practice; a small quantile stands for it. Networks whose
@@ -134,19 +138,22 @@ def capacities(members: Iterable[tuple[Outcome, TrainedNetwork]], samples: Sampl
 
     Args:
         members: finished runs and their networks.
-        samples: training images, with the labels trained on, for margins and gradient norms.
+        samples: training images, with the labels trained on, for margins and gradient norms; of runs that were not
+            trained on the same images (seeds draw subsets, and random labels) a function that gives those of a run.
 
     Raises:
         OptionError: there is no network, or no image.
     """
-    check_samples(samples)
-    found = tuple(_measured(outcome, network, samples) for outcome, network in members)
+    found = tuple(
+        _measured(outcome, network, samples(outcome) if callable(samples) else samples) for outcome, network in members
+    )
     if not found:
         raise OptionError("members", "0 networks", "compute the runs first")
     return Capacities(found)
 
 
 def _measured(outcome: Outcome, network: TrainedNetwork, samples: Samples) -> NetworkCapacity:
+    check_samples(samples)
     config, model = network.config, network.model
     adversary = config.training_adversary
     logits = attacked(model, samples, adversary, labels=config.attack_labels).logits
@@ -155,19 +162,13 @@ def _measured(outcome: Outcome, network: TrainedNetwork, samples: Samples) -> Ne
     strength: dict[str, Any] = {}
     kappa = None
     if config.scheme in ("fgm", "pgm"):
-        kappa = max(float(gradient_norms(model, samples.x, samples.y).double().quantile(KAPPA_QUANTILE)), 1e-300)
+        kappa = float(gradient_norms(model, samples.x, samples.y).double().quantile(KAPPA_QUANTILE))
         strength = {"eps": adversary.eps, "kappa": kappa}
     elif config.scheme == "wrm":
         strength = {"lam": 1 / adversary.eps}  # eps = 1 / (2 gamma), and lam = 2 gamma
     if config.scheme == "pgm":
         strength |= {"alpha": 2 * adversary.eps / adversary.steps, "steps": adversary.steps}
-    log10_capacity, terms, notes = math.inf, {}, ""
-    try:
-        phi = capacity(model, config.scheme, example_input=samples.x[:1], assume_smooth=True, **strength)
-        log10_capacity, terms = phi.log_total / math.log(10), phi.terms
-        notes = "; ".join((*phi.notes, *((phi.reason,) if phi.reason else ())))
-    except ValueError as error:
-        notes = str(error)
+    log10_capacity, terms, notes = _capacity(model, config.scheme, samples, strength)
     return NetworkCapacity(
         data=config.data,
         training_images=config.train_size,
@@ -186,6 +187,19 @@ def _measured(outcome: Outcome, network: TrainedNetwork, samples: Samples) -> Ne
         attack_factor=terms.get("attack_factor", math.inf),
         notes=notes,
     )
+
+
+def _capacity(
+    model: nn.Module, scheme: str, samples: Samples, strength: Mapping[str, Any]
+) -> tuple[float, Mapping[str, Any], str]:
+    """log10 Phi, its terms, and notes; infinite, none, and the reason where there is no such number."""
+    if strength.get("kappa") == 0:
+        return math.inf, {}, f"kappa is 0: {KAPPA_QUANTILE:.0%} of the gradients vanish; the theorem needs kappa > 0"
+    try:
+        phi = capacity(model, scheme, example_input=samples.x[:1], assume_smooth=True, **strength)
+    except ValueError as error:
+        return math.inf, {}, str(error)
+    return phi.log_total / math.log(10), phi.terms, "; ".join((*phi.notes, *((phi.reason,) if phi.reason else ())))
 
 
 def _is_shown(network: NetworkCapacity) -> bool:

@@ -187,3 +187,5 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[str, int]) -> None:
     axes.set(xlabel=f"{panel.xlabel}{in_units}", ylabel="share of images per bin (%)")
     if panel.scale == "log":
         axes.set_xscale("log")
+    elif not panel.note:
+        axes.locator_params(axis="x", nbins=6)  # numbers with many digits meet otherwise

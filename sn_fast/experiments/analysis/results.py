@@ -61,6 +61,10 @@ class Analysis(ABC):
         """The tables of the result by the suffix of their file; that of ``rows`` has none."""
         return {"": Table(self.columns, self.rows())}
 
+    def notes(self) -> list[str]:
+        """What a reader of the numbers must know, each a sentence for a report."""
+        return []
+
     def csv(self) -> str:
         """``rows`` as a CSV file with a header."""
         return self.tables()[""].csv()

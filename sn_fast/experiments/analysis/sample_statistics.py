@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -19,8 +19,9 @@ from .results import check_networks, check_samples
 _CLEAN = Adversary("erm", "2", 0.0, 1)
 _BATCH_SIZE = 250
 MODES = (0, 1, 2)
+_APART = 20.0  # ratio of the widest distribution to the narrowest from which each has a panel of its own
 _MODE_NAMES = {0: "margins", 1: "normalised margins, mode 1", 2: "normalised margins, mode 2"}
-_FACTORS = {1: "∏σ", 2: "∏σ (1 + ε/κ L)"}
+_FACTORS = {1: "∏σ", 2: "∏σ (1 + L)"}  # eps/kappa = 1, as published
 _PUBLISHED_FACTORS = {1: "∏σ", 2: "∏σ (1 + Σ∏σ)"}
 _CORRECTION = " √Σ(‖W‖F/σ)²"
 
@@ -29,7 +30,7 @@ def margin_distributions(
     networks: Mapping[str, Mapping[str, tuple[nn.Module, Samples]]],
     adversary: Adversary | Mapping[str, Adversary] | None = None,
     *,
-    modes: Sequence[int] = (0, 1),
+    modes: Sequence[int] | Mapping[str, Sequence[int]] = (0, 1),
     extra_correction: bool = True,
     reference: bool = False,
     labels: str = "predicted",
@@ -42,20 +43,26 @@ def margin_distributions(
     Args:
         networks: {panel: {name: (network, samples)}}.
         adversary: margins are taken on images that it has moved; one for all, or {panel: adversary}. None: clean.
-        modes: of ``sn_fast.theory.normalized_margins``: 0 (the margin itself), 1, 2.
+        modes: of ``sn_fast.theory.normalized_margins``: 0 (the margin itself), 1, 2 (with eps/kappa = 1); one choice
+            for all, or {panel: modes}.
         extra_correction, reference: as there, for the modes 1 and 2.
         labels: what the attack moves away from, "predicted" or "true" labels.
 
     Returns:
-        A panel for each of ``networks`` and modes. Networks that the theorems do not cover (AlexNet's normalisation of
+        A panel for each of ``networks`` and modes; of normalised margins one for each network where their widths differ
+        by more than a factor of 20. Networks that the theorems do not cover (AlexNet's normalisation of
         responses, branches) have a note there instead of normalised margins; with ``reference`` they have both.
 
     Raises:
         OptionError: an argument is empty or out of range. UserError: a network's logits are not finite.
     """
     check_networks(networks)
-    if not modes or (unknown := set(modes) - set(MODES)):
-        raise OptionError("modes", unknown if modes else modes, "choose of 0, 1, 2")
+    of_panel = modes if isinstance(modes, Mapping) else dict.fromkeys(networks, modes)
+    if missing := [panel for panel in networks if panel not in of_panel]:
+        raise OptionError("modes", list(of_panel), f"there are none for {missing[0]!r}")
+    for chosen in of_panel.values():
+        if not chosen or (unknown := set(chosen) - set(MODES)):
+            raise OptionError("modes", unknown if chosen else chosen, "choose of 0, 1, 2")
     if labels not in ATTACK_LABELS:
         raise OptionError("labels", labels, f"choose {' or '.join(ATTACK_LABELS)}")
     adversaries = adversary if isinstance(adversary, Mapping) else dict.fromkeys(networks, adversary or _CLEAN)
@@ -64,11 +71,13 @@ def margin_distributions(
     panels = []
     for group, members in networks.items():
         raw = {name: _margins(f"{group}, {name}", *m, adversaries[group], labels) for name, m in members.items()}
-        for mode in modes:
-            panels.append(_margin_panel(group, mode, members, raw, extra_correction, reference))
+        for mode in of_panel[group]:
+            panels += _margin_panels(group, mode, members, raw, extra_correction, reference)
     kinds = {str(adversaries[group]) for group in networks}
     where = f" ({kinds.pop()})" if len(kinds) == 1 else ""
-    return Distributions(f"Margins of the true class{where}", tuple(panels), len(modes) if len(networks) > 1 else None)
+    regular = len(panels) == sum(len(of_panel[group]) for group in networks)
+    row_length = max(map(len, of_panel.values())) if len(networks) > 1 and regular else None
+    return Distributions(f"Margins of the true class{where}", tuple(panels), row_length)
 
 
 def _margins(name: str, model: nn.Module, samples: Samples, adversary: Adversary, labels: str) -> Tensor:
@@ -79,17 +88,18 @@ def _margins(name: str, model: nn.Module, samples: Samples, adversary: Adversary
         raise UserError(f"networks: {name}: {error}; leave the network out") from None
 
 
-def _margin_panel(
+def _margin_panels(
     group: str,
     mode: int,
     members: Mapping[str, tuple[nn.Module, Samples]],
     raw: Mapping[str, Tensor],
     extra_correction: bool,
     reference: bool,
-) -> Panel:
+) -> list[Panel]:
+    """One; or one for each network where common bins would hide the narrower distributions."""
     title = f"{group}: {_MODE_NAMES[mode]}"
     if mode == 0:
-        return panel_of(title, "margin (logits)", raw)
+        return [panel_of(title, "margin (logits)", raw)]
     factor = (_PUBLISHED_FACTORS if reference else _FACTORS)[mode]
     xlabel = f"margin / [{factor}{_CORRECTION if extra_correction else ''}]"
     try:
@@ -105,8 +115,16 @@ def _margin_panel(
             for name, (model, samples) in members.items()
         }
     except OutsideSetting as error:
-        return Panel(title, xlabel, "linear", (), note=f"{error}; reference=True takes the published norms")
-    return panel_of(title, xlabel, values)
+        return [Panel(title, xlabel, "linear", (), note=f"{error}; reference=True takes the published norms")]
+    if not _far_apart(values.values()):
+        return [panel_of(title, xlabel, values)]
+    return [panel_of(f"{group}, {name}: {_MODE_NAMES[mode]}", xlabel, {name: v}) for name, v in values.items()]
+
+
+def _far_apart(values: Iterable[Tensor]) -> bool:
+    """Whether some distribution is so much narrower than another that it would be one bin."""
+    widths = [float(v.double().quantile(0.95) - v.double().quantile(0.05)) for v in values]
+    return min(widths) * _APART < max(widths)
 
 
 def gradient_norm_distributions(

@@ -12,43 +12,13 @@ from .. import figures
 from ..reproduction import Outcome, PublishedRow, published_row_of
 from ..reproduction.grid import FINISHED
 from ..training import TrainConfig
+from .betas import PARTS, BetaResult, beta_result, chosen_beta, why_no_choice
 from .results import Analysis, Row, Table, mean, spread
-from .runs import distinct_runs, grouped, published_order, state, unlike
+from .runs import distinct_runs, grouped, published_order, unlike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-PARTS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class BetaResult:
-    """The runs of one beta.
-
-    Attributes:
-        accuracy: {part: {seed: accuracy}}, in [0, 1], under the attack trained with, of the runs that finished.
-        unfinished: {seed: what became of the run}, of the others.
-    """
-
-    beta: float
-    accuracy: dict[str, dict[int, float]]
-    unfinished: dict[int, str]
-
-    @property
-    def seeds(self) -> set[int]:
-        """Of the runs that finished."""
-        return set(self.accuracy["test"])
-
-    def values(self, part: str) -> list[float]:
-        """Accuracies of the finished runs, or "gap": training less test."""
-        if part == "gap":
-            return [self.accuracy["train"][seed] - self.accuracy["test"][seed] for seed in self.accuracy["test"]]
-        return list(self.accuracy[part].values())
-
-    def mean(self, part: str) -> float | None:
-        """Over the finished runs; None if there is none."""
-        return mean(self.values(part))
 
 
 @dataclass(frozen=True)
@@ -83,9 +53,27 @@ class TableRow:
         return self.of(self.best)
 
     @property
+    def shown(self) -> tuple[BetaResult, ...]:
+        """The runs of the best beta; of every finite one where none is chosen."""
+        if self.best is not None:
+            return tuple(result for result in self.results if result.beta == self.best)
+        return tuple(result for result in self.results if math.isfinite(result.beta))
+
+    @property
+    def shown_caps(self) -> tuple[float, ...]:
+        """The finite beta that validation chooses; every one with a finished run where there is no choice."""
+        capped = [result for result in self.results if math.isfinite(result.beta) and result.seeds]
+        best = chosen_beta(capped)
+        return tuple(result.beta for result in capped) if best is None else (best,)
+
+    @property
     def gains(self) -> list[float]:
         """What the best beta adds to the test accuracy, for each seed that both have."""
-        plain, capped = self.plain, self.capped
+        return self.gains_of(self.capped)
+
+    def gains_of(self, capped: BetaResult | None) -> list[float]:
+        """The same of any beta."""
+        plain = self.plain
         if plain is None or capped is None:
             return []
         pairs = [(capped.accuracy["test"][s], plain.accuracy["test"][s]) for s in sorted(plain.seeds & capped.seeds)]
@@ -115,7 +103,7 @@ class TableRow:
             for what, seeds in _by_fate(result.unfinished).items()
         ]
         if self.best is None:
-            found.append(_why_no_choice(self.results))
+            found.append(why_no_choice(self.results))
         if self.published is not None and self.unlike_published:
             found.append(f"not compared with the published row: {', '.join(self.unlike_published)}")
         return found
@@ -155,32 +143,28 @@ class AccuracyTable(Analysis):
         return {**super().tables(), "betas": Table(_RUN_COLUMNS, [run for row in self.table for run in _runs(row)])}
 
     def text(self) -> str:
-        """For a terminal: one line per combination in %, notes below."""
-        rows = [
-            (
-                row.label(),
-                *(_percent_text(row.plain, part) for part in ("train", "test", "gap")),
-                "-" if row.best is None else f"{row.best:g}",
-                *(_percent_text(row.capped, part) for part in ("train", "test", "gap")),
-                _signed(mean(row.gains)),
-                *_published_text(row),
-            )
-            for row in self.table
-        ]
+        """For a terminal: one line per combination in %, or one per beta where none is chosen; notes below."""
+        rows = [line for row in self.table for line in _lines(row)]
         columns = ("accuracy (%)", "no SN: train", "test", "gap", "best β", "train", "test", "gap", "gain")
         published = ("published: no SN", "best β", "test", "gain", "difference: no SN", "best β", "gain")
-        notes = [f"{row.label()}: {note}" for row in self.table for note in row.notes]
-        return "\n".join([Table(columns + published, list(rows)).text(), *notes])
+        return "\n".join([Table(columns + published, rows).text(), *self.notes()])
+
+    def notes(self) -> list[str]:
+        """Those of the rows, each with the row's label."""
+        return [f"{row.label()}: {note}" for row in self.table for note in row.notes]
 
     def _draw(self) -> Figure:
         figure = figures.new_figure(7.6, 1.9 + 0.42 * len(self.table))
         axes = figure.subplots()
+        unchosen = {result.beta for row in self.table if row.best is None for result in row.shown if result.seeds}
+        looks = {beta: i for i, beta in enumerate(sorted(unchosen), 2)}  # 0 and 1: no SN, and the best
         for y, row in enumerate(self.table):
-            _draw_row(axes, y, row)
+            _draw_row(axes, y, row, looks)
         axes.set_yticks(range(len(self.table)), [_tick(row) for row in self.table])
         axes.set(ylim=(len(self.table) - 0.4, -0.6), xlabel="test accuracy under the attack trained with (%)")
         axes.grid(axis="y", visible=False)
-        figures.titled(figure, "Test accuracy without SN and with the best β by validation")
+        every = " (every β where there is no choice)" if unchosen else ""
+        figures.titled(figure, f"Test accuracy without SN and with the best β by validation{every}")
         figures.legend_below(figure, [axes])
         return figure
 
@@ -191,6 +175,7 @@ def accuracy_table(outcomes: Iterable[Outcome], *, betas: Sequence[float] | None
     Runs that differ in nothing but beta and seed make one row. A beta's accuracy is the mean over its finished runs;
     those that diverged, failed or are missing are named in the notes. Betas are compared on the seeds that each beta
     with a finished run has; of equal accuracies the later in ``betas`` is chosen, and inf is a candidate, as published.
+    Without validation images nothing is chosen, the test images choose nothing: every beta is shown, with a note.
 
     Args:
         outcomes: of ``Store.outcomes``; their order does not matter, that of the first of each row is kept.
@@ -208,32 +193,10 @@ def _table_row(runs: list[Outcome], order: Sequence[float] | None) -> TableRow:
     if order is not None and (unknown := found - set(order)):
         raise OptionError("betas", list(order), f"there is a run with beta={min(unknown):g}; add it")
     betas = sorted(found, key=published_order) if order is None else [beta for beta in order if beta in found]
-    results = tuple(_beta_result(beta, [run for run in runs if run.config.beta == beta]) for beta in betas)
+    results = tuple(beta_result(beta, [run for run in runs if run.config.beta == beta]) for beta in betas)
     config = runs[0].config
     published = published_row_of(config)
     return TableRow(config, results, chosen_beta(results), published, tuple(_unlike_published(config)))
-
-
-def _beta_result(beta: float, runs: list[Outcome]) -> BetaResult:
-    finished = {run.config.seed: run for run in runs if run.status == FINISHED}
-    accuracy = {
-        part: {seed: run.accuracy(part) for seed, run in finished.items() if part in run.final["accuracy"]}
-        for part in PARTS
-    }
-    return BetaResult(beta, accuracy, {run.config.seed: state(run) for run in runs if run.status != FINISHED})
-
-
-def chosen_beta(results: Sequence[BetaResult]) -> float | None:
-    """The beta with the highest validation accuracy; of equals the later. None: nothing allows a choice."""
-    candidates = [result for result in results if result.accuracy["validation"]]
-    shared = set.intersection(*(set(result.accuracy["validation"]) for result in candidates)) if candidates else set()
-    best, highest = None, -math.inf
-    for result in candidates if shared else ():
-        # Sums in one order: equal accuracies are equal sums.
-        value = math.fsum(result.accuracy["validation"][seed] for seed in sorted(shared))
-        if value >= highest:
-            best, highest = result.beta, value
-    return best
 
 
 def _by_fate(unfinished: Mapping[int, str]) -> dict[str, list[int]]:
@@ -243,15 +206,6 @@ def _by_fate(unfinished: Mapping[int, str]) -> dict[str, list[int]]:
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def _why_no_choice(results: Sequence[BetaResult]) -> str:
-    finished = [result for result in results if result.seeds]
-    if not finished:
-        return "no run has finished"
-    if not any(result.accuracy["validation"] for result in finished):
-        return "no beta is chosen: there are no validation images"
-    return "no beta is chosen: the betas share no finished seed"
 
 
 def _unlike_published(config: TrainConfig) -> list[str]:
@@ -311,6 +265,25 @@ def _means(result: BetaResult | None) -> Row:
     return (*(result.mean(part) for part in (*PARTS, "gap")), spread(result.values("test")))
 
 
+def _lines(row: TableRow) -> list[Row]:
+    """Of the text: the row, and each beta below it where none is chosen."""
+    parts = ("train", "test", "gap")
+    lines: list[Row] = [
+        (
+            row.label(),
+            *(_percent_text(row.plain, part) for part in parts),
+            "none" if row.best is None else f"{row.best:g}",
+            *(_percent_text(row.capped, part) for part in parts),
+            _signed(mean(row.gains)),
+            *_published_text(row),
+        )
+    ]
+    for result in row.shown if row.best is None else ():
+        numbers = (*(_percent_text(result, part) for part in parts), _signed(mean(row.gains_of(result))))
+        lines.append((f"  with {figures.beta_label(result.beta)}", *("",) * 4, *numbers, *("",) * 7))
+    return lines
+
+
 def _percent_text(result: BetaResult | None, part: str) -> str:
     """ "95.93", "95.93 ± 0.12" over seeds, or what became of the runs."""
     if result is None:
@@ -342,20 +315,23 @@ def _tick(row: TableRow) -> str:
     return f"{row.label()} ({chosen})"
 
 
-def _draw_row(axes: Axes, y: int, row: TableRow) -> None:
+def _draw_row(axes: Axes, y: int, row: TableRow, looks: Mapping[float, int]) -> None:
+    """``looks``: the numbers of the series of betas that are not chosen."""
     ends = []
-    for result, index, name in ((row.plain, 0, "no SN"), (row.capped, 1, "best β")):
+    chosen = row.best is not None
+    capped = [(r, 1, "best β") if chosen else (r, looks.get(r.beta, 1), figures.beta_label(r.beta)) for r in row.shown]
+    for result, index, name in ((row.plain, 0, "no SN"), *capped):
         values = [] if result is None else result.values("test")
         if not values:
             continue
         centre = 100 * math.fsum(values) / len(values)
         ends.append(centre)
-        colour, shape = figures.colour(index), figures.MARKERS[index]
+        colour, shape = figures.colour(index), figures.marker(index)
         axes.plot(centre, y, shape, color=colour, markersize=7, label=name, zorder=3)
         if deviation := spread(values):
             axes.errorbar(centre, y, xerr=100 * deviation, fmt="none", ecolor=colour, capsize=3)
-    if len(ends) == 2:
-        axes.plot(ends, [y, y], color="0.6", linewidth=1.2, zorder=1)
+    if len(ends) > 1:
+        axes.plot([min(ends), max(ends)], [y, y], color="0.6", linewidth=1.2, zorder=1)
     if row.compared is not None:
         for value, index, name in ((row.compared.plain[2], 0, "no SN"), (row.compared.capped[2], 1, "best β")):
             shape = figures.MARKERS[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _FIELDS = ("loss", "test_loss", "train_accuracy", "test_accuracy")
 _MOST_MARKERS = 15
+_SEED = re.compile(r"(?:^|, )seed \d+")
 _LOGARITHMIC = 8  # ratio of the longest run to the shortest from which a linear axis hides the short ones
 
 
@@ -66,13 +68,14 @@ class TrainingCurves(Analysis):
 
     def _draw(self) -> Figure:
         figure, (loss, accuracy) = figures.panels(2, width=4.6, height=3.6)
-        for i, curve in enumerate(self.curves):
-            accuracy.plot([], [], color=figures.colour(i), marker=figures.marker(i), label=_label(curve))
+        for curve, look in zip(self.curves, _looks(self.curves)):
+            accuracy.plot([], [], **look, label=_label(curve))
             for axes, kind in ((loss, "loss"), (accuracy, "accuracy")):
-                _plot(axes, curve, "loss" if kind == "loss" else f"train_{kind}", i, "--", training=True)
-                _plot(axes, curve, f"test_{kind}", i, "-")
+                _plot(axes, curve, "loss" if kind == "loss" else f"train_{kind}", look, "--", training=True)
+                _plot(axes, curve, f"test_{kind}", look, "-")
         figures.name_parts(accuracy)
         loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log")
+        figures.logarithmic(loss.yaxis)
         accuracy.set(title="Accuracy", xlabel="epoch")
         figures.accuracy_axis(accuracy)
         figures.titled(figure, f"While training, under the attack trained with: {self.title}")
@@ -127,7 +130,8 @@ class RandomLabelFitting(Analysis):
         for axis, (panel, curves) in zip(shown, self.panels.items()):
             for curve in curves:
                 name, cap = _fitted(curve)
-                _plot(axis, curve, "train_accuracy", caps[cap], figures.line(labels[name]), label=f"{name}, {cap}")
+                look = {"color": figures.colour(caps[cap]), "marker": figures.marker(caps[cap])}
+                _plot(axis, curve, "train_accuracy", look, figures.line(labels[name]), label=f"{name}, {cap}")
             lengths = [len(curve.epochs) for curve in curves if curve.epochs]
             if lengths and max(lengths) > _LOGARITHMIC * min(lengths):
                 axis.set_xscale("log")
@@ -214,8 +218,27 @@ def _label(curve: Curve) -> str:
     return f"{curve.name} ({DIVERGED})" if curve.state.startswith(DIVERGED) else curve.name
 
 
+def _looks(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """Seeds of one kind of run have its colour and markers of their own, else each run has both."""
+    parts = [_SEED.search(curve.name) for curve in curves]
+    kinds = {name: i for i, name in enumerate(dict.fromkeys(_SEED.sub("", curve.name) for curve in curves))}
+    seeds = {name: i for i, name in enumerate(dict.fromkeys(part and part[0] for part in parts))}
+    if len(kinds) == 1 or len(seeds) == 1:
+        places = [(i, i) for i in range(len(curves))]
+    else:
+        places = [(kinds[_SEED.sub("", c.name)], seeds[part and part[0]]) for c, part in zip(curves, parts)]
+    return [{"color": figures.colour(c), "marker": figures.marker(m)} for c, m in places]
+
+
 def _plot(
-    axes: Axes, curve: Curve, quantity: str, index: int, line: Any, *, training: bool = False, label: str = ""
+    axes: Axes,
+    curve: Curve,
+    quantity: str,
+    look: Mapping[str, Any],
+    line: Any,
+    *,
+    training: bool = False,
+    label: str = "",
 ) -> None:
     """Training is paler, and without markers, so that it does not hide the test."""
     x, y = curve.points(quantity)
@@ -225,9 +248,9 @@ def _plot(
         x,
         figures.percent(y) if quantity.endswith("accuracy") else y,
         label=label,
-        color=figures.colour(index),
+        color=look["color"],
         linestyle=line,
-        marker="" if training else figures.marker(index),
+        marker="" if training else look["marker"],
         markevery=max(1, math.ceil(len(x) / _MOST_MARKERS)),
         alpha=figures.FAINT if training else 1,
     )

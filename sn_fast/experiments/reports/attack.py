@@ -42,6 +42,11 @@ class Strength:
     certified: float | None
     mean_distance: float
 
+    @property
+    def norm(self) -> str:
+        """Of eps; empty of WRM, which has none."""
+        return "" if self.adversary.scheme == "wrm" else self.adversary.norm
+
 
 @dataclass(frozen=True)
 class AttackReport(Analysis):
@@ -68,7 +73,7 @@ class AttackReport(Analysis):
         return [
             clean,
             *(
-                (s.adversary.scheme, s.adversary.norm, s.adversary.eps, s.accuracy, s.certified, s.mean_distance)
+                (s.adversary.scheme, s.norm, s.adversary.eps, s.accuracy, s.certified, s.mean_distance)
                 for s in self.strengths
             ),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Sequence
 
 from .. import figures
 from ..analysis import Analysis, Table
@@ -45,6 +46,7 @@ def html_page(report: Report) -> str:
     )
     missing = "".join(f"<li>no {html.escape(f'{name}: {why}')}</li>" for name, why in report.missing.items())
     notes = f"<h2>Not there</h2>\n<ul>{unfinished}{missing}</ul>" if unfinished or missing else ""
+    remarks = _list(report.notes)
     sections = "\n".join(_section(name, analysis) for name, analysis in report.analyses.items())
     title = html.escape(report.title)
     return (
@@ -52,7 +54,7 @@ def html_page(report: Report) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'  # browsers would look for a file of their own
         f"<title>sn-fast reproduce: {title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{title}</h1>\n{sections}\n{notes}\n</body>\n</html>\n"
+        f"<h1>{title}</h1>\n{remarks}\n{sections}\n{notes}\n</body>\n</html>\n"
     )
 
 
@@ -61,14 +63,20 @@ def _section(name: str, analysis: Analysis) -> str:
     detail = next((name[len(key) + 1 :] for key in _HEADINGS if name.startswith(f"{key}-")), "")
     image = base64.b64encode(figures.encoded(analysis.figure(), "png")).decode()
     text = html.escape(f"{heading}, {detail}" if detail else heading)
-    tables = "\n".join(_table(suffix, table) for suffix, table in analysis.tables().items())
+    opened = name == "accuracy"  # what the other sections explain
+    tables = "\n".join(_table(suffix, table, opened and not suffix) for suffix, table in analysis.tables().items())
     return (
         f'<section>\n<h2>{text}</h2>\n<figure><img alt="{text}" src="data:image/png;base64,{image}"></figure>\n'
-        f"{tables}\n</section>"
+        f"{_list(analysis.notes())}\n{tables}\n</section>"
     )
 
 
-def _table(suffix: str, table: Table) -> str:
+def _list(notes: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    return f'<ul class="note">{items}</ul>' if notes else ""
+
+
+def _table(suffix: str, table: Table, opened: bool) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
     rows = "\n".join(
         "<tr>" + "".join(f"<td>{html.escape(_cell(cell))}</td>" for cell in row) + "</tr>"
@@ -78,7 +86,8 @@ def _table(suffix: str, table: Table) -> str:
     note = f'<p class="note">{more} more rows in the CSV file.</p>' if more > 0 else ""
     summary = html.escape(f"numbers ({suffix})" if suffix else "numbers")
     return (
-        f'<details><summary>{summary}</summary>\n<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<details{' open' if opened else ''}><summary>{summary}</summary>\n"
+        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{rows}\n</tbody></table></div>{note}</details>"
     )
 

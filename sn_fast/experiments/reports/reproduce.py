@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from ...running import progress_bar, torch_threads
 from ..analysis import (
     AccuracyTable,
     Analysis,
-    Capacities,
     accuracy_table,
     by_defence,
     capacities,
@@ -30,6 +30,7 @@ from ..analysis import (
     training_curves,
     write_analysis,
 )
+from ..analysis.betas import why_no_choice
 from ..data import Samples, Split, load_data
 from ..reproduction import Grid, Outcome, Store, compute
 from ..reproduction.grid import FINISHED
@@ -43,6 +44,8 @@ STORE = "runs"
 _FIGURES = "figures"
 _STATISTICS_IMAGES = 2000
 """Training images for margins, gradients and capacities: enough for quantiles."""
+_MARGIN_MODES = {"erm": 1, "fgm": 2, "pgm": 2, "wrm": 1}
+"""Of the normalised margins, by the attack trained with, as published; for WRM nothing was."""
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Report:
         outcomes: of all runs, computed or not.
         analyses: by name, in the order of the report.
         missing: {name of an analysis: why there is none}.
+        notes: what a reader must know of the choices behind the figures.
     """
 
     title: str
@@ -61,6 +65,7 @@ class Report:
     outcomes: list[Outcome]
     analyses: dict[str, Analysis] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def unfinished(self) -> list[Outcome]:
@@ -74,6 +79,7 @@ class Report:
             lines += [table.text(), ""]
         lines += [f"{outcome.config.key()}: {outcome.status} {outcome.reason}".rstrip() for outcome in self.unfinished]
         lines += [f"no {name}: {reason}" for name, reason in self.missing.items()]
+        lines += self.notes
         return "\n".join(lines).rstrip()
 
     def document(self) -> dict[str, Any]:
@@ -96,6 +102,7 @@ class Report:
                 for name, analysis in self.analyses.items()
             },
             "missing": self.missing,
+            "notes": [*(note for analysis in self.analyses.values() for note in analysis.notes()), *self.notes],
         }
 
     def write(self, folder: Path, page: Callable[[Report], str]) -> list[Path]:
@@ -189,7 +196,7 @@ class _Analyst:
         self.store = store
         self.outcomes = [store.outcome(config) for config in runs]
         self.random = [store.outcome(config) for config in random_runs]
-        self._loaded: tuple[dict[str, Any], Split] | None = None
+        self._split: tuple[str, Split] | None = None
 
     def analyse(self, bar: Any) -> None:
         for part in self.report.parts:
@@ -218,7 +225,7 @@ class _Analyst:
                 self._add(name, robustness_curves, networks, self.split.test, self._attacks(configs, norm))
 
     def _margins(self) -> None:
-        samples = self.statistics_samples
+        samples = self._statistics_samples(self.outcomes[0])
         for arch, members in self._chosen().items():
             networks = by_defence(network for _, network in members)
             adversaries = {
@@ -229,7 +236,8 @@ class _Analyst:
                 panel: {name: (model, samples) for name, model in of_panel.items()}
                 for panel, of_panel in networks.items()
             }
-            self._add(f"margins-{arch}", margin_distributions, with_samples, adversaries)
+            modes = {panel: (0, _MARGIN_MODES[adversary.scheme]) for panel, adversary in adversaries.items()}
+            self._add(f"margins-{arch}", partial(margin_distributions, modes=modes), with_samples, adversaries)
             self._add(f"gradients-{arch}", gradient_norm_distributions, networks, samples)
             self._add(f"gain-{arch}", norm_gain_distributions, networks, samples)
             for panel, of_panel in networks.items():
@@ -247,12 +255,7 @@ class _Analyst:
         finished = [outcome for outcome in self.outcomes if outcome.status == FINISHED]
         networks = [(outcome, self._network(outcome)) for outcome in finished]
         members = [(outcome, network) for outcome, network in networks if network is not None]
-        self._add("capacities", self._capacities, members)
-
-    def _capacities(self, members: Sequence[tuple[Outcome, TrainedNetwork]]) -> Capacities:
-        """Each network on images that it was trained on: which those are may depend on its seed."""
-        found = [capacities([member], self._training_samples(member[0].config)) for member in members]
-        return Capacities(tuple(network for one in found for network in one.networks))
+        self._add("capacities", capacities, members, self._statistics_samples)
 
     def _add(self, name: str, make: Callable[..., Analysis], *arguments: Any) -> None:
         try:
@@ -272,21 +275,20 @@ class _Analyst:
 
     @property
     def split(self) -> Split:
-        """The data of the first run, and of all others of its seed."""
+        """The data of the runs of the first seed."""
         return self._split_of(self.outcomes[0].config)
 
-    @property
-    def statistics_samples(self) -> Samples:
-        return self._training_samples(self.outcomes[0].config)
-
     def _split_of(self, config: TrainConfig) -> Split:
-        options = {"name": config.data, **config.data_options()}
-        if self._loaded is None or self._loaded[0] != options:
-            self._loaded = options, load_data(**options)
-        return self._loaded[1]
+        """The data of a run; those of the last one asked for are kept."""
+        options = config.data_options()
+        key = repr((config.data, options))
+        if self._split is None or self._split[0] != key:
+            self._split = key, load_data(config.data, **options)
+        return self._split[1]
 
-    def _training_samples(self, config: TrainConfig) -> Samples:
-        train = self._split_of(config).train
+    def _statistics_samples(self, outcome: Outcome) -> Samples:
+        """Images that the run was trained on: subsets are drawn by the seed."""
+        train = self._split_of(outcome.config).train
         return Samples(train.x[:_STATISTICS_IMAGES], train.y[:_STATISTICS_IMAGES])
 
     def _network(self, outcome: Outcome) -> TrainedNetwork | None:
@@ -299,29 +301,40 @@ class _Analyst:
         return network
 
     def _chosen(self) -> dict[str, list[tuple[Outcome, TrainedNetwork]]]:
-        """By network: of each scheme the run without normalisation and the best one with, of the first seed."""
+        """By network: of each scheme the run without normalisation and the best one with, of the first seed.
+
+        The best by validation, over all seeds, as in the table; without validation images all of them, and a note.
+        """
         chosen: dict[str, list[tuple[Outcome, TrainedNetwork]]] = {}
-        groups: dict[tuple[str, str], list[Outcome]] = {}
         first = self.outcomes[0].config.seed
-        for outcome in self.outcomes:
-            if outcome.status == FINISHED and outcome.config.seed == first:
-                groups.setdefault((outcome.config.arch, outcome.config.scheme), []).append(outcome)
-        for (arch, _), members in groups.items():
-            plain = [o for o in members if math.isinf(o.config.beta)]
-            capped = [o for o in members if math.isfinite(o.config.beta)]
-            best = max(capped, key=_choice, default=None)
-            for outcome in (*plain, *filter(None, [best])):
+        was_choice = False
+        for row in accuracy_table(self.outcomes).table:
+            caps = row.shown_caps
+            was_choice |= len(caps) == 1 and sum(math.isfinite(r.beta) and bool(r.seeds) for r in row.results) > 1
+            if len(caps) > 1:
+                results = [result for result in row.results if result.beta in caps]
+                self._note(f"{row.label()}, figures of networks: {why_no_choice(results)}")
+            for outcome in self.outcomes:
+                config = outcome.config
+                of_row = (config.arch, config.scheme) == (row.config.arch, row.config.scheme)
+                shown = math.isinf(config.beta) or config.beta in caps
+                if not (of_row and shown and config.seed == first and outcome.status == FINISHED):
+                    continue
                 network = self._network(outcome)
                 if network is not None:
-                    chosen.setdefault(arch.removesuffix("_sn"), []).append((outcome, network))
+                    chosen.setdefault(config.arch.removesuffix("_sn"), []).append((outcome, network))
         if not chosen:
-            self.report.missing["networks"] = "no run has finished"
+            self.report.missing["networks"] = f"no run of seed {first} has finished"
+        elif was_choice:
+            self._note(
+                f"Figures of networks (curves, margins, gradients, gain, images) show seed {first}: no SN, and "
+                "the finite beta with the best validation accuracy over all seeds."
+            )
         return chosen
 
-
-def _choice(outcome: Outcome) -> float:
-    """The accuracy that chooses between betas."""
-    return outcome.accuracy("validation" if "validation" in outcome.final["accuracy"] else "test")
+    def _note(self, note: str) -> None:
+        if note not in self.report.notes:
+            self.report.notes.append(note)
 
 
 def _title(grid: Grid) -> str:

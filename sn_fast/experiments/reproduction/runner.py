@@ -98,7 +98,7 @@ def _compute_one(store: Store, config: TrainConfig) -> None:
         if not (folder / "config.json").is_file():
             _record_failure(folder, error)
         # else another process has begun it in this moment
-    except (UserError, RuntimeError, MemoryError, OSError) as error:
+    except Exception as error:  # a network of the user's may raise anything
         if store.outcome(config).status in _ENDED:
             return  # another process has computed it meanwhile
         _record_failure(folder, error)
@@ -144,5 +144,7 @@ def describe(outcome: Outcome) -> str:
     name = outcome.config.key()
     if outcome.status != FINISHED:
         return f"{name}: {outcome.status}: {outcome.reason}"
-    parts = ", ".join(f"{part} {100 * outcome.accuracy(part):.2f}" for part in ("train", "validation", "test"))
+    known = outcome.final["accuracy"]
+    shown = [part for part in ("train", "validation", "test") if part in known]
+    parts = ", ".join(f"{part} {100 * outcome.accuracy(part):.2f}" for part in shown)
     return f"{name}: {outcome.epochs_done} epochs, accuracy (%) {parts}"

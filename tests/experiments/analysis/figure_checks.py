@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -37,6 +38,14 @@ def check_figure(analysis: Analysis, *, images: bool = False) -> None:
         assert page.x0 - 1 <= box.x0
         assert box.x1 <= page.x1 + 1
         assert not any(box.overlaps(axes.get_window_extent(renderer)) for axes in figure.axes)
+    for axes in figure.axes:
+        boxes = [label.get_window_extent(renderer) for label in axes.get_xticklabels() if label.get_text()]
+        upright = not any(label.get_rotation() for label in axes.get_xticklabels())
+        assert not upright or all(a.x1 <= b.x0 for a, b in pairwise(boxes)), "labels of ticks meet"
+        labels = [*axes.get_yticklabels(), *axes.get_yticklabels(minor=True)]
+        heights = sorted((box.y0, box.y1) for t in labels if t.get_text() for box in [t.get_window_extent(renderer)])
+        room = [(low, high) for low, high in heights if high > axes.bbox.y0 and low < axes.bbox.y1]
+        assert all(a[1] <= b[0] + 1 for a, b in pairwise(room)), "labels of ticks meet"
     titles = [axes.title.get_window_extent(renderer) for axes in figure.axes if axes.get_title()]
     assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[:i])
 

@@ -77,6 +77,22 @@ def test_no_margin_no_complexity(samples: Samples) -> None:
     assert complexity is None
 
 
+def test_each_run_on_its_own_images(samples: Samples) -> None:
+    members = [member(W, 0.2, scheme="erm", seed=0), member(W, 0.1, scheme="erm", seed=1)]
+    halves = Samples(samples.x[:101], samples.y[:101]), Samples(samples.x[100:], samples.y[100:])
+    result = capacities(members, lambda outcome: halves[outcome.config.seed])
+    for network, half in zip(result.networks, halves):
+        assert network.margin == pytest.approx(float((2 * half.x.flatten(1) @ W).abs().median()), rel=1e-5)
+
+
+def test_gradients_that_vanish_give_no_finite_capacity(samples: Samples) -> None:
+    """In float32 the gradient of a network that is sure of every label is exactly zero."""
+    (network,) = capacities([member(1e5 * W, 0.1)], samples).networks
+    assert network.kappa == 0
+    assert network.log10_capacity == math.inf
+    assert network.notes.startswith("kappa is 0: 5% of the gradients vanish; the theorem needs kappa > 0")
+
+
 def test_arguments(samples: Samples) -> None:
     with pytest.raises(OptionError, match="members"):
         capacities([], samples)

@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from sn_fast.errors import OptionError
 from sn_fast.experiments.analysis import (
@@ -17,6 +18,7 @@ from sn_fast.experiments.analysis import (
     training_curves,
     write_analysis,
 )
+from sn_fast.experiments.figures import series
 from sn_fast.experiments.training import UserError
 
 from .figure_checks import check_figure, check_files
@@ -34,6 +36,40 @@ def test_training_curves(tmp_path):
     assert rows[-1]["state"] == "diverged: nan"
     check_figure(curves)
     check_files(curves, tmp_path)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02, 1e3])
+def test_losses_of_less_than_a_decade_have_plain_numbers(scale):
+    """Not 2 x 10^0."""
+    runs = [outcome(trained=epochs) for epochs in (3, 9)]
+    curves = training_curves(runs)
+    for curve in curves.curves:
+        object.__setattr__(curve, "loss", tuple(scale * (1 + value) for value in curve.loss))
+        object.__setattr__(curve, "test_loss", tuple(value and scale * value for value in curve.test_loss))
+    figure = curves.figure()
+    FigureCanvasAgg(figure).draw()
+    axis = figure.axes[0].yaxis
+    low, high = figure.axes[0].get_ylim()
+    ticks = [*zip(axis.get_majorticklocs(), axis.get_majorticklabels())]
+    ticks += [*zip(axis.get_minorticklocs(), axis.get_minorticklabels())]
+    shown = {float(text): at for at, label in ticks if (text := label.get_text()) and low <= at <= high}
+    assert len(shown) >= 2
+    assert all(value == pytest.approx(at) for value, at in shown.items())
+
+
+def test_no_two_of_many_runs_look_alike():
+    """Four caps and three seeds: a colour for each cap, a marker for each seed. Without seeds, twelve of both."""
+    for runs, colours in (
+        ([outcome(beta=beta, seed=seed) for seed in range(3) for beta in (math.inf, 4.0, 2.0, 1.0)], 4),
+        ([outcome(beta=0.5 * (i + 1)) for i in range(12)], 7),
+    ):
+        curves = training_curves(runs)
+        handles = [line for line in curves.figure().axes[1].lines if not len(line.get_xdata())][:12]
+        assert [line.get_label() for line in handles] == [curve.name for curve in curves.curves]
+        assert len({line.get_color() for line in handles}) == colours
+        assert len({(line.get_color(), line.get_marker()) for line in handles}) == 12
+    check_figure(training_curves([outcome(trained=epochs) for epochs in (9, 12, 40)]))  # losses of several decades
+    assert len({tuple(map(str, series(i).values())) for i in range(49)}) == 49
 
 
 def test_names_of_runs_say_in_what_they_differ():

@@ -127,6 +127,37 @@ def test_margins_of_a_linear_classifier(samples):
     check_figure(found)
 
 
+def test_normalised_margins_of_other_sizes_have_panels_of_their_own(samples):
+    """Mode 2 divides by sigma (1 + sigma^2) the margins that grow with sigma: 1e4 W has them 1e8 times smaller."""
+    members = {name: (opposite(c * W), samples) for name, c in (("small", 1.0), ("large", 1e4))}
+    found = margin_distributions({"FGM": members}, modes=(0, 1, 2))
+    titles = ["margins", "normalised margins, mode 1"]
+    assert [panel.title for panel in found.panels] == [
+        *(f"FGM: {title}" for title in titles),
+        *(f"FGM, {name}: normalised margins, mode 2" for name in members),
+    ]
+    (small,), (large,) = (panel.distributions for panel in found.panels[2:])
+    assert sum(map(bool, large.counts)) > 5
+    norm2 = 2 * float(W @ W)
+    assert large.mean / small.mean == pytest.approx((1 + norm2) / (1 + 1e8 * norm2), rel=1e-3)
+    check_figure(found)
+
+
+def test_panels_may_have_modes_of_their_own(samples):
+    groups = {name: {"true": (opposite(W), samples)} for name in ("ERM", "FGM")}
+    found = margin_distributions(groups, modes={"ERM": (0, 1), "FGM": (0, 2)})
+    assert [panel.title for panel in found.panels] == [
+        *("ERM: margins", "ERM: normalised margins, mode 1"),
+        *("FGM: margins", "FGM: normalised margins, mode 2"),
+    ]
+    alike = margin_distributions(groups, modes=(0, 1, 2))
+    assert summaries(found)[3] == summaries(alike)[5]
+    with pytest.raises(OptionError, match=r"modes=\['ERM'\]: there are none for 'FGM'"):
+        margin_distributions(groups, modes={"ERM": (0,)})
+    with pytest.raises(OptionError, match=r"choose of 0, 1, 2"):
+        margin_distributions(groups, modes={"ERM": (0,), "FGM": (3,)})
+
+
 def test_panels_have_their_own_bins_and_networks_that_theory_refuses_a_note(samples):
     class Branched(nn.Module):
         def __init__(self) -> None:

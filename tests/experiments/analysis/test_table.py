@@ -131,15 +131,43 @@ def test_betas_are_compared_on_the_seeds_that_all_have():
     assert accuracy_table(runs).table[0].best == 4.0  # on seed 0; the mean of inf, 0.845, is of other seeds
     apart = accuracy_table([outcome(seed=0), outcome(seed=1, beta=2.0)]).table[0]
     assert apart.best is None
-    assert "no beta is chosen: the betas share no finished seed" in apart.notes
+    assert "no beta is chosen: the betas share no finished seed, and every one is shown" in apart.notes
 
 
-def test_without_validation_images_no_beta_is_chosen(tmp_path):
-    table = accuracy_table([outcome(validation=None), outcome(validation=None, beta=2.0)])
-    assert table.table[0].best is None
-    assert "no beta is chosen: there are no validation images" in table.table[0].notes
+def test_without_validation_images_no_beta_is_chosen_and_every_one_is_shown(tmp_path):
+    runs = [outcome(validation=None, test=test, beta=beta) for beta, test in ((INF, 0.5), (1.0, 0.625), (2.0, 0.875))]
+    table = accuracy_table([*runs, outcome(scheme="erm"), outcome(scheme="erm", beta=2.0)])
+    row = table.table[0]
+    assert row.best is None
+    note = "mnist mlp1_relu FGM: no beta is chosen: there are no validation images, and every one is shown"
+    assert table.notes() == [note]
+    text = table.text()
+    assert text.splitlines()[-1] == note
+    of_beta = {line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  with")}
+    assert list(of_beta) == ["with β = 1", "with β = 2"]
+    assert "62.50" in of_beta["with β = 1"]
+    assert "+12.50" in of_beta["with β = 1"]
+    assert "87.50" in of_beta["with β = 2"]
+    figure = table.figure()
+    assert {t.get_text() for t in figure.legends[0].get_texts()} >= {"no SN", "best β", "β = 1", "β = 2"}
+    drawn = {line.get_label(): float(line.get_xdata()[0]) for line in figure.axes[0].lines}
+    assert (drawn["β = 1"], drawn["β = 2"]) == (62.5, 87.5)
+    assert "every β where there is no choice" in figure._suptitle.get_text().replace("\n", " ")
     check_figure(table)
     check_files(table, tmp_path / "new" / "folder")
+
+
+def test_figures_show_the_cap_that_validation_chooses_over_all_seeds():
+    """Never by the test images, and by no seed alone: seed 0 by itself would have 1."""
+    runs = [outcome(validation=v, test=0.1, beta=2.0, seed=s) for s, v in enumerate((0.7, 0.9))]
+    runs += [outcome(validation=v, test=0.9, beta=1.0, seed=s) for s, v in enumerate((0.8, 0.6))]
+    runs += [outcome(validation=0.99, seed=s) for s in (0, 1)]
+    row = accuracy_table(runs).table[0]
+    assert (row.best, row.shown_caps) == (INF, (2.0,))
+    blind = [outcome(validation=None, beta=beta) for beta in (INF, 1.0, 2.0)]
+    assert accuracy_table(blind).table[0].shown_caps == (1.0, 2.0)
+    assert accuracy_table(blind[:2]).table[0].shown_caps == (1.0,)  # nothing to choose between
+    assert accuracy_table(blind[:1]).table[0].shown_caps == ()
 
 
 def test_combinations_make_rows_of_their_own():

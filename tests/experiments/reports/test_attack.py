@@ -80,6 +80,7 @@ def test_what_is_certified_is_the_margin_over_the_lipschitz_constant() -> None:
 def test_nothing_is_certified_of_wrm_nor_of_a_network_without_a_bound() -> None:
     report = attack_network(linear(torch.eye(2, 6, dtype=torch.float64)), samples(), [Adversary("wrm", "2", 0.1, 3)])
     assert report.strengths[0].certified is None
+    assert report.rows()[1][:3] == ("wrm", "", 0.1)  # no ball, no norm
 
     class Square(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +185,11 @@ def test_the_command_on_a_run(few_digits: None, tmp_path: Path, capsys: pytest.C
         ),
         (
             ["torch.nn:Identity", "--data", "digits", "--eps", "1", "--attack", "cw"],
-            "argument --attack: invalid value cw",
+            "argument --attack: invalid value cw: choose fgm, pgm or wrm",
+        ),
+        (
+            ["torch.nn:Identity", "--data", "digits", "--eps", "1", "--attack", "fgm,erm"],
+            "argument --attack: invalid value erm: choose fgm, pgm or wrm",
         ),
         (["torch.nn:Identity", "--data", "digits", "--eps", "1"], "the model's output has shape"),
     ],

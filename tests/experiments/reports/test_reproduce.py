@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
 from sn_fast.cli import main
 from sn_fast.errors import OptionError
-from sn_fast.experiments.analysis import Capacities
-from sn_fast.experiments.data import load_split
+from sn_fast.experiments.data import load_data
 from sn_fast.experiments.reports import PARTS, html_page, reproduce
+from sn_fast.experiments.training import trained_networks
+from sn_fast.theory import margins
 
 from ..reproduction.conftest import OPTIONS, few_digits, tiny
 
@@ -78,21 +80,35 @@ def test_all_parts_of_a_grid(tmp_path: Path) -> None:
     assert "digits: mlp1_elu; FGM" in page.text
 
 
-def test_each_network_of_the_capacities_is_measured_on_its_own_training_images(tmp_path: Path, monkeypatch) -> None:
-    """Images of digits are drawn by the seed: those of another one are mostly test images of this network."""
-    seen = {}
+def test_without_validation_images_every_cap_is_shown_and_the_report_says_so(tmp_path: Path, capsys) -> None:
+    """The test images choose nothing, neither in the table nor in a figure."""
+    options = ["--set", "digits", "--arch", "mlp1_elu", "--scheme", "fgm", "--betas", "inf,1,2", "--epochs", "1"]
+    options += ["--train-size", "60", "--steps", "1", "--validation-size", "0", "--out", str(tmp_path)]
+    assert main(["reproduce", "table", "margins", *options]) == 0
+    shown = capsys.readouterr()
+    reason = "no beta is chosen: there are no validation images, and every one is shown"
+    notes = [f"digits mlp1_elu FGM: {reason}", f"digits mlp1_elu FGM, figures of networks: {reason}"]
+    assert [note for note in notes if note in shown.out.splitlines()] == notes
+    assert "epochs, accuracy (%) train" in shown.err  # each run is described
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == notes
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text())
+    assert all(note in page.text for note in notes)
+    summary = (tmp_path / "figures" / "margins-mlp1_elu-summary.csv").read_text()
+    rows = list(csv.reader(io.StringIO(summary)))[1:]
+    assert {row[1] for row in rows} == {"no SN (β = ∞)", "β = 1", "β = 2"}
+    assert "mode 2" in summary  # of networks trained with FGM, as published
 
-    def measured(members, samples):
-        seen.update({outcome.config.seed: samples.x for outcome, _ in members})
-        return Capacities(())
 
-    # The package has a function of the module's name.
-    monkeypatch.setattr(sys.modules["sn_fast.experiments.reports.reproduce"], "capacities", measured)
-    grid = tiny(schemes=("erm",), betas=(1.0,), seeds=(0, 1), options={**OPTIONS, "epochs": 1})
-    reproduce(("bounds",), grid, tmp_path)
-    for seed, images in seen.items():
-        assert torch.equal(images, load_split("digits", OPTIONS["train_size"], seed).train.x)
-    assert set(seen) == {0, 1}
+def test_capacities_are_measured_on_the_images_that_each_run_was_trained_on(tmp_path: Path) -> None:
+    """Seeds draw other images."""
+    grid = tiny(schemes=("erm",), betas=(math.inf,), seeds=(0, 1))
+    networks = reproduce(["bounds"], grid, tmp_path).analyses["capacities"].networks  # type: ignore[attr-defined]
+    for config, found in zip(grid.runs(), networks):
+        train = load_data("digits", **config.data_options()).train
+        (network,) = trained_networks(tmp_path / "runs" / config.key()).values()
+        lead = margins(network.model(train.x), train.y).detach()
+        assert found.margin == pytest.approx(float(lead[lead > 0].median()), rel=1e-5)
 
 
 def test_exported_numbers_give_the_same_table_and_name_no_machine(tmp_path: Path, capsys) -> None:

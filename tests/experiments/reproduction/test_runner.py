@@ -9,6 +9,7 @@ from sn_fast.errors import UserError
 from sn_fast.experiments.reproduction import Outcome, Store, compute, describe, runner
 from sn_fast.experiments.training import TrainConfig
 
+from ..analysis.outcomes import outcome
 from ..training.conftest import without_times
 from .conftest import OPTIONS, tiny
 
@@ -25,6 +26,12 @@ def test_a_grid_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(runner, "train", None)  # would be called for anything that is missing
     monkeypatch.setattr(runner, "resume", None)
     assert [o.final for o in compute(store, runs)] == [o.final for o in outcomes]
+
+
+def test_a_run_without_validation_images_is_described() -> None:
+    text = describe(outcome(0.9, None, 0.75))
+    assert text.endswith("4 epochs, accuracy (%) train 90.00, test 75.00")
+    assert "validation 80.00" in describe(outcome())
 
 
 def test_runs_do_not_depend_on_each_other(tmp_path: Path) -> None:
@@ -72,14 +79,14 @@ def test_a_failed_run_is_reported_and_left_out_until_asked_for(tmp_path: Path, m
     store, runs = Store(tmp_path), tiny(schemes=("erm",)).runs()
 
     def failing(config: TrainConfig, folder: Path) -> None:
-        raise UserError("the disk is full") if config.beta == 1.0 else RuntimeError("boom\nmore")
+        raise UserError("the disk is full") if config.beta == 1.0 else ValueError("boom\nmore")
 
     reported: list[Outcome] = []
     with monkeypatch.context() as patch:
         patch.setattr(runner, "train", failing)
         outcomes = compute(store, runs, report=reported.append)
     assert [(o.status, o.reason) for o in outcomes] == [
-        ("failed", "RuntimeError: boom"),
+        ("failed", "ValueError: boom"),
         ("failed", "the disk is full"),
     ]
     assert [describe(o).rpartition(": ")[2] for o in reported] == ["boom", "the disk is full"]
