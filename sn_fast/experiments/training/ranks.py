@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import UserError
+from .shared_batch_norm import share_statistics
 
 
 class Ranks:
@@ -36,15 +37,16 @@ class Ranks:
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model, with gradients that are means over the processes.
 
-        u, v and sigma are the same in all by construction, so buffers are sent only for the statistics of BatchNorm.
+        Statistics of batch normalisation are those of the whole batch. With u, v and sigma they are the same in all
+        processes by construction, so no buffer is sent.
         """
         if self.size == 1:
             return model
-        has_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        share_statistics(model)
         sends = "forward_sync_buffers"  # the name since torch 2.14
         if sends not in inspect.signature(DistributedDataParallel.__init__).parameters:
             sends = "broadcast_buffers"
-        return DistributedDataParallel(model, **{sends: has_statistics})  # type: ignore[arg-type]
+        return DistributedDataParallel(model, **{sends: False})  # type: ignore[arg-type]
 
     def summed(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Each value, summed over the processes."""

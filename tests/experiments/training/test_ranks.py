@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from sn_fast.experiments.data import samples
 from sn_fast.experiments.training import TrainConfig, UserError, resume, train
@@ -38,8 +40,27 @@ RUNS = {
 }
 
 
+def _with_batch_norm(ranks: Ranks) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of four steps, and then weights and statistics. Of the third batch all processes but one have no part."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, eps=1e-3, momentum=0.01), nn.ReLU(), nn.Conv2d(4, 3, 3)
+    model = nn.Sequential(*layers, nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 36, 5))
+    wrapped = ranks.wrapped(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for size in (7, 8, 1, 5):
+        x, y = ranks.part(torch.randn(size, 1, 8, 8)), ranks.part(torch.randint(5, (size,)))
+        loss = ranks.size * F.cross_entropy(wrapped(x), y, reduction="sum") / size
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses += ranks.summed([loss.item() / ranks.size], x.device)
+    return losses, model.state_dict()
+
+
 def _share(rank: int, folder: str) -> None:
     """Everything that two processes do, for starting them takes longer than what they do."""
+    torch.save(_with_batch_norm(Ranks(rank, 2)), Path(folder, f"batch_norm_{rank}.pt"))
     load = samples.load
     samples.load = lambda name: tuple(part[:FEW] for part in load(name))  # type: ignore[assignment]
     ranks = partial(Ranks, rank, 2)
@@ -57,6 +78,10 @@ def test_two_processes_have_the_losses_of_one(few_digits: None, tmp_path: Path, 
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig.create(**{**OPTIONS, **RUNS["resumed"]}), tmp_path / "two" / "resumed")
     run_in_group(_share, str(tmp_path), folder=tmp_path)
+    for rank in (0, 1):
+        torch.testing.assert_close(
+            torch.load(tmp_path / f"batch_norm_{rank}.pt"), _with_batch_norm(Ranks()), rtol=1e-5, atol=1e-6
+        )
     for name, options in RUNS.items():
         two, one = tmp_path / "two" / name, tmp_path / "one" / name
         train(TrainConfig.create(**{**OPTIONS, **options}), one)
