@@ -164,7 +164,9 @@ def attack_network(
                     moved.append(x_adv.numpy(force=True))
                 bar.update(len(y))
             if keep_examples:
-                examples[f"{adversary.scheme}_{adversary.norm}_{adversary.eps:g}"] = np.concatenate(moved)
+                name = f"{adversary.scheme}_{adversary.norm}"
+                short = f"{name}_{adversary.eps:g}"  # six digits may not tell two strengths apart
+                examples[f"{name}_{adversary.eps!r}" if short in examples else short] = np.concatenate(moved)
             certified = None
             if radius is not None and (enclosing := _l2_radius(adversary, samples.x[0].numel())) is not None:
                 certified = float((radius > enclosing).double().mean())

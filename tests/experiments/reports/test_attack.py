@@ -44,6 +44,17 @@ class Raises(nn.Module):
         raise KeyError("x")
 
 
+def test_examples_of_strengths_that_six_digits_do_not_tell_apart_are_all_kept() -> None:
+    strengths = [0.123456, 0.12345612, 0.12345634]
+    model = linear(torch.randn(2, 6, dtype=torch.float64))
+    attacks = [Adversary("fgm", "2", eps, 1) for eps in strengths]
+    examples = attack_network(model, samples(), attacks, keep_examples=True).examples
+    assert list(examples) == ["x", "y", "fgm_2_0.123456", "fgm_2_0.12345612", "fgm_2_0.12345634"]
+    for eps, name in zip(strengths, list(examples)[2:]):
+        moved = np.linalg.norm((examples[name] - examples["x"]).reshape(60, -1), axis=1)
+        np.testing.assert_allclose(moved, eps, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("norm", "dual"), [("2", 2.0), ("inf", 1.0)])
 @pytest.mark.parametrize("scheme", ["fgm", "pgm"])
 def test_a_linear_network_loses_what_it_must_and_no_more(norm: str, dual: float, scheme: str) -> None:
