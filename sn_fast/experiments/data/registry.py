@@ -55,6 +55,8 @@ class DataSet:
     """None: as many as the training images have."""
     embedded: bool = False
     """It ships inside a Python package and has no official split: ``read`` draws ``train_size`` images by ``seed``."""
+    official: bool = False
+    """Its images are the same in every folder: ``read`` checks the files' sums."""
     reserved: int = 0
     """So many first training images are not trained on."""
     validation: int = 500

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from ...errors import OptionError
 from ...running import MOST_THREADS
 from ..data import data_set_names, published_options
 from ..data.load import SPLITS
+from ..data.registry import find_data_set
 from ..networks import network_names, normalized_layers
 from .adversary import Adversary
 from .defaults import defaults_of
@@ -230,8 +232,14 @@ class TrainConfig:
         return torch.bfloat16 if self.precision == "bfloat16" else None
 
     def key(self) -> str:
-        """A name of what the run computes: short, the same on every machine, and stable when options are added."""
-        values = {}
+        """A name of what the run computes: short, the same on every machine, and stable when options are added.
+
+        The folder counts where its name alone tells images from others.
+        """
+        values: dict[str, Any] = {}
+        data_set = find_data_set(self.data)
+        if self.data_dir is not None and not (data_set.official or data_set.embedded):
+            values["data_dir"] = str(Path(self.data_dir).expanduser().resolve())
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in _OF_THE_MACHINE and value != field.default:

@@ -219,3 +219,15 @@ def test_a_new_data_set_needs_nothing_but_its_reader(monkeypatch, tmp_path):
     result = train(TrainConfig.create(**options), tmp_path / "run")
     assert result.config.arch == "mlp1_relu_sn"
     assert set(result.metrics["networks"]["beta=4"]["final"]["accuracy"]) == {"train", "validation", "test", "gap"}
+
+
+def test_two_folders_of_own_images_are_two_runs(tmp_path, monkeypatch):
+    """Those of an official set have the same images."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    own, other = (TrainConfig.create(data="images", data_dir=str(folder)) for folder in (a, b))
+    assert own.key() != other.key()
+    assert own.key() == TrainConfig.create(data="images", data_dir=str(a / ".." / "a")).key()
+    monkeypatch.chdir(tmp_path)
+    assert own.key() == TrainConfig.create(data="images", data_dir="a").key()
+    for data in ("digits", "mnist", "fashion", "cifar10", "cifar100", "svhn"):
+        assert len({TrainConfig.create(data=data, data_dir=str(folder)).key() for folder in (a, b)}) == 1

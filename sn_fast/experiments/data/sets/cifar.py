@@ -172,5 +172,5 @@ CIFAR100 = Cifar(
 )
 
 PUBLISHED = {"whiten": True, "crop": 28}
-register(DataSet("cifar10", CIFAR10.read, published=PUBLISHED))
-register(DataSet("cifar100", CIFAR100.read, num_classes=100, coarse_classes=20, published=PUBLISHED))
+register(DataSet("cifar10", CIFAR10.read, official=True, published=PUBLISHED))
+register(DataSet("cifar100", CIFAR100.read, official=True, num_classes=100, coarse_classes=20, published=PUBLISHED))

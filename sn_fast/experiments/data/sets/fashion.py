@@ -19,4 +19,4 @@ FASHION = IdxSet(
     others=(MNIST,),
 )
 
-register(DataSet("fashion", FASHION.read, reserved=5_000, published={}))
+register(DataSet("fashion", FASHION.read, official=True, reserved=5_000, published={}))
