@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sn_fast import apply_spectral_norm, update_spectral_norm
-from sn_fast.normalization import state as state_module
+from sn_fast.normalization import snapshot as snapshot_module
 
 from ..normalization.models import X, states, step, unchanged
 from ..on_device import DEVICE
@@ -327,7 +327,7 @@ def test_weights_made_ready_on_another_stream_are_not_taken(monkeypatch: pytest.
     expected = agree(model)
 
     def other_stream(*_: object) -> None:
-        monkeypatch.setattr(state_module, "stream_of", lambda device: (7, 0))
+        monkeypatch.setattr(snapshot_module, "stream_of", lambda device: (7, 0))
 
     model[0].register_forward_hook(other_stream)
     with Calls() as calls:
