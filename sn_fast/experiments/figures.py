@@ -145,8 +145,8 @@ def look_of(names: Iterable[str]) -> dict[str, int]:
     return {name: i for i, name in enumerate(sorted(dict.fromkeys(names), key=lambda name: name != plain))}
 
 
-def panel_title(axes: Axes, *lines: str, width: float = 3.9) -> None:
-    """The title of a panel of this width in inches, each of ``lines`` folded."""
+def panel_title(axes: Axes, *lines: str, width: float = 3.5) -> None:
+    """The title of a panel, above its axes of this width in inches, each of ``lines`` folded."""
     axes.set_title("\n".join(folded(line, int(width / _LETTER_INCHES)) for line in lines))
 
 

@@ -143,6 +143,12 @@ def test_normalised_margins_of_other_sizes_have_panels_of_their_own(samples):
     check_figure(found)
 
 
+@pytest.mark.parametrize("length", [17, 21, 29, 31])
+def test_titles_of_panels_stay_on_the_page(samples, length):
+    members = {name: (opposite(c * W), samples) for name, c in (("no SN (β = ∞)", 1e4), ("β = 1", 1.0))}
+    check_figure(margin_distributions({("training images of MNIST " * 2)[:length]: members}, modes=(0, 2)))
+
+
 def test_panels_may_have_modes_of_their_own(samples):
     groups = {name: {"true": (opposite(W), samples)} for name in ("ERM", "FGM")}
     found = margin_distributions(groups, modes={"ERM": (0, 1), "FGM": (0, 2)})
