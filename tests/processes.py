@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,8 +14,6 @@ ROOT = Path(__file__).parents[1]
 def start(*argv: str, cwd: Path, env: dict[str, str] | None = None, **options: object) -> subprocess.Popen[bytes]:
     """``python -m sn_fast`` in the folder ``cwd``, whose modules come first."""
     path = os.pathsep.join(filter(None, [str(cwd), str(ROOT), os.environ.get("PYTHONPATH")]))
-    if os.name == "posix":  # a shell in whose background the tests run makes all of them ignore Ctrl-C
-        options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     command = [sys.executable, "-m", "sn_fast", *argv]
     return subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path, **(env or {})}, **pipes)  # type: ignore[call-overload,no-any-return]

@@ -142,8 +142,8 @@ def _attacks(options: argparse.Namespace, model: Model) -> list[Adversary]:
     """Each attack at each strength: that of a training that would use it, so that the same rules check both."""
     run = None if model.run is None else model.run.config
     found = []
-    for scheme in (name.strip() for name in options.attack.split(",")):
-        if scheme.lower() not in (*SCHEMES[1:], "pgd"):  # the first attacks nothing
+    for scheme in (name.strip() for name in options.attack.lower().split(",")):
+        if scheme not in (*SCHEMES[1:], "pgd"):  # the first attacks nothing
             raise OptionError("attack", scheme, "choose fgm, pgm or wrm")
         base = run or TrainConfig.create(data="digits")
         norm = options.norm or base.norm

@@ -167,6 +167,13 @@ def test_the_command_on_a_run(few_digits: None, tmp_path: Path, capsys: pytest.C
         moved = np.linalg.norm((saved["pgm_2_0.8"] - saved["x"]).reshape(50, -1), axis=1)
         assert moved.max() <= 0.8 * (1 + 1e-5)
         assert moved.mean() == pytest.approx(rows["pgm", 0.8][5], rel=1e-5)
+    # At the run's own strengths, which are those of the attack however its name is written.
+    written = []
+    for names in ("wrm,pgm", "WRM,PGD"):
+        assert main(["attack", str(run), "--images", "20", "--attack", names, "--quiet", "--json"]) == 0
+        written.append(json.loads(capsys.readouterr().out)["rows"])
+    assert written[0] == written[1]
+    assert [row[2] for row in written[0][1:4]] == pytest.approx([0.15, 0.3, 0.6])
 
 
 @pytest.mark.parametrize(
