@@ -206,6 +206,28 @@ def test_zero_and_broken_weights_stay_as_they_are() -> None:
     assert abs(norms_of_matrix(model[3].weight) - 0.1) < 1e-3
 
 
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_weight_that_begins_without_a_norm_has_the_right_one_after_its_first_step(kind: str, value: float) -> None:
+    layer = LAYERS[kind]()
+    filled = layer.weight.detach().clone()
+    nn.init.constant_(layer.weight, value)
+    projection = SpectralProjection(layer, torch.randn(1, *shape_of(layer, kind)), beta=0.3, mode="scale")
+    if kind != "wide":  # there the state goes through a file first
+        projection.step()
+    else:
+        projection.load_state_dict({name: t.clone() for name, t in projection.state_dict().items()})
+    with torch.no_grad():
+        layer.weight.copy_(filled)
+    projection.step()
+    torch.testing.assert_close(torch.linalg.matrix_norm(dense(layer, kind), 2).item(), 0.3, rtol=1e-3, atol=0)
+    v = projection.state_dict()[".v"].clone()
+    with torch.no_grad():
+        layer.weight += 0.01 * torch.randn_like(layer.weight)
+    projection.step()  # from here on an iteration per step, from v
+    assert not torch.equal(projection.state_dict()[".v"], v)
+
+
 def norms_of_matrix(weight: Tensor) -> float:
     return float(torch.linalg.matrix_norm(weight.detach().double(), 2))
 

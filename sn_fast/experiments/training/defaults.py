@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...errors import UserError
 from ..data.registry import find_data_set
 
 
@@ -99,5 +100,18 @@ _DEFAULTS = {
 
 
 def defaults_of(data: str) -> DataDefaults:
-    """Of a data set by its name: its own defaults, or those of the set that it is like."""
-    return _DEFAULTS.get(data) or defaults_of(find_data_set(data).like)
+    """Of a data set by its name: its own defaults, or those of the set that it is like.
+
+    Raises:
+        UserError: a set is not known, or sets are like each other and none has defaults.
+    """
+    name, passed = data, list[str]()
+    while name not in _DEFAULTS:
+        if name in passed:
+            raise UserError(
+                f"data set {data!r}: DataSet(like={find_data_set(passed[-1]).like!r}) leads to no defaults; "
+                f"name one of {', '.join(_DEFAULTS)}"
+            )
+        passed.append(name)
+        name = find_data_set(name).like
+    return _DEFAULTS[name]

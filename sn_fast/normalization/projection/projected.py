@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -48,6 +49,8 @@ class Projected:
         self.clips = clips
         """Whether all its singular values are clipped, not the largest alone."""
         self.is_started = False
+        self.is_void = False
+        """Whether the state comes from a weight without a norm to start from, of zeros or not finite."""
         self.tied: list[tuple[str, nn.Module]] = []
         """Other layers with this weight."""
 
@@ -67,6 +70,10 @@ class Projected:
         """The parameter as it is now: it may have been replaced since."""
         return self.module._parameters.get("weight")
 
+    def needs_start(self, device: torch.device) -> bool:
+        """Whether v has to be found anew; compiled and captured code, which cannot do that, go on from a void state."""
+        return not self.is_started or (self.is_void and not (torch.compiler.is_compiling() or is_capturing(device)))
+
     def start(self, weight: Tensor) -> None:
         """Find u, v and sigma of this whole weight by Lanczos, on its device."""
         self.refuse_capture(weight)
@@ -78,6 +85,7 @@ class Projected:
         sigma = torch.zeros((), dtype=u.dtype, device=weight.device)
         found = iterate([weight], ([u], [v], [sigma]), [self.rows], self.code, POWER_STEPS, None, "fp32")
         self._set(found[0][0], found[1][0], found[2][0])
+        self._note_void()
 
     def refuse_capture(self, weight: Tensor) -> None:
         if torch.compiler.is_compiling() or is_capturing(weight.device):
@@ -109,6 +117,10 @@ class Projected:
         with torch.no_grad():
             self.v.copy_(state["v"])
             self.sigma.copy_(state["sigma"])
+        self._note_void()
+
+    def _note_void(self) -> None:
+        self.is_void = not (self.sigma.is_meta or 0 < float(self.sigma) < math.inf)
 
     def _allocated(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.zeros(self.u_shape, dtype=dtype, device=device), torch.zeros(

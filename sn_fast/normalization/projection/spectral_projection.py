@@ -174,7 +174,7 @@ class SpectralProjection:
         for m in members:
             held = self._held(m)
             memory = held.local if isinstance(held, Part) else held
-            if not m.is_started:
+            if m.needs_start(memory.device):
                 m.start(whole_weight(m, held) if isinstance(held, Part) else held)
             m.move_to(memory)
             if isinstance(held, Part):

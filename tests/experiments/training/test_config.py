@@ -221,6 +221,17 @@ def test_a_new_data_set_needs_nothing_but_its_reader(monkeypatch, tmp_path):
     assert set(result.metrics["networks"]["beta=4"]["final"]["accuracy"]) == {"train", "validation", "test", "gap"}
 
 
+def test_sets_that_are_like_each_other_alone_are_named(monkeypatch):
+    data_set_names()
+    monkeypatch.setattr(registry, "_SETS", dict(registry._SETS))
+    for name, like in (("one", "two"), ("two", "three"), ("three", "two"), ("itself", "itself"), ("grey", "fashion")):
+        registry.register(registry.DataSet(name, lambda request: ([], []), like=like))
+    for name in ("one", "three", "itself"):
+        with pytest.raises(UserError, match=rf"data set '{name}': DataSet\(like='\w+'\) leads to no defaults"):
+            TrainConfig.create(data=name)
+    assert TrainConfig.create(data="grey").arch == "mlp1_relu_sn"
+
+
 def test_two_folders_of_own_images_are_two_runs(tmp_path, monkeypatch):
     """Those of an official set have the same images."""
     a, b = tmp_path / "a", tmp_path / "b"
