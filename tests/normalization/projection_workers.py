@@ -201,6 +201,24 @@ def followed_over_the_range(rank: int) -> None:
                     assert abs(norm - BETA) < 1e-3, f"1e{exponent}: norm {norm:.3g}"
 
 
+def begun_without_norms(rank: int) -> None:
+    """Weights of zeros get v from the first values that they have, on all ranks together."""
+    for make in (lambda m: fsdp2(m, mesh=mesh(dist.get_world_size())), lambda m: fsdp1(m, "original parameters")):
+        empty = mlp()
+        nn.init.zeros_(empty[2].weight)
+        model = make(empty)
+        projection = SpectralProjection(model, torch.randn(1, 24), beta=BETA, mode="scale")
+        projection.step()
+        generator = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            p = list(model.parameters())[2]
+            (p.to_local() if hasattr(p, "to_local") else p).normal_(generator=generator)
+        projection.step()
+        with whole(model) as parameters:
+            norm = float(torch.linalg.matrix_norm(parameters[2].double(), 2))
+            assert abs(norm - BETA) < 1e-3, f"norm {norm:.4g}"
+
+
 def trained_with_a_hook(rank: int, folder: Path) -> None:
     """Attached after sharding, trained, saved with DCP; the norms are within beta, and a second run goes on equally."""
     import torch.distributed.checkpoint as dcp
@@ -285,6 +303,7 @@ def on_two(rank: int, folder: Path) -> None:
     equal_to_one_process(rank, ["FSDP2, root", "FSDP2, offloaded, bfloat16", "FSDP1", "TP"])
     clipped_as_one(rank)
     followed_over_the_range(rank)
+    begun_without_norms(rank)
     trained_with_a_hook(rank, folder)
     refused(rank)
     traffic(rank, folder)
