@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,31 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sn_fast
 from sn_fast import SpectralProjection
 
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(12, 7),
-    "wide": lambda: nn.Linear(5, 20),
-    "strided": lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1),
-    "dilated, reflect": lambda: nn.Conv2d(2, 3, 3, dilation=2, padding=2, padding_mode="reflect"),
-    "grouped": lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2),
-    "depthwise": lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4),
-    "patches": lambda: nn.Conv2d(3, 6, 2, stride=2),
-    "transposed": lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1),
-    "1d": lambda: nn.Conv1d(3, 5, 4, stride=3),
-    "3d": lambda: nn.Conv3d(2, 2, 2, padding=1),
-}
-SIZES = {"1d": (9,), "3d": (3, 3, 3)}
-
-
-def shape_of(layer: nn.Module, kind: str) -> tuple[int, ...]:
-    if isinstance(layer, nn.Linear):
-        return (layer.in_features,)
-    return (layer.in_channels, *SIZES.get(kind, (6, 6)))
-
-
-def dense(layer: nn.Module, kind: str) -> Tensor:
-    """The layer's matrix in float64."""
-    size = None if isinstance(layer, nn.Linear) else shape_of(layer, kind)[1:]
-    return sn_fast.operator_of(copy.deepcopy(layer).double(), size).to_dense()
+from .projection_models import LAYERS, X, dense, loss_of, network, norms, norms_of_matrix, shape_of, train
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -76,38 +50,6 @@ def test_each_step_is_one_iteration_from_v(kind: str) -> None:
         wanted = raw.double() / (sigma / 0.1).clamp(min=1)
         torch.testing.assert_close(layer.weight.detach().double(), wanted, rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(projection.state_dict()[".v"].double().flatten(), w / sigma, rtol=1e-4, atol=1e-6)
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(128, 16),
-        nn.ReLU(),
-        nn.Linear(16, 5),
-    )
-
-
-X, Y = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 5
-
-
-def loss_of(model: nn.Module) -> Tensor:
-    return nn.functional.cross_entropy(5 * model(X.to(next(model.parameters()))), Y.to(next(model.parameters()).device))
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
-
-
-def norms(model: nn.Sequential) -> list[float]:
-    op = sn_fast.operator_of(copy.deepcopy(model[0]).double(), (8, 8))
-    matrices = [op.to_dense(), model[3].weight.detach().double(), model[5].weight.detach().double()]
-    return [torch.linalg.matrix_norm(m.detach(), 2).item() for m in matrices]
 
 
 def test_training_stays_within_beta_and_learns() -> None:
@@ -228,10 +170,6 @@ def test_a_weight_that_begins_without_a_norm_has_the_right_one_after_its_first_s
     assert not torch.equal(projection.state_dict()[".v"], v)
 
 
-def norms_of_matrix(weight: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(weight.detach().double(), 2))
-
-
 def test_tied_weights_are_scaled_once() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     model[2].weight = model[0].weight
@@ -249,170 +187,6 @@ def test_tied_weights_are_scaled_once() -> None:
     convolutions[1].weight = convolutions[0].weight
     with pytest.raises(ValueError, match=r"layers '0' and '1' share one weight, but not their convolution"):
         SpectralProjection(convolutions, torch.zeros(1, 3, 8, 8), operator="reshape")
-
-
-# -- state ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_saved_state_goes_on_bit_by_bit() -> None:
-    model = network()
-    projection = SpectralProjection(model, X[:1], beta=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    projection.attach(optimizer)
-    train(model, optimizer, 3)
-    file = io.BytesIO()
-    torch.save([model.state_dict(), projection.state_dict()], file)
-    train(model, optimizer, 3)
-    again = network()
-    other = SpectralProjection(again, X[:1], beta=0.5)
-    file.seek(0)
-    weights, state = torch.load(file)
-    again.load_state_dict(weights)
-    other.load_state_dict(state)
-    second = torch.optim.SGD(again.parameters(), 0.1)
-    other.attach(second)
-    train(again, second, 3)
-    assert all(map(torch.equal, model.parameters(), again.parameters()))
-    assert all(torch.equal(t, other.state_dict()[k]) for k, t in projection.state_dict().items())
-
-
-def test_names_are_those_of_the_plain_model() -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    wanted = SpectralProjection(network(), X[:1]).state_dict()
-    model = network()
-    model[3] = checkpoint_wrapper(model[3])
-    compiled = torch.compile(model, backend="eager")
-    found = SpectralProjection(compiled, X[:1], beta={"^3$": 1.0, ".": 2.0}).state_dict()
-    assert found.keys() == wanted.keys()
-
-
-def test_a_state_of_another_model_is_refused() -> None:
-    projection = SpectralProjection(network(), X[:1])
-    state = projection.state_dict()
-    with pytest.raises(ValueError, match=r"state_dict has no '3\.sigma'"):
-        projection.load_state_dict({k: t for k, t in state.items() if k != "3.sigma"})
-    with pytest.raises(ValueError, match=r"has '7\.v', which is of no layer"):
-        projection.load_state_dict({**state, "7.v": state["3.v"]})
-    with pytest.raises(ValueError, match=r"state_dict\['3\.v'\] has shape \(16,\), here it is \(128,\)"):
-        projection.load_state_dict({**state, "3.v": state["5.v"]})
-    with pytest.raises(TypeError, match=r"state_dict is a list"):
-        projection.load_state_dict([state])
-    with pytest.raises(TypeError, match=r"state_dict\['3\.v'\] is a list"):
-        projection.load_state_dict({**state, "3.v": [0.0]})
-
-
-def test_a_replaced_weight_restarts() -> None:
-    model = network()
-    projection = SpectralProjection(model, X[:1], beta=0.5)
-    with torch.no_grad():
-        model[3].weight.copy_(torch.randn(16, 128))
-    projection.restart()
-    projection.step()
-    assert abs(norms_of_matrix(model[3].weight) - 0.5) < 1e-2
-
-
-class Nested(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.inner(x))
-
-
-@pytest.mark.parametrize(
-    ("replaced", "lost"), [("head", "head"), ("inner.0", "inner.0"), ("inner", "inner.0"), ("inner.1", None)]
-)
-def test_a_replaced_layer_is_named(replaced: str, lost: str | None) -> None:
-    model = Nested()
-    projection = SpectralProjection(model, torch.zeros(1, 6))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    projection.attach(optimizer)
-    parent, _, name = replaced.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.Sequential(nn.Linear(6, 6)))
-    if lost is None:  # no layer of the projection's
-        optimizer.step()
-        return
-    with pytest.raises(RuntimeError, match=f"layer '{lost}' is no longer in the model; make a new SpectralProjection"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("untied", [0, 2])
-@pytest.mark.parametrize("by_load", [False, True])
-def test_an_untied_weight_is_named(untied: int, by_load: bool) -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
-    model[2].weight = model[0].weight
-    projection = SpectralProjection(model, torch.zeros(1, 6))
-    projection.step()
-    if by_load:
-        model.load_state_dict(model.state_dict(), assign=True)
-    else:
-        model[untied].weight = nn.Parameter(model[untied].weight.detach().clone())
-    if model[0].weight is model[2].weight:
-        projection.step()
-        return
-    with pytest.raises(RuntimeError, match=r"layers '0' and '2' no longer share one weight"):
-        projection.step()
-
-
-def test_a_wrapped_layer_is_still_there() -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    model = Nested()
-    projection = SpectralProjection(model, torch.zeros(1, 6))
-    model.inner = checkpoint_wrapper(model.inner)
-    model.head = nn.Sequential(model.head)
-    with torch.no_grad():
-        model.head[0].weight *= 9
-    projection.step()
-    assert norms_of_matrix(model.head[0].weight) < 1.01
-
-
-@pytest.mark.parametrize("kind", ["linear", "strided", "patches"])
-@pytest.mark.parametrize("cap_singular_values", [False, True])
-def test_state_made_in_inference_mode_serves_outside(kind: str, cap_singular_values: bool) -> None:
-    layer = LAYERS[kind]()
-    with torch.no_grad():
-        layer.weight *= 9
-    with torch.inference_mode():
-        projection = SpectralProjection(
-            nn.Sequential(layer), torch.zeros(1, *shape_of(layer, kind)), cap_singular_values=cap_singular_values
-        )
-        saved = {name: t.clone() for name, t in projection.state_dict().items()}
-    for again in (lambda: None, projection.restart, lambda: projection.load_state_dict(saved), layer.double):
-        with torch.inference_mode():
-            again()
-            projection.step()
-        with torch.no_grad():
-            layer.weight *= 3
-        projection.step()
-        assert abs(float(torch.linalg.matrix_norm(dense(layer, kind).detach(), 2)) - 1) < 0.02
-
-
-def test_a_weight_of_another_shape_is_refused() -> None:
-    model = network()
-    projection = SpectralProjection(model, X[:1])
-    model[5].weight = nn.Parameter(torch.randn(9, 16))
-    with pytest.raises(
-        RuntimeError, match=r"layer '5' has a weight of shape \(9, 16\) now, and had one of shape \(5, 16\)"
-    ):
-        projection.step()
-
-
-def test_a_model_on_meta_is_projected_once_it_has_weights() -> None:
-    with torch.device("meta"):
-        model = network()
-    projection = SpectralProjection(model, X[:1], beta=0.3)
-    assert projection.state_dict() == {}
-    with pytest.raises(RuntimeError, match=r"'0' is on the meta device; load or initialise it"):
-        projection.step()
-    model = model.to_empty(device=X.device)
-    model.load_state_dict(network().state_dict())
-    projection.step()
-    for norm in norms(model):
-        assert norm <= 0.3 * 1.02
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
